@@ -1,0 +1,8 @@
+"""Evaluate a lens; `python evaluate.py --help` says how. The same as `tunedlens evaluate`."""
+
+import sys
+
+from tunedlens.cli import evaluate_command
+
+if __name__ == "__main__":
+    sys.exit(evaluate_command())

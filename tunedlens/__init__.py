@@ -1,0 +1,29 @@
+"""Lenses on the residual stream of a language model: train, evaluate, look.
+
+>>> from tunedlens import TunedLens, load_model
+>>> model = load_model()
+>>> lens = TunedLens.load("checkpoints/embedded", model)
+"""
+
+from tunedlens.config import CorpusConfig, EvaluateConfig, ModelConfig, TrainConfig
+from tunedlens.errors import InputError
+from tunedlens.evaluation import Evaluation, evaluate
+from tunedlens.frozen import FrozenModel, load_model
+from tunedlens.lens import Lens, LogitLens, TunedLens
+from tunedlens.training import train
+
+__all__ = [
+    "CorpusConfig",
+    "EvaluateConfig",
+    "Evaluation",
+    "FrozenModel",
+    "InputError",
+    "Lens",
+    "LogitLens",
+    "ModelConfig",
+    "TrainConfig",
+    "TunedLens",
+    "evaluate",
+    "load_model",
+    "train",
+]

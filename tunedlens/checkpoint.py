@@ -1,0 +1,242 @@
+"""Lenses and interrupted runs on disk: safetensors and JSON, written then renamed."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tunedlens.errors import InputError
+from tunedlens.lens import TunedLens
+
+FORMAT = 1
+MANIFEST = "config.json"
+WEIGHTS = "lens.safetensors"
+STATE = Path("state") / "state.safetensors"
+
+
+def write(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
+    """Write a file under a temporary name, then rename it: whole or not at all.
+
+    Args:
+        path: the file; its folder is made if need be.
+        content: the text, the bytes, or a function that writes a file at the path it gets.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if callable(content):
+            content(partial)
+        else:
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"cannot write {path}: {error}") from error
+    finally:
+        if partial.parent.is_dir():
+            partial.unlink(missing_ok=True)
+
+
+def require_writable(folder: Path) -> None:
+    """Find out before the work whether results can be written, leaving nothing behind.
+
+    Raises:
+        InputError: the folder cannot be made or written to.
+    """
+    existing = folder.absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        if not existing.is_dir():
+            raise NotADirectoryError(f"{existing} is not a folder")
+        probe = existing / f".{os.getpid()}.probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error}; choose another --output") from error
+
+
+def write_json(path: Path, data: Any) -> None:
+    """`write` for JSON; numbers keep all their digits."""
+    write(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def now() -> str:
+    """The time in UTC, so that names and manifests sort."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def save_lens(lens: TunedLens, folder: Path, about: dict[str, Any] | None = None) -> None:
+    """Write a lens: first its translators, last the manifest that vouches for them.
+
+    Args:
+        lens: the lens.
+        folder: made if need be; a lens that is there is replaced.
+        about: what else the manifest is to say (config, corpus, results).
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    tensors = {}
+    for layer, translator in enumerate(lens.translators):
+        for name, value in translator.state_dict().items():
+            tensors[f"resid_pre.{layer}.{name}"] = value.cpu().contiguous()
+    weights = safetensors.torch.save(tensors)
+    write(folder / WEIGHTS, weights)
+    manifest = {
+        "format": FORMAT,
+        "lens": "tuned",
+        "created": now(),
+        "model": dataclasses.asdict(lens.identity),
+        "lens_sha256": hashlib.sha256(weights).hexdigest(),
+        **(about or {}),
+    }
+    write_json(folder / MANIFEST, manifest)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `config.json` of a saved lens says.
+
+    Raises:
+        InputError: there is no lens in the folder, or its manifest is damaged.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(
+            f"{folder} holds no lens: expected {MANIFEST} and {WEIGHTS}, as train.py writes them"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("lens") != "tuned":
+        raise InputError(f"{path} is not the manifest of a tuned lens")
+    if manifest.get("format") != FORMAT:
+        raise InputError(
+            f"{path} has format {manifest.get('format')}; this version reads format {FORMAT}"
+        )
+    return manifest
+
+
+def load_lens(lens: TunedLens, folder: Path) -> None:
+    """Fill a lens with saved translators.
+
+    Raises:
+        InputError: there is no lens, it is damaged, or it belongs to another model.
+    """
+    manifest = read_manifest(folder)
+    require_same_model(manifest["model"], dataclasses.asdict(lens.identity), folder)
+    path = folder / WEIGHTS
+    try:
+        weights = path.read_bytes()
+        tensors = safetensors.torch.load(weights)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path} is missing or damaged: {error}") from error
+    if hashlib.sha256(weights).hexdigest() != manifest["lens_sha256"]:
+        raise InputError(f"{path} is damaged: it is not the file that {MANIFEST} describes")
+    lens.translators.load_state_dict(
+        {name.removeprefix("resid_pre."): value for name, value in tensors.items()}
+    )
+
+
+def require_same_model(saved: dict[str, Any], model: dict[str, Any], folder: Path) -> None:
+    """Compare two identities, as `dataclasses.asdict` gives them.
+
+    Raises:
+        InputError: a lens made for the one does not fit the other; says what differs.
+    """
+    differences = [
+        f"{name} {saved.get(name)}, not {model[name]}"
+        for name in ("n_layers", "d_model", "vocab_size")
+        if saved.get(name) != model[name]
+    ]
+    if not differences and saved.get("fingerprint") != model["fingerprint"]:
+        differences = ["a final norm or an unembedding with other values"]
+    if differences:
+        raise InputError(
+            f"the lens in {folder} was trained for {saved.get('name')} and does not fit "
+            f"{model['name']}: it has {'; '.join(differences)}"
+        )
+
+
+def newest_lens(root: Path) -> Path:
+    """The folder under `root` whose manifest has the latest time.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = []
+    for path in root.glob(f"*/{MANIFEST}"):
+        try:
+            found.append((read_manifest(path.parent)["created"], path.parent))
+        except (InputError, KeyError):
+            continue  # not ours, or damaged: it says so when it is asked for by name
+    if not found:
+        raise InputError(f"there is no lens under {root}; train one (train.py) or give --lens")
+    return max(found)[1]
+
+
+class State(NamedTuple):
+    """Where an interrupted run stands."""
+
+    tensors: dict[str, Float[Tensor, "..."]]
+    about: dict[str, Any]
+
+
+def save_state(folder: Path, state: State) -> None:
+    """Write what a run needs to go on, as one file.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    metadata = {"about": json.dumps(state.about | {"created": now()})}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.tensors.items()}
+    write(folder / STATE, safetensors.torch.save(tensors, metadata))
+
+
+def load_state(folder: Path) -> State:
+    """Read what `save_state` wrote.
+
+    Raises:
+        InputError: there is no interrupted run, or its state is damaged.
+    """
+    path = folder / STATE
+    if not path.is_file():
+        raise InputError(f"{folder} holds no interrupted run: expected {path}")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["about"])
+            return State({name: file.get_tensor(name) for name in file.keys()}, about)  # noqa: SIM118
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+
+
+def newest_state(root: Path) -> Path:
+    """The folder under `root` with the run that was interrupted last.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = [
+        (load_state(path.parent.parent).about["created"], path.parent.parent)
+        for path in root.glob(f"*/{STATE}")
+    ]
+    if not found:
+        raise InputError(f"there is no interrupted run under {root}; give --resume its folder")
+    return max(found)[1]
+
+
+def remove_state(folder: Path) -> None:
+    """Forget how to resume: the run ended well."""
+    shutil.rmtree((folder / STATE).parent, ignore_errors=True)

@@ -1,0 +1,54 @@
+"""The text that every Python has: the source of its own standard library."""
+
+import hashlib
+import sys
+import sysconfig
+import tokenize
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+HELD_OUT_SHARE = 0.06
+"""Share of the files (by a hash of their path, not by size) that is held out."""
+
+_TESTS = {"test", "tests", "idle_test"}
+
+
+class SourceFile(NamedTuple):
+    """One file of the standard library."""
+
+    path: str
+    """Relative to the library's folder, with forward slashes."""
+    text: str
+
+
+def hash_fraction(name: str | bytes) -> float:
+    """A number in [0, 1) that depends on the name alone, for splits that stay put."""
+    data = name.encode() if isinstance(name, str) else name
+    digest = hashlib.blake2b(data, digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def standard_library(split: Literal["train", "validation"]) -> list[SourceFile]:
+    """Read the standard library of the running Python, sorted by path.
+
+    Only modules that Python itself lists as its own: no tests, no installed packages,
+    nothing generated when this Python was built. Each file is decoded in the encoding
+    that it declares. A file is on the same side of the split in every Python version.
+
+    Raises:
+        FileNotFoundError: this Python has no source files of its standard library.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    files = []
+    for file in root.rglob("*.py"):
+        relative = file.relative_to(root)
+        own = relative.parts[0].removesuffix(".py") in sys.stdlib_module_names
+        if not own or _TESTS.intersection(relative.parts[:-1]):
+            continue
+        path = relative.as_posix()
+        if (hash_fraction(path) < HELD_OUT_SHARE) == (split == "validation"):
+            with tokenize.open(file) as source:
+                files.append(SourceFile(path, source.read()))
+    if not files:
+        raise FileNotFoundError(f"{root} has no source files of Python's standard library")
+    return sorted(files)

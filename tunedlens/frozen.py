@@ -1,0 +1,310 @@
+"""A frozen causal language model: its residual stream and its unembedding."""
+
+import copy
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tunedlens import embedded
+from tunedlens.errors import InputError
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What a lens must agree on with the model that it is used on."""
+
+    name: str
+    """Hub name or folder; `embedded` for the one that ships with the package."""
+    revision: str | None
+    """The hub's commit, where there is one."""
+    n_layers: int
+    d_model: int
+    vocab_size: int
+    fingerprint: str
+    """Of all values of the final norm and the unembedding; see `Unembedding.fingerprint`."""
+
+
+class Unembedding(nn.Module):
+    """Final norm and unembedding matrix, in float32: final residual to raw logits.
+
+    Everything in it is a buffer that no `state_dict` lists, so a lens that holds one has
+    only its translators as parameters. Of a float32 model it shares the memory.
+    """
+
+    weight: Float[Tensor, "vocab d_model"]
+    bias: Float[Tensor, " vocab"] | None
+
+    def __init__(self, norm: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.norm = copy.deepcopy(norm).float()
+        for name, parameter in list(self.norm.named_parameters(recurse=False)):
+            delattr(self.norm, name)
+            self.norm.register_buffer(name, parameter.detach(), persistent=False)
+        self.register_buffer("weight", weight.detach().float(), persistent=False)
+        bias = None if bias is None else bias.detach().float()
+        self.register_buffer("bias", bias, persistent=False)
+
+    def forward(
+        self, hidden: Float[Tensor, "*positions d_model"]
+    ) -> Float[Tensor, "*positions vocab"]:
+        """Raw logits, in float32."""
+        return F.linear(self.norm(hidden.float()), self.weight, self.bias)
+
+    def centred(self) -> "Unembedding":
+        """The same up to one constant per position, which a softmax does not see.
+
+        GPT-2's raw logits sit around -30 to -100, where half precision has steps of a
+        tenth and more. With the mean row subtracted they sit around 0.
+        """
+        bias = None if self.bias is None else self.bias - self.bias.mean()
+        return Unembedding(self.norm, self.weight - self.weight.mean(0), bias)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of every value of the norm and the unembedding, rounded to bfloat16.
+
+        The rounding makes it the same for a model in float32 and in bfloat16. Rounding to
+        float16 first would not commute with it, which is why `load_model` fingerprints
+        before it converts to float16.
+        """
+        digest = hashlib.sha256()
+        for name, value in sorted(self.named_buffers()):
+            digest.update(f"{name} {tuple(value.shape)} ".encode())
+            digest.update(
+                value.to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            )
+        return digest.hexdigest()
+
+
+class FrozenModel(nn.Module):
+    """A causal language model that is read and never trained.
+
+    Args:
+        model: a `transformers` model with a language-modelling head.
+        tokenizer: its tokenizer.
+        name: what to call it in files and messages.
+        fingerprint: if already known; else it is computed from the values.
+
+    Raises:
+        InputError: its blocks or its final norm cannot be found, or decoding the last
+            state of its residual stream does not give its own logits.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name or model.name_or_path or type(model).__name__
+        self.blocks, self.final_norm = _find_blocks_and_final_norm(model)
+        head = model.get_output_embeddings()
+        self.unembedding = Unembedding(self.final_norm, head.weight, getattr(head, "bias", None))
+        self._fingerprint = fingerprint
+        self._check_unembedding()
+
+    @cached_property
+    def identity(self) -> ModelIdentity:
+        vocab_size, d_model = self.unembedding.weight.shape
+        return ModelIdentity(
+            name=self.name,
+            revision=getattr(self.model.config, "_commit_hash", None),
+            n_layers=len(self.blocks),
+            d_model=d_model,
+            vocab_size=vocab_size,
+            fingerprint=self._fingerprint or self.unembedding.fingerprint,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def context(self) -> int | None:
+        """The longest sequence that the model has positions for, in tokens."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    def encode(self, text: str) -> Int[Tensor, "1 seq"]:
+        """Token ids of one text, on the model's device, with nothing added.
+
+        Raises:
+            InputError: the text is empty or longer than the context.
+        """
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if not ids:
+            raise InputError("the text has no tokens; give at least one character")
+        if self.context is not None and len(ids) > self.context:
+            raise InputError(
+                f"the text has {len(ids)} tokens, but {self.name} reads at most "
+                f"{self.context}; shorten it"
+            )
+        return torch.tensor([ids], device=self.device)
+
+    @torch.no_grad()
+    def residual_stream(
+        self,
+        input_ids: Int[Tensor, "batch seq"] | str,
+        attention_mask: Int[Tensor, "batch seq"] | None = None,
+    ) -> list[Float[Tensor, "batch seq d_model"]]:
+        """The n + 1 states: what enters each block, and last what the final norm sees.
+
+        Indices are those of `hidden_states` in transformers, except that the last entry
+        there has been through the final norm and this one has not. The model's logits are
+        never computed.
+        """
+        if isinstance(input_ids, str):
+            input_ids = self.encode(input_ids)
+        states: list[Tensor] = []
+
+        def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states.append(args[0] if args else kwargs["hidden_states"])
+
+        hooks = [
+            module.register_forward_pre_hook(keep, with_kwargs=True)
+            for module in (*self.blocks, self.final_norm)
+        ]
+        try:
+            self.model.base_model(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return states
+
+    @torch.no_grad()
+    def _check_unembedding(self) -> None:
+        """Decode the last state and compare it with the model's own logits."""
+        generator = torch.Generator().manual_seed(0)
+        length = min(16, self.context or 16)
+        input_ids = torch.randint(
+            self.unembedding.weight.shape[0], (2, length), generator=generator
+        )
+        input_ids = input_ids.to(self.device)
+        expected = self.model(input_ids, use_cache=False).logits.float()
+        states = self.residual_stream(input_ids)
+        if len(states) != len(self.blocks) + 1:
+            raise InputError(
+                f"{self.name}: expected {len(self.blocks) + 1} states of the residual stream, "
+                f"captured {len(states)}; this architecture is not supported"
+            )
+        tolerance = max(1e-4, 8 * torch.finfo(self.model.dtype).eps) * expected.abs().max()
+
+        def agrees(logits: Tensor) -> bool:
+            return bool((logits - expected).abs().max() <= tolerance)
+
+        decoded = self.unembedding(states[-1])
+        if agrees(decoded):
+            return
+        scale = float((decoded * expected).sum() / decoded.square().sum())
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        weight, bias = self.unembedding.weight, self.unembedding.bias
+        if agrees(F.linear(states[-1].float(), weight, bias)):
+            reason = "the model applies no norm before its unembedding"
+        elif agrees(self.unembedding(self.unembedding.norm(states[-1].float()))):
+            reason = "the model applies its final norm twice"
+        elif agrees(scale * decoded):
+            reason = f"the model multiplies its logits by {scale:.4g}"
+        elif cap and agrees(cap * torch.tanh(decoded / cap)):
+            reason = f"the model caps its logits at {cap}"
+        else:
+            reason = f"the logits differ by up to {float((decoded - expected).abs().max()):.3g}"
+        raise InputError(
+            f"{self.name}: final norm and unembedding do not give the model's own logits "
+            f"({reason}); a lens on it would be wrong, so this architecture is not supported"
+        )
+
+
+def load_model(
+    model: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str | torch.device | None = None,
+) -> FrozenModel:
+    """Load a causal language model to look into.
+
+    Args:
+        model: hub name or folder; without it, the GPT-2 that ships with this package.
+        revision: branch, tag or commit on the hub.
+        dtype: of the weights, whatever the file holds: float32, bfloat16 or float16.
+        device: without it, the best one found.
+
+    Raises:
+        InputError: there is no such model, it is damaged or not supported, the hub cannot
+            be reached, or there is no such device.
+    """
+    source = embedded.FOLDER if model is None else Path(model).expanduser()
+    if source.is_dir():
+        if not (source / "config.json").is_file():
+            raise InputError(
+                f"{source} is no model: expected a Hugging Face folder with config.json, "
+                "model.safetensors and tokenizer files"
+            )
+    elif source.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
+        raise InputError(f"{model}: expected a folder with a model or a name on the hub")
+    else:
+        source = Path(str(model))
+    target = torch.device(device) if device is not None else _best_device()
+    # Only float32 and bfloat16 keep the fingerprint, so float16 is reached by way of float32.
+    load_dtype = torch.float32 if dtype == "float16" else getattr(torch, dtype)
+    try:
+        result: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            source.as_posix(), revision=revision, dtype=load_dtype, output_loading_info=True
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source.as_posix(), revision=revision)
+        loaded, info = result
+        if info["missing_keys"]:
+            raise ValueError(
+                f"the weights {', '.join(sorted(info['missing_keys'])[:3])} are missing"
+            )
+    except Exception as error:  # transformers raises whatever its many loaders meet
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"cannot load the model {model or 'embedded'}: {first_line}") from error
+    fingerprint = None
+    if dtype == "float16":
+        fingerprint = FrozenModel(loaded, tokenizer).identity.fingerprint
+        loaded = loaded.half()
+    try:
+        loaded = loaded.to(target)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"cannot use the device {target}: {str(error).splitlines()[0]}") from error
+    return FrozenModel(loaded, tokenizer, str(model or "embedded"), fingerprint)
+
+
+def _best_device() -> torch.device:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator or torch.device("cpu")
+
+
+def _find_blocks_and_final_norm(model: PreTrainedModel) -> tuple[nn.ModuleList, nn.Module]:
+    """By structure: the list of n blocks, and beside it the last module that is a norm."""
+    n_layers = model.config.num_hidden_layers
+    for parent in model.base_model.modules():
+        for blocks in parent.children():
+            if isinstance(blocks, nn.ModuleList) and len(blocks) == n_layers:
+                norms = [m for m in parent.children() if _is_norm(m, model.config.hidden_size)]
+                if norms:
+                    return blocks, norms[-1]
+    raise InputError(
+        f"{type(model).__name__}: found no list of {n_layers} blocks with a final norm beside "
+        "it; this architecture is not supported"
+    )
+
+
+def _is_norm(module: nn.Module, d_model: int) -> bool:
+    shapes = {tuple(parameter.shape) for parameter in module.parameters()}
+    return shapes == {(d_model,)}

@@ -1,0 +1,155 @@
+"""Lenses: a hidden state of any layer, translated and decoded into logits."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tunedlens.errors import InputError
+from tunedlens.frozen import FrozenModel, ModelIdentity, Unembedding
+
+
+class Lens(nn.Module, ABC):
+    """What a model of `n_layers` blocks believes at each of its `n_layers + 1` states.
+
+    State `layer` is the residual stream entering block `layer`; the last one, which is
+    also -1, is what the final norm sees, and there every lens is the model. Lenses work
+    in float32 whatever the model's dtype.
+    """
+
+    def __init__(self, unembedding: Unembedding, identity: ModelIdentity) -> None:
+        super().__init__()
+        self.unembedding = unembedding
+        self.identity = identity
+
+    @classmethod
+    def from_model(cls, model: FrozenModel) -> Self:
+        """The lens of this model as it is before any training."""
+        return cls(model.unembedding, model.identity)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks, and of states that a lens can translate."""
+        return self.identity.n_layers
+
+    def resolve(self, layer: int) -> int:
+        """The layer counted from 0; negative ones count from the end.
+
+        Raises:
+            InputError: there is no such layer.
+        """
+        if not -self.n_layers - 1 <= layer <= self.n_layers:
+            raise InputError(
+                f"layer must be between 0 and {self.n_layers} (or {-self.n_layers - 1} and -1, "
+                f"from the end) for {self.identity.name}, got {layer}"
+            )
+        return layer % (self.n_layers + 1)
+
+    @abstractmethod
+    def transform_hidden(
+        self, hidden: Float[Tensor, "*positions d_model"], layer: int
+    ) -> Float[Tensor, "*positions d_model"]:
+        """The state of `layer` carried over to what the final norm reads, in float32.
+
+        Raises:
+            InputError: there is no such layer, or the width is another model's.
+        """
+
+    def forward(
+        self, hidden: Float[Tensor, "*positions d_model"], layer: int
+    ) -> Float[Tensor, "*positions vocab"]:
+        """Raw logits of the state of `layer`; at the last state the model's own.
+
+        Raises:
+            InputError: there is no such layer, or the width is another model's.
+        """
+        return self.unembedding(self.transform_hidden(hidden, layer))
+
+    def _check_width(self, hidden: Tensor) -> None:
+        if hidden.shape[-1] != self.identity.d_model:
+            raise InputError(
+                f"hidden states of {self.identity.name} have {self.identity.d_model} "
+                f"dimensions, got {tuple(hidden.shape)}"
+            )
+
+
+class LogitLens(Lens):
+    """Decodes every state with the model's own final norm and unembedding.
+
+    Source:
+        nostalgebraist 2020, "interpreting GPT: the logit lens".
+    """
+
+    def transform_hidden(
+        self, hidden: Float[Tensor, "*positions d_model"], layer: int
+    ) -> Float[Tensor, "*positions d_model"]:
+        self.resolve(layer)
+        self._check_width(hidden)
+        return hidden.float()
+
+
+class Translator(nn.Module):
+    """`h + A h + b`: the identity when new, so a new tuned lens is the logit lens."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(d_model, d_model))
+        self.bias = nn.Parameter(torch.zeros(d_model))
+
+    def forward(
+        self, hidden: Float[Tensor, "*positions d_model"]
+    ) -> Float[Tensor, "*positions d_model"]:
+        return hidden + F.linear(hidden, self.weight, self.bias)
+
+
+class TunedLens(Lens):
+    """One affine translator per layer, then the model's final norm and unembedding.
+
+    Its parameters are those of the translators and nothing else.
+
+    Source:
+        Belrose et al. 2023, arXiv:2303.08112, section 3.
+    """
+
+    def __init__(self, unembedding: Unembedding, identity: ModelIdentity) -> None:
+        super().__init__(unembedding, identity)
+        self.translators = nn.ModuleList(
+            Translator(identity.d_model).to(unembedding.weight.device)
+            for _ in range(identity.n_layers)
+        )
+
+    def transform_hidden(
+        self, hidden: Float[Tensor, "*positions d_model"], layer: int
+    ) -> Float[Tensor, "*positions d_model"]:
+        layer = self.resolve(layer)
+        self._check_width(hidden)
+        hidden = hidden.float()
+        return hidden if layer == self.n_layers else self.translators[layer](hidden)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `lens.safetensors` and `config.json` into a folder, made if need be.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        from tunedlens.checkpoint import save_lens
+
+        save_lens(self, Path(folder))
+
+    @classmethod
+    def load(cls, folder: str | Path, model: FrozenModel) -> Self:
+        """Read a lens that was saved for this model.
+
+        Raises:
+            InputError: there is no lens, it is damaged, or it belongs to another model
+                (other width, depth, vocabulary, norm or unembedding).
+        """
+        from tunedlens.checkpoint import load_lens
+
+        lens = cls.from_model(model)
+        load_lens(lens, Path(folder))
+        return lens

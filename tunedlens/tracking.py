@@ -1,0 +1,98 @@
+"""What is said while a run goes on: messages, a progress bar, Weights & Biases."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tunedlens.config import WandbMode
+
+WANDB_PATIENCE_SECONDS = 5
+
+
+def say(message: str) -> None:
+    """One line on the terminal, above a progress bar if there is one."""
+    tqdm.write(message, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def progress_bar(total_tokens: int, description: str, done: int = 0, show: bool = True) -> tqdm:
+    """A bar that counts tokens, with their rate and the time left."""
+    return tqdm(
+        total=total_tokens,
+        initial=done,
+        desc=description,
+        unit="tok",
+        unit_scale=True,
+        smoothing=0.1,
+        disable=not show or not sys.stderr.isatty(),
+        dynamic_ncols=True,
+        leave=False,
+    )
+
+
+class Tracker:
+    """Figures of a run to Weights & Biases, or to nowhere.
+
+    Online falls back to offline, with one line, where there is no key or no connection
+    within a few seconds: tracking never stops a run.
+
+    Args:
+        mode: online, offline or disabled.
+        name: of the run.
+        config: what the run depends on.
+        folder: where an offline run is kept.
+    """
+
+    def __init__(self, mode: WandbMode, name: str, config: Mapping[str, Any], folder: Path) -> None:
+        self._run = None if mode == "disabled" else _start(mode, name, config, folder)
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        """Figures at one step."""
+        if self._run is not None:
+            self._run.log(dict(figures), step=step)
+
+    def summarise(self, figures: Mapping[str, float], images: Mapping[str, Path]) -> None:
+        """Figures and pictures of the whole run."""
+        if self._run is not None:
+            import wandb
+
+            self._run.summary.update(dict(figures))
+            self._run.log({name: wandb.Image(str(path)) for name, path in images.items()})
+
+    def finish(self) -> None:
+        """Send what is left."""
+        if self._run is not None:
+            self._run.finish()
+
+
+def _start(mode: WandbMode, name: str, config: Mapping[str, Any], folder: Path) -> Any:
+    import wandb
+
+    folder.mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {
+        "project": "tunedlens",
+        "name": name,
+        "config": dict(config),
+        "dir": str(folder),
+        "settings": wandb.Settings(
+            init_timeout=WANDB_PATIENCE_SECONDS,
+            login_timeout=WANDB_PATIENCE_SECONDS,
+            silent=True,
+            console="off",
+        ),
+    }
+    try:
+        return wandb.init(mode=mode, **options)
+    except Exception as error:
+        if mode == "offline":
+            say(f"wandb cannot be used, the run goes on without it: {_first_line(error)}")
+            return None
+        say(f"wandb is not to be reached, the run is kept offline: {_first_line(error)}")
+        return _start("offline", name, config, folder)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
