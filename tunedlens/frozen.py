@@ -45,19 +45,20 @@ class Unembedding(nn.Module):
 
     def __init__(self, norm: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.norm = copy.deepcopy(norm).float()
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.norm = copy.deepcopy(norm).to(dtype)
         for name, parameter in list(self.norm.named_parameters(recurse=False)):
             delattr(self.norm, name)
             self.norm.register_buffer(name, parameter.detach(), persistent=False)
-        self.register_buffer("weight", weight.detach().float(), persistent=False)
-        bias = None if bias is None else bias.detach().float()
+        self.register_buffer("weight", weight.detach().to(dtype), persistent=False)
+        bias = None if bias is None else bias.detach().to(dtype)
         self.register_buffer("bias", bias, persistent=False)
 
     def forward(
         self, hidden: Float[Tensor, "*positions d_model"]
     ) -> Float[Tensor, "*positions vocab"]:
-        """Raw logits, in float32."""
-        return F.linear(self.norm(hidden.float()), self.weight, self.bias)
+        """Raw logits, in float32 (float64 where the unembedding is)."""
+        return F.linear(self.norm(hidden.to(self.weight.dtype)), self.weight, self.bias)
 
     def centred(self) -> "Unembedding":
         """The same up to one constant per position, which a softmax does not see.

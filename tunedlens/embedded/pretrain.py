@@ -36,7 +36,7 @@ WARM_UP_STEPS = 100
 DECAY_SHARE = 0.5
 """Share of the steps, the last ones, over which the learning rate falls to 0."""
 
-PROMPTS = ("def __init__(self", "import os", "for i in", "if x is not", "raise Value")
+PROMPTS = ("def __init__(self", "import os", "for i in range(", "if x is not", "raise ValueError(")
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:

@@ -1,0 +1,80 @@
+"""Small things that tests share: tiny models, the embedded model, texts."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from tunedlens import FrozenModel, TunedLens, embedded, load_model
+
+os.environ.setdefault("WANDB_MODE", "offline")
+torch.set_num_threads(2)
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(embedded.FOLDER)
+
+
+@pytest.fixture(scope="session")
+def model():
+    """The embedded GPT-2."""
+    return load_model(device="cpu")
+
+
+def make_gpt2(seed=0, n_layer=3, n_embd=16, vocab_size=4096, n_positions=32):
+    """A random GPT-2 whose logits are far from uniform."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=n_positions,
+        n_embd=n_embd,
+        n_layer=n_layer,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
+        initializer_range=0.3,
+    )
+    gpt2 = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        gpt2.transformer.ln_f.weight.normal_(1.0, 0.3)
+        gpt2.transformer.ln_f.bias.normal_(0.0, 0.3)
+    return gpt2
+
+
+@pytest.fixture
+def tiny(tokenizer):
+    """A random GPT-2 of 3 layers with the embedded tokenizer."""
+    return FrozenModel(make_gpt2(), tokenizer, name="tiny")
+
+
+@pytest.fixture
+def tiny_folder(tmp_path, tokenizer):
+    """The same on disk, as a user would have it."""
+    folder = tmp_path / "tiny"
+    make_gpt2().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    """About 3,000 tokens of text, with bytes of every length."""
+    path = tmp_path / "text.txt"
+    lines = [f"line {i}: naïve café, 日本語 and 🎉, {i * i}\r\n" for i in range(150)]
+    path.write_bytes("".join(lines).encode())
+    return path
+
+
+def random_lens(model, scale=0.1, seed=0):
+    """A tuned lens whose translators are not zero."""
+    torch.manual_seed(seed)
+    lens = TunedLens.from_model(model)
+    with torch.no_grad():
+        for parameter in lens.parameters():
+            parameter.normal_(0.0, scale)
+    return lens

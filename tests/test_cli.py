@@ -1,0 +1,199 @@
+import csv
+import json
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tunedlens import checkpoint
+from tunedlens.cli import evaluate_command, train_command
+
+ROOT = Path(__file__).parents[1]
+FAST = ["--seq-len", "16", "--tokens", "640", "--batch-size", "4", "--device", "cpu"]
+FAST += ["--evaluate-tokens", "60"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def asked(tiny_folder, text_file):
+    """Flags for a model and a text."""
+    return ["--model", str(tiny_folder), "--dataset", str(text_file), *FAST]
+
+
+def fails(command, arguments, capsys, *expected):
+    """One clear line on standard error, a status other than 0, no traceback."""
+    status = command([str(argument) for argument in arguments])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert status == 2
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    for words in expected:
+        assert words in lines[0]
+
+
+def test_both_commands_run_again_and_again(here, asked, capsys):
+    for _ in range(2):
+        assert train_command(asked) == 0
+        assert evaluate_command(["--tokens", "100"]) == 0
+    runs = sorted((here / "checkpoints").iterdir())
+    assert len(runs) == 2
+    newest = checkpoint.newest_lens(here / "checkpoints")
+    assert newest == Path("checkpoints") / runs[1].name or newest == runs[1]
+    out = capsys.readouterr().out
+    assert "tuned KL (nats)" in out
+    assert "perplexity" in out
+    names = {file.name for file in (runs[1] / "evaluation").iterdir()}
+    figures = {
+        f"{name}_by_layer.{kind}" for name in ("kl", "perplexity") for kind in ("png", "svg")
+    }
+    assert names == figures | {"metrics.json", "metrics.csv"}
+
+
+def test_csv_and_json_hold_the_same_figures(here, asked):
+    train_command([*asked, "--output", "run"])
+    evaluate_command(["--lens", "run", "--output", "out", "--tokens", "100"])
+    results = json.loads((here / "out" / "metrics.json").read_text())["results"]
+    with (here / "out" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["value"]) for row in rows] == [result["value"] for result in results]
+    assert {row["lens"] for row in rows} == {"logit", "tuned", "model"}
+
+
+def test_config_file_sets_flags_and_the_command_line_wins(here, asked):
+    (here / "run.yaml").write_text("tokens: 128\nseed: 7\nlr: 1e-3\nstreaming: false\n")
+    asked = [a for a in asked if a not in ("--tokens", "640")]
+    assert train_command([*asked, "--config", "run.yaml", "--seed", "9", "--output", "run"]) == 0
+    config = checkpoint.read_manifest(here / "run")["config"]
+    assert (config["tokens"], config["seed"], config["lr"]) == (128, 9, 1e-3)
+
+
+def test_evaluation_scores_the_text_that_was_held_out(here, asked):
+    train_command([*asked, "--output", "run"])
+    evaluate_command(["--lens", "run"])
+    about = json.loads((here / "run" / "evaluation" / "metrics.json").read_text())["provenance"]
+    manifest = checkpoint.read_manifest(here / "run")
+    assert about["corpus"] == manifest["corpus"]["validation"]
+    assert about["fingerprint"] == manifest["model"]["fingerprint"]
+
+
+def test_bad_input_to_train_is_one_line(here, asked, capsys):
+    (here / "empty.txt").touch()
+    (here / "short.txt").write_text("a few words")
+    (here / "file").touch()
+    (here / "bad.yaml").write_text("- a list")
+    cases = [
+        (["--dataset", "missing.txt"], "missing.txt", "no such file"),
+        (["--dataset", "empty.txt"], "is empty"),
+        (["--dataset", "short.txt"], "less than one block of 16"),
+        (["--model", here], "is no model"),
+        (["--model", here / "nowhere"], "expected a folder with a model"),
+        (["--tokens", "0"], "--tokens must be at least 1, got 0"),
+        (["--output", "file/run"], "cannot write to file/run"),
+        (["--seq-len", "64"], "--seq-len must be at most 32"),
+        (["--device", "cuda:9"], "cannot use the device cuda:9"),
+        (["--device", "nonsense"], "cannot use the device nonsense"),
+        (["--config", "absent.yaml"], "cannot read --config absent.yaml"),
+        (["--config", "bad.yaml"], "expected lines like"),
+        (["--resume"], "no interrupted run under checkpoints"),
+        (["--resume", "nowhere"], "nowhere holds no lens"),
+    ]
+    before = set(here.rglob("*"))
+    for flags, *expected in cases:
+        fails(train_command, [*asked, *flags], capsys, *expected)
+    assert set(here.rglob("*")) == before
+
+
+def test_bad_input_to_evaluate_is_one_line(here, asked, capsys):
+    fails(evaluate_command, [], capsys, "no lens under checkpoints")
+    train_command([*asked, "--output", "run"])
+    capsys.readouterr()
+    for flags, *expected in [
+        (["--lens", "nowhere"], "nowhere holds no lens"),
+        (["--lens", "run", "--tokens", "0"], "--tokens must be at least 1"),
+        (["--lens", "run", "--dataset", "missing.txt"], "no such file"),
+        (["--lens", "run", "--output", "run/config.json/x"], "cannot write to"),
+        (["--lens", ROOT / "checkpoints" / "embedded", "--model", asked[1]], "does not fit"),
+    ]:
+        fails(evaluate_command, flags, capsys, *expected)
+    weights = here / "run" / "lens.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    fails(evaluate_command, ["--lens", "run"], capsys, "damaged")
+
+
+@pytest.mark.usefixtures("here")
+def test_hub_names_without_a_network_are_one_line(asked, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    fails(
+        train_command, [*asked, "--model", "gpt2-none"], capsys, "cannot load the model gpt2-none"
+    )
+    fails(
+        train_command, [*asked, "--dataset", "nobody/nothing"], capsys, "nobody/nothing", "network"
+    )
+
+
+def test_wrong_flags_are_refused_by_the_parser(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train_command(["--tokens", "many"])
+    assert "expected a whole number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_help_names_every_flag(script):
+    text = subprocess.run(
+        [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    flags = {
+        "train.py": "--precision --seed --resume --wandb --skip-first",
+        "evaluate.py": "--lens",
+    }
+    for flag in f"--model --dataset --output --tokens --config {flags[script]}".split():
+        assert flag in text
+
+
+def test_installed_command_is_the_same():
+    tunedlens = Path(sys.executable).parent / "tunedlens"
+    for command in ("train", "evaluate"):
+        text = subprocess.run([tunedlens, command, "--help"], capture_output=True, text=True).stdout
+        script = subprocess.run(
+            [sys.executable, ROOT / f"{command}.py", "--help"], capture_output=True, text=True
+        ).stdout
+        assert text == script
+        assert "--model" in text
+
+
+def run_with_wandb(asked, output, capsys):
+    started = time.monotonic()
+    assert train_command([*asked, "--wandb", "--output", output]) == 0
+    assert time.monotonic() - started < 60
+    assert list(Path(output).glob("wandb/offline-run-*"))
+    return capsys.readouterr().out
+
+
+def test_wandb_without_a_key_goes_offline_with_one_line(here, asked, capsys, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(here))
+    monkeypatch.setenv("NETRC", str(here / "netrc"))
+    assert "kept offline" in run_with_wandb(asked, "run", capsys)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("answer", ["refused", "silence"])
+def test_wandb_that_does_not_answer_goes_offline_with_one_line(asked, capsys, monkeypatch, answer):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if answer == "silence":
+            server.listen(50)
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        assert "kept offline" in run_with_wandb(asked, "run", capsys)

@@ -1,0 +1,226 @@
+import csv
+import json
+
+import pytest
+import torch
+
+from tunedlens import CorpusConfig, InputError
+from tunedlens.corpus import EMBEDDED, Packer, load_corpora, token_bytes, with_defaults
+from tunedlens.embedded import standard_library
+
+TEXTS = [f"document {i}: über {'x' * i}\r\n\ttabs, 日本 🎉\n" for i in range(40)]
+
+
+def load(tokenizer, dataset, seq_len=16, **settings):
+    return load_corpora(CorpusConfig(dataset=str(dataset), seq_len=seq_len, **settings), tokenizer)
+
+
+def whole(corpora):
+    """All blocks of both sides, as one list of ids."""
+    return torch.cat([*corpora.train.blocks(), *corpora.validation.blocks()]).tolist()
+
+
+def test_one_file_is_read_byte_for_byte(tokenizer, tmp_path):
+    raw = "".join(TEXTS).encode() + b"\xef\xbb\xbf\r\r\n<|endoftext|> "
+    (tmp_path / "a.txt").write_bytes(raw)
+    stream = Packer(tokenizer).encode([raw.decode()])[0]
+    assert tokenizer.decode(stream[:-1]).encode() == raw
+    corpora = load(tokenizer, tmp_path / "a.txt", seq_len=len(stream) // 2)
+    assert corpora.train.about["bytes"] == len(raw)
+    assert corpora.train.about["tokens"] == len(stream)
+
+
+def test_text_that_spells_out_eos_is_text(tokenizer):
+    (ids,) = Packer(tokenizer).encode(["a<|endoftext|>b"])
+    assert ids.tolist().count(tokenizer.eos_token_id) == 1
+    assert ids[-1] == tokenizer.eos_token_id
+
+
+def test_token_bytes_add_up_to_the_text(tokenizer):
+    table = token_bytes(tokenizer)
+    for text, ids in zip(TEXTS, Packer(tokenizer).encode(TEXTS), strict=True):
+        assert table[ids.long()].sum() == len(text.encode())
+
+
+def test_blocks_are_the_documents_joined_by_eos_without_loss(tokenizer, tmp_path):
+    for i, text in enumerate(TEXTS):
+        (tmp_path / f"{i:02}.txt").write_text(text, newline="")
+    corpora = load(tokenizer, tmp_path)
+    for side in corpora.train, corpora.validation:
+        ids = torch.cat(list(side.blocks()))
+        documents = tokenizer.decode(ids).split("<|endoftext|>")
+        assert set(documents[:-1]) <= set(TEXTS)
+        assert side.about["tokens"] == len(ids) + side.about["dropped_tokens"]
+        assert side.about["dropped_tokens"] < 16
+
+
+def test_sides_share_no_document(tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    corpora = load(tokenizer, path, seq_len=4)
+    train, validation = (
+        set(tokenizer.decode(torch.cat(list(side.blocks()))).split("<|endoftext|>")[:-1])
+        for side in (corpora.train, corpora.validation)
+    )
+    assert train
+    assert validation
+    assert not train & validation
+
+
+def test_sides_of_a_single_document_share_no_block(tokenizer, text_file):
+    corpora = load(tokenizer, text_file)
+    train, validation = (
+        {tuple(block.tolist()) for block in side.blocks()}
+        for side in (corpora.train, corpora.validation)
+    )
+    assert not train & validation
+    assert corpora.train.about["blocks"] + corpora.validation.about["blocks"] == (
+        corpora.train.about["tokens"] // 16
+    )
+
+
+def test_a_few_documents_always_leave_one_held_out(tokenizer, tmp_path):
+    for i in range(2):
+        (tmp_path / f"{i}.md").write_text(f"{i} " * 100)
+    corpora = load(tokenizer, tmp_path)
+    assert corpora.train.about["documents"] == corpora.validation.about["documents"] == 1
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_every_format_gives_the_same_tokens(tokenizer, tmp_path, kind):
+    texts = [*TEXTS, "NA", "null", "123"]
+    path = tmp_path / f"rows.{kind}"
+    rows = [{"id": i, "text": text} for i, text in enumerate(texts)]
+    if kind == "jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
+    elif kind == "csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["id", "text"])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    (tmp_path / "plain").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "plain" / f"{i:02}.txt").write_text(text, newline="")
+    assert whole(load(tokenizer, path)) == whole(load(tokenizer, tmp_path / "plain"))
+
+
+def test_streaming_gives_the_blocks_of_the_whole(tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS * 5))
+    assert whole(load(tokenizer, path)) == whole(load(tokenizer, path, streaming=True))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_batches_go_on_from_a_position_as_if_never_stopped(tokenizer, tmp_path, streaming):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "\n".join(json.dumps({"text": text + str(i)}) for i, text in enumerate(TEXTS * 9))
+    )
+
+    def batches(position=None):
+        corpus = load(tokenizer, path, streaming=streaming).train
+        return corpus.batches(3, seed=0, position=position)
+
+    unbroken = [batch for batch, _ in zip(batches(), range(40), strict=False)]
+    for stop in (0, 7, 20):
+        position = json.loads(json.dumps(unbroken[stop].position))
+        resumed = next(batches(position))
+        assert torch.equal(resumed.input_ids, unbroken[stop + 1].input_ids)
+
+
+def test_batches_pass_over_every_block_once_before_any_comes_again(tokenizer, text_file):
+    corpus = load(tokenizer, text_file).train
+    count = corpus.about["blocks"]
+    rows = torch.cat(
+        [b.input_ids for b, _ in zip(corpus.batches(1, 0), range(2 * count), strict=False)]
+    )
+    everything = sorted(map(tuple, torch.stack(list(corpus.blocks())).tolist()))
+    first, second = rows[:count].tolist(), rows[count:].tolist()
+    assert sorted(map(tuple, first)) == sorted(map(tuple, second)) == everything
+    assert first != second
+
+
+def test_batches_depend_on_the_seed(tokenizer, text_file):
+    corpus = load(tokenizer, text_file).train
+    one, other = (next(corpus.batches(8, seed)).input_ids for seed in (0, 1))
+    assert not torch.equal(one, other)
+
+
+def test_stream_that_runs_out_says_so(tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    with pytest.raises(InputError, match="ran out"):
+        list(load(tokenizer, path, streaming=True).train.batches(4, 0))
+
+
+def test_glob_and_text_column_choose_what_is_read(tokenizer, tmp_path):
+    for i, text in enumerate(TEXTS):
+        (tmp_path / f"{i:02}.jsonl").write_text(json.dumps({"title": "no", "body": text}))
+    (tmp_path / "other.txt").write_text("not this")
+    corpora = load(tokenizer, f"{tmp_path}/*.jsonl", text_column="body")
+    assert corpora.train.about["documents"] + corpora.validation.about["documents"] == len(TEXTS)
+
+
+def test_embedded_text_is_split_by_path_and_has_no_tests(tokenizer):
+    train, validation = standard_library("train"), standard_library("validation")
+    paths = [file.path for file in train + validation]
+    assert len(paths) == len(set(paths))
+    assert "json/decoder.py" in paths
+    assert not any("test" in path.split("/") or "site-packages" in path for path in paths)
+    corpora = load(tokenizer, EMBEDDED, seq_len=512)
+    assert corpora.validation.about["bytes"] == sum(len(f.text.encode()) for f in validation)
+
+
+def test_another_model_streams_a_web_corpus_by_default(tiny):
+    config = with_defaults(CorpusConfig(), tiny)
+    assert config.streaming
+    assert "openwebtext" in str(config.dataset)
+
+
+def test_block_longer_than_the_context_is_refused(tiny):
+    with pytest.raises(InputError, match="at most 32, the context of tiny; got 64"):
+        with_defaults(CorpusConfig(seq_len=64), tiny)
+
+
+def bad(tmp_path, name, content=b""):
+    path = tmp_path / name
+    path.write_bytes(content)
+    return path
+
+
+def test_bad_text_is_refused_with_a_reason(tokenizer, tmp_path):
+    rows = b'{"a": "x", "b": "y", "n": 1}\n'
+    cases = [
+        (tmp_path / "missing.txt", {}, "no such file"),
+        (bad(tmp_path, "empty.txt"), {}, "is empty"),
+        (bad(tmp_path, "short.txt", b"a few words"), {}, "less than one block of 16"),
+        (bad(tmp_path, "one.txt", b"word " * 18), {}, "at least two"),
+        (bad(tmp_path, "latin.txt", b"caf\xe9 " * 99), {}, "not UTF-8 .byte 3 is 0xe9"),
+        (bad(tmp_path, "picture.png"), {}, "expected a file of a kind"),
+        (bad(tmp_path, "rows.jsonl", rows), {}, "choose one with --text-column"),
+        (bad(tmp_path, "r.jsonl", rows), {"text_column": "c"}, "no column 'c'; it has a, b, n"),
+        (bad(tmp_path, "s.jsonl", rows), {"text_column": "n"}, "'n' .* holds no text"),
+        (bad(tmp_path, "torn.jsonl", b'{"a": '), {}, "cannot read the dataset"),
+        (bad(tmp_path, "torn.parquet", b"PAR1"), {}, "cannot read the dataset"),
+    ]
+    for path, settings, message in cases:
+        with pytest.raises(InputError, match=message):
+            whole(load(tokenizer, path, **settings))
+
+
+@pytest.mark.network
+def test_hub_dataset_is_read_with_a_named_validation_split(tokenizer):
+    corpora = load(
+        tokenizer,
+        "Salesforce/wikitext",
+        dataset_config="wikitext-2-raw-v1",
+        validation_split="validation",
+    )
+    assert corpora.validation.about["documents"] < corpora.train.about["documents"]

@@ -1,0 +1,202 @@
+import dataclasses
+import json
+import os
+import signal
+import threading
+
+import pytest
+import torch
+
+from tunedlens import (
+    CorpusConfig,
+    InputError,
+    ModelConfig,
+    TrainConfig,
+    TunedLens,
+    checkpoint,
+    load_model,
+    training,
+)
+from tunedlens.training import Interrupted, saved_config, train
+
+
+@pytest.fixture
+def config(tiny_folder, text_file):
+    return TrainConfig(
+        model=ModelConfig(model=str(tiny_folder), device="cpu"),
+        corpus=CorpusConfig(dataset=str(text_file), seq_len=16),
+        tokens=640,
+        batch_size=4,
+        evaluate_every=3,
+        evaluate_tokens=60,
+    )
+
+
+def lens_of(folder, config):
+    return TunedLens.load(folder, load_model(config.model.model, device="cpu")).state_dict()
+
+
+def assert_same_lens(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture
+def interrupt_after(monkeypatch):
+    """Ask a run to stop, as Ctrl-C would, while it takes a given step."""
+
+    def arm(step):
+        original = training.MuonFit.step
+
+        def take(self, index):
+            if index == step:
+                os.kill(os.getpid(), signal.SIGINT)
+            original(self, index)
+
+        monkeypatch.setattr(training.MuonFit, "step", take)
+        return lambda: monkeypatch.setattr(training.MuonFit, "step", original)
+
+    return arm
+
+
+def test_training_lowers_the_held_out_kl_of_every_layer(config, tmp_path):
+    config = dataclasses.replace(config, tokens=6400, evaluate_tokens=150)
+    evaluation = train(config, tmp_path / "run")
+    logit, tuned = (evaluation.by_layer(lens, "kl_nats") for lens in ("logit", "tuned"))
+    assert all(after.value < before.value for after, before in zip(tuned, logit, strict=True))
+
+
+def test_same_config_gives_the_same_lens(config, tmp_path):
+    train(config, tmp_path / "one")
+    train(config, tmp_path / "other")
+    assert_same_lens(lens_of(tmp_path / "one", config), lens_of(tmp_path / "other", config))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("step", [1, 5])
+def test_interrupted_and_resumed_run_ends_bit_equal_to_an_unbroken_one(
+    config, tmp_path, interrupt_after, step, streaming
+):
+    corpus = config.corpus
+    if streaming:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("\n".join(json.dumps({"text": f"row {i}, {i * i}"}) for i in range(900)))
+        corpus = dataclasses.replace(corpus, dataset=str(path), streaming=True)
+    config = dataclasses.replace(config, corpus=corpus)
+    train(config, tmp_path / "unbroken")
+    disarm = interrupt_after(step)
+    with pytest.raises(Interrupted, match=rf"after {(step + 1) * 64} of 640 tokens"):
+        train(config, tmp_path / "broken")
+    disarm()
+    assert not (tmp_path / "broken" / "config.json").exists()
+    train(saved_config(tmp_path / "broken"), tmp_path / "broken", resume=True)
+    assert not (tmp_path / "broken" / "state").exists()
+    assert_same_lens(lens_of(tmp_path / "unbroken", config), lens_of(tmp_path / "broken", config))
+
+
+def test_micro_batches_change_memory_and_not_the_lens(config, tmp_path):
+    train(config, tmp_path / "whole")
+    train(dataclasses.replace(config, micro_batch_size=1), tmp_path / "parts")
+    whole, parts = (lens_of(tmp_path / name, config) for name in ("whole", "parts"))
+    for name, value in whole.items():
+        assert torch.allclose(value, parts[name], atol=1e-3)
+
+
+def test_finished_run_is_extended_with_more_tokens(config, tmp_path):
+    train(config, tmp_path / "run")
+    with pytest.raises(InputError, match="trained on 640 tokens already"):
+        train(saved_config(tmp_path / "run"), tmp_path / "run", resume=True)
+    more = dataclasses.replace(saved_config(tmp_path / "run"), tokens=1280)
+    train(more, tmp_path / "run", resume=True)
+    assert checkpoint.read_manifest(tmp_path / "run")["progress"]["tokens"] == 1280
+
+
+def test_resume_with_other_settings_is_refused(config, tmp_path):
+    train(config, tmp_path / "run")
+    other = dataclasses.replace(saved_config(tmp_path / "run"), tokens=1280, lr=0.5)
+    with pytest.raises(InputError, match="other settings"):
+        train(other, tmp_path / "run", resume=True)
+
+
+def test_finished_run_is_never_overwritten(config, tmp_path):
+    train(config, tmp_path / "run")
+    before = lens_of(tmp_path / "run", config)
+    with pytest.raises(InputError, match="holds a lens: choose another --output"):
+        train(dataclasses.replace(config, seed=1), tmp_path / "run")
+    assert_same_lens(before, lens_of(tmp_path / "run", config))
+
+
+def test_interrupted_run_is_never_overwritten(config, tmp_path, interrupt_after):
+    interrupt_after(2)
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "run")
+    with pytest.raises(InputError, match="holds an interrupted run"):
+        train(config, tmp_path / "run")
+
+
+def test_skipped_positions_have_no_part_in_the_lens(config, tmp_path, monkeypatch):
+    seen = []
+    original = training.lens_kl
+
+    def spy(translated, final, *args, **kwargs):
+        seen.append(final.shape[0])
+        return original(translated, final, *args, **kwargs)
+
+    monkeypatch.setattr(training, "lens_kl", spy)
+    train(dataclasses.replace(config, skip_first=1, tokens=120), tmp_path / "run")
+    assert seen == [4 * 15, 4 * 15]
+
+
+def test_skipping_a_whole_block_is_refused(config, tmp_path):
+    with pytest.raises(InputError, match=r"--skip-first must be less than --seq-len \(16\)"):
+        train(dataclasses.replace(config, skip_first=16), tmp_path / "run")
+
+
+def test_manifest_says_where_the_lens_comes_from(config, tmp_path):
+    train(config, tmp_path / "run")
+    manifest = checkpoint.read_manifest(tmp_path / "run")
+    assert manifest["config"]["tokens"] == 640
+    assert manifest["provenance"]["fingerprint"] == manifest["model"]["fingerprint"]
+    assert len(manifest["corpus"]["train"]["tokens_sha256"]) == 64
+    assert [point["tokens"] for point in manifest["progress"]["curve"]] == [192, 384, 576, 640]
+    assert "| mean |" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_stream_that_runs_out_stops_the_run_with_a_reason(config, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"row {i}"}) for i in range(300)))
+    corpus = CorpusConfig(dataset=str(path), seq_len=16, streaming=True)
+    config = dataclasses.replace(config, corpus=corpus, tokens=10**6)
+    with pytest.raises(InputError, match="ran out"):
+        train(config, tmp_path / "run")
+    assert checkpoint.load_state(tmp_path / "run").about["progress"]["tokens"] > 0
+
+
+def test_a_run_in_another_thread_leaves_signals_alone(config, tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=train, args=(config, tmp_path / "run"))
+    thread.start()
+    thread.join()
+    assert (tmp_path / "run" / "config.json").exists()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_bfloat16_products_give_nearly_the_same_lens(config, tmp_path):
+    config = dataclasses.replace(config, tokens=3200)
+    exact = train(config, tmp_path / "fp32")
+    rough = train(dataclasses.replace(config, precision="bf16"), tmp_path / "bf16")
+    for one, other in zip(
+        exact.by_layer("tuned", "kl_nats"), rough.by_layer("tuned", "kl_nats"), strict=True
+    ):
+        assert other.value == pytest.approx(one.value, rel=0.05)
+
+
+@pytest.mark.gpu
+def test_training_on_an_accelerator_agrees_with_the_cpu(config, tmp_path):
+    device = torch.accelerator.current_accelerator().type
+    on_device = dataclasses.replace(config, model=dataclasses.replace(config.model, device=device))
+    one, other = train(config, tmp_path / "cpu"), train(on_device, tmp_path / "device")
+    for a, b in zip(
+        one.by_layer("tuned", "kl_nats"), other.by_layer("tuned", "kl_nats"), strict=True
+    ):
+        assert a.value == pytest.approx(b.value, rel=0.02)
