@@ -9,7 +9,9 @@ import typing
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
+
+import transformers
 
 from tunedlens import checkpoint
 from tunedlens.config import CorpusConfig, EvaluateConfig, ModelConfig, TrainConfig, WandbMode
@@ -193,7 +195,10 @@ def _guarded(
     command: Callable[[Sequence[str] | None], int], arguments: Sequence[str] | None
 ) -> int:
     """A user's mistake is one line on standard error and a status other than 0."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # Bars for what takes no time bury the lines that matter.
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
     try:
         return command(arguments)
     except InputError as error:
@@ -204,9 +209,14 @@ def _guarded(
         return INTERRUPTED
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (--help lists the flags)")
+
+
 def _parser(name: str, description: str, config: type) -> argparse.ArgumentParser:
     """A parser with a flag for every field; what is not given is left out of the result."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=name,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -242,17 +252,18 @@ def _add_flag(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
     elif typing.get_origin(hint) is Literal:
         group.add_argument(flag, choices=typing.get_args(hint), help=text)
     else:
-        group.add_argument(
-            flag, type=_count if hint is int else hint, metavar=hint.__name__, help=text
-        )
+        kind, metavar = {int: (_count, "N"), float: (float, "X"), str: (str, "NAME")}[hint]
+        group.add_argument(flag, type=kind, metavar=metavar, help=text)
 
 
 def _count(text: str) -> int:
     """A whole number, as 1000000, 1_000_000 or 1e6."""
-    number = float(text)
-    if number != int(number):
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text}")
-    return int(number)
+    try:
+        if float(text).is_integer():
+            return int(float(text))
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> dict[str, Any]:

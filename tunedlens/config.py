@@ -94,7 +94,7 @@ class TrainConfig:
     )
     skip_first: int = option(0, "positions at the start of each block that are not trained on")
     precision: Precision = option("fp32", "matrix products while training: fp32 or bf16")
-    lr: float = option(0.01, "learning rate at the start; falls linearly to 0")
+    lr: float = option(0.04, "learning rate at the start; falls linearly to 0")
     momentum: float = option(0.9, "momentum of Muon")
     weight_decay: float = option(0.01, "weight decay; pulls the lens towards the logit lens")
     seed: int = option(0, "orders the blocks")

@@ -259,7 +259,12 @@ def load_model(
         raise InputError(f"{model}: expected a folder with a model or a name on the hub")
     else:
         source = Path(str(model))
-    target = torch.device(device) if device is not None else _best_device()
+    try:
+        target = _best_device() if device is None else torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"cannot use the device {device}: {reason}") from error
     # Only float32 and bfloat16 keep the fingerprint, so float16 is reached by way of float32.
     load_dtype = torch.float32 if dtype == "float16" else getattr(torch, dtype)
     try:
@@ -279,11 +284,7 @@ def load_model(
     if dtype == "float16":
         fingerprint = FrozenModel(loaded, tokenizer).identity.fingerprint
         loaded = loaded.half()
-    try:
-        loaded = loaded.to(target)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"cannot use the device {target}: {str(error).splitlines()[0]}") from error
-    return FrozenModel(loaded, tokenizer, str(model or "embedded"), fingerprint)
+    return FrozenModel(loaded.to(target), tokenizer, str(model or "embedded"), fingerprint)
 
 
 def _best_device() -> torch.device:

@@ -1,7 +1,7 @@
 """Figures of saved results, drawn for a paper: vector and 2x raster, readable in grey."""
 
 import io
-from collections.abc import Sequence
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,13 +33,19 @@ _RC: Any = {
 
 
 def kl_by_layer(evaluation: Evaluation) -> "Figure":
-    """KL(model || lens) of every lens, layer by layer, in nats; the band is two errors."""
+    """KL(model ‖ lens) of every lens by layer, in nats on a log scale.
+
+    Bands are two standard errors to either side.
+    """
     return _by_layer(evaluation, "kl_nats", "KL(model ‖ lens), nats")
 
 
 def perplexity_by_layer(evaluation: Evaluation) -> "Figure":
-    """Perplexity of every lens on a log scale, and the model's own as a line."""
-    return _by_layer(evaluation, "perplexity", "perplexity", log=True, model_line=True)
+    """Perplexity of every lens by layer on a log scale, and the model's own as a line.
+
+    Bands are two standard errors to either side.
+    """
+    return _by_layer(evaluation, "perplexity", "perplexity", model_line=True)
 
 
 FIGURES = {"kl_by_layer": kl_by_layer, "perplexity_by_layer": perplexity_by_layer}
@@ -72,64 +78,87 @@ def _rendered(figure: "Figure", kind: str) -> bytes:
 
 
 def _by_layer(
-    evaluation: Evaluation, metric: str, label: str, log: bool = False, model_line: bool = False
+    evaluation: Evaluation, metric: str, label: str, model_line: bool = False
 ) -> "Figure":
     import matplotlib
     from matplotlib.figure import Figure
 
     layers = list(range(evaluation.n_layers))
+    columns = [evaluation.by_layer(lens, metric) for lens in evaluation.lenses]
+    values = [[estimate.value for estimate in column] for column in columns]
     with matplotlib.rc_context(_RC):
         figure = Figure(figsize=(4.4, 3.0), layout="constrained")
         axes = figure.subplots()
-        ends = []
-        for index, lens in enumerate(evaluation.lenses):
-            estimates = evaluation.by_layer(lens, metric)
-            values = [e.value for e in estimates]
-            errors = [2 * (e.standard_error or 0.0) for e in estimates]
-            style = _STYLES[index % len(_STYLES)]
-            axes.plot(layers, values, **style)
-            low = [
-                max(v - e, v / 10) if log else v - e for v, e in zip(values, errors, strict=True)
-            ]
-            high = [v + e for v, e in zip(values, errors, strict=True)]
+        axes.set_yscale("log")
+        top = _top_of_the_scale(values)
+        for column, line, style in zip(columns, values, _STYLES, strict=False):
+            shown = [value if value <= top else math.nan for value in line]
+            errors = [2 * (estimate.standard_error or 0.0) for estimate in column]
+            low = [max(v - e, v / 10) for v, e in zip(shown, errors, strict=True)]
+            high = [v + e for v, e in zip(shown, errors, strict=True)]
+            axes.plot(layers, shown, **style)
             axes.fill_between(layers, low, high, color=style["color"], alpha=0.2, linewidth=0)
-            ends.append((values, lens + " lens", style["color"]))
-        if log:
-            axes.set_yscale("log")
-        else:
-            axes.set_ylim(bottom=0)
+            if line[0] > top:
+                _note(axes, f"↑ {line[0]:.0e}", (0, top), style["color"], above=False)
+        if top < math.inf:
+            axes.set_ylim(top=top)
+        for name, line, style in zip(evaluation.lenses, values, _STYLES, strict=False):
+            _name_line(axes, f"{name} lens", line, values, style["color"])
         if model_line:
             own = evaluation.of_model(metric).value
             axes.axhline(own, color="0.35", linewidth=1)
+            axes.set_ylim(bottom=own / 1.8)
             _note(axes, f"model {own:.3g}", (0, own), "0.35", above=False)
-        for values, text, color in ends:
-            _label(axes, values, text, color, [v for v, *_ in ends])
         axes.set_xlabel("layer (0 is the embeddings)")
         axes.set_ylabel(label)
         axes.set_xticks(layers[:: max(1, len(layers) // 12)])
+        _plain_ticks(axes)
     return figure
 
 
-def _label(
-    axes: "Axes", values: Sequence[float], text: str, color: str, everyone: list[list[float]]
+def _top_of_the_scale(values: list[list[float]]) -> float:
+    """Infinite, or short of a first layer that is 50 times above all the others."""
+    rest = max((value for line in values for value in line[1:]), default=0.0)
+    if not rest or max(line[0] for line in values) <= 50 * rest:
+        return math.inf
+    return 2 * max(value for line in values for value in line if value <= 50 * rest)
+
+
+def _plain_ticks(axes: "Axes") -> None:
+    """Numbers as a reader would say them; 1, 2, 5 where the axis spans few decades."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axes.get_ylim()
+    few = high / low < 1000
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _name_line(
+    axes: "Axes", name: str, line: list[float], everyone: list[list[float]], color: str
 ) -> None:
-    """Name a line where it is farthest from the others, on its outer side."""
+    """Write a line's name where it is farthest from the others, on its outer side."""
 
-    def gap(layer: int) -> float:
-        others = [abs(line[layer] - values[layer]) for line in everyone if line is not values]
-        return min(others, default=0.0)
+    def distance(layer: int) -> float:
+        others = [other[layer] for other in everyone if other is not line]
+        return min((abs(math.log(line[layer] / value)) for value in others), default=0.0)
 
-    layer = max(range(len(values)), key=lambda i: (gap(i), -i)) if len(everyone) > 1 else 0
-    above = all(values[layer] >= line[layer] for line in everyone)
-    _note(axes, text, (layer, values[layer]), color, above)
+    inner = range(len(line) // 3, max(1, len(line) - 1))
+    layer = max(inner, key=distance)
+    above = line[layer] >= max(other[layer] for other in everyone)
+    _note(axes, name, (layer, line[layer]), color, above)
 
 
 def _note(axes: "Axes", text: str, at: tuple[float, float], color: str, above: bool) -> None:
+    """Text above and to the right of a point, or below it and, past the axis, to the left."""
+    to_the_right = above or at[0] == 0
     axes.annotate(
         text,
         at,
-        xytext=(6, 6 if above else -6),
+        xytext=(5 if to_the_right else -5, 5 if above else -5),
         textcoords="offset points",
         color=color,
+        ha="left" if to_the_right else "right",
         va="bottom" if above else "top",
     )
