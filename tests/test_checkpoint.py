@@ -61,7 +61,9 @@ def test_damaged_lens_is_refused(tiny, saved):
         TunedLens.load(saved[1], tiny)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"lens": "other"}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"lens": "other"}', '{"lens": "tuned", "format": 1}']
+)
 def test_damaged_manifest_is_refused(tiny, saved, text):
     (saved[1] / "config.json").write_text(text)
     with pytest.raises(InputError, match=r"config\.json is"):
@@ -89,16 +91,18 @@ def test_newest_lens_is_the_one_whose_manifest_says_so(tiny, tmp_path):
     assert checkpoint.newest_lens(tmp_path) == tmp_path / "a"
 
 
-def test_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "result.json"
     path.write_text("old")
+    whole = type(path).write_bytes
 
-    def fail(partial):
-        partial.write_text("half")
+    def write_half(partial, content):
+        whole(partial, content[: len(content) // 2])
         raise OSError("disk full")
 
+    monkeypatch.setattr(type(path), "write_bytes", write_half)
     with pytest.raises(InputError, match="disk full"):
-        checkpoint.write(path, fail)
+        checkpoint.write(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -111,12 +115,14 @@ def test_state_reads_back_bit_equal(tmp_path):
     assert all(torch.equal(state.tensors[name], value) for name, value in tensors.items())
 
 
-def test_damaged_state_is_refused(tmp_path):
-    checkpoint.save_state(tmp_path, checkpoint.State({"a": torch.ones(2)}, {}))
-    path = tmp_path / "state" / "state.safetensors"
+def test_damaged_state_is_refused_by_name_and_passed_over_otherwise(tmp_path):
+    for name in ("whole", "torn"):
+        checkpoint.save_state(tmp_path / name, checkpoint.State({"a": torch.ones(2)}, {}))
+    path = tmp_path / "torn" / "state" / "state.safetensors"
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(InputError, match="is damaged"):
-        checkpoint.load_state(tmp_path)
+        checkpoint.load_state(tmp_path / "torn")
+    assert checkpoint.newest_state(tmp_path) == tmp_path / "whole"
 
 
 def test_unwritable_folder_is_found_out_beforehand(tmp_path):

@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import json
 
@@ -184,6 +185,55 @@ def test_another_model_streams_a_web_corpus_by_default(tiny):
     assert "openwebtext" in str(config.dataset)
 
 
+def test_texts_without_text_are_passed_over(tokenizer, tmp_path):
+    rows = [json.dumps({"text": text}) for text in TEXTS]
+    (tmp_path / "plain.jsonl").write_text("\n".join(rows))
+    (tmp_path / "gaps.jsonl").write_text("\n".join(['{"text": null}', '{"text": ""}', *rows]))
+    assert whole(load(tokenizer, tmp_path / "gaps.jsonl")) == (
+        whole(load(tokenizer, tmp_path / "plain.jsonl"))
+    )
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_folder_may_hold_texts_and_rows(tokenizer, tmp_path, streaming):
+    (tmp_path / "a.md").write_text(TEXTS[0] * 9)
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    corpora = load(tokenizer, tmp_path, seq_len=4, streaming=streaming)
+    ids = torch.cat([*corpora.train.blocks(), *corpora.validation.blocks()])
+    assert TEXTS[0] * 2 in tokenizer.decode(ids)
+    assert TEXTS[30] in tokenizer.decode(ids)
+
+
+def test_blocks_are_split_where_the_documents_are_too_small(tokenizer, tmp_path):
+    (tmp_path / "long.txt").write_text("".join(TEXTS))
+    (tmp_path / "tiny.txt").write_text("tiny")
+    corpora = load(tokenizer, tmp_path)
+    assert corpora.train.about["documents"] == 2
+    assert corpora.train.about["blocks"] > corpora.validation.about["blocks"] > 0
+
+
+def test_blocks_that_are_all_alike_are_split_too(tokenizer, tmp_path):
+    (tmp_path / "same.txt").write_text("0\n" * 1600)
+    corpora = load(tokenizer, tmp_path / "same.txt", seq_len=2)
+    assert corpora.train.about["blocks"] > 0
+    assert corpora.validation.about["blocks"] > 0
+
+
+def test_local_file_streams_as_it_would_be_read(tokenizer, text_file):
+    assert whole(load(tokenizer, text_file, streaming=True)) == whole(load(tokenizer, text_file))
+
+
+def test_stream_counts_what_it_has_read(tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text + str(i)}) for i, text in enumerate(TEXTS)))
+    corpus = load(tokenizer, path, seq_len=4, streaming=True).train
+    with pytest.raises(InputError, match="ran out"):
+        list(corpus.batches(1, 0))
+    expected = load(tokenizer, path, seq_len=4).train.about
+    for figure in ("documents", "bytes", "tokens"):
+        assert corpus.about[figure] == expected[figure]
+
+
 def test_block_longer_than_the_context_is_refused(tiny):
     with pytest.raises(InputError, match="at most 32, the context of tiny; got 64"):
         with_defaults(CorpusConfig(seq_len=64), tiny)
@@ -195,7 +245,7 @@ def bad(tmp_path, name, content=b""):
     return path
 
 
-def test_bad_text_is_refused_with_a_reason(tokenizer, tmp_path):
+def test_bad_text_is_refused_with_a_reason(tokenizer, tmp_path, text_file):
     rows = b'{"a": "x", "b": "y", "n": 1}\n'
     cases = [
         (tmp_path / "missing.txt", {}, "no such file"),
@@ -209,10 +259,33 @@ def test_bad_text_is_refused_with_a_reason(tokenizer, tmp_path):
         (bad(tmp_path, "s.jsonl", rows), {"text_column": "n"}, "'n' .* holds no text"),
         (bad(tmp_path, "torn.jsonl", b'{"a": '), {}, "cannot read the dataset"),
         (bad(tmp_path, "torn.parquet", b"PAR1"), {}, "cannot read the dataset"),
+        (text_file, {"validation_split": "validation"}, "for datasets on the hub"),
+        (text_file, {"dataset_config": "en"}, "for datasets on the hub"),
+        ("hub/name", {"validation_split": "train"}, "another than --dataset-split"),
+        ("x" * 300, {}, "cannot look for files"),
+        ("~nosuchuser/x.txt", {}, "cannot look for files"),
     ]
     for path, settings, message in cases:
         with pytest.raises(InputError, match=message):
             whole(load(tokenizer, path, **settings))
+
+
+def test_position_near_the_end_of_a_stream_resumes_too(tokenizer, tmp_path):
+    path = tmp_path / "rows.parquet"
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"text": f"{text}{i}"} for i, text in enumerate(TEXTS)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+    def batches(position=None):
+        return load(tokenizer, path, seq_len=4, streaming=True).train.batches(2, 0, position)
+
+    unbroken = []
+    with contextlib.suppress(InputError):  # when it runs out
+        for batch in batches():
+            unbroken.append(batch)
+    assert torch.equal(next(batches(unbroken[-2].position)).input_ids, unbroken[-1].input_ids)
 
 
 @pytest.mark.network

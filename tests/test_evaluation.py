@@ -80,7 +80,7 @@ def test_text_that_has_fewer_tokens_is_scored_whole(tiny, blocks):
 
 def test_figures_do_not_depend_on_batch_or_chunk(tiny, blocks, monkeypatch):
     one = run(tiny, blocks, batch_size=1)
-    monkeypatch.setattr("tunedlens.evaluation.chunk_tokens", lambda _: 7)
+    monkeypatch.setattr("tunedlens.evaluation.chunk_tokens", lambda *_: 7)
     other = run(tiny, blocks, batch_size=9)
     for a, b in zip(one.results, other.results, strict=True):
         assert a.value == pytest.approx(b.value, rel=1e-5, abs=1e-9)

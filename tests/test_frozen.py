@@ -188,6 +188,17 @@ def test_weights_that_are_missing_are_not_made_up(tiny_folder):
         load_model(tiny_folder)
 
 
+def test_tokenizer_with_more_tokens_than_the_model_is_refused(tokenizer):
+    with pytest.raises(InputError, match="vocabulary of 4,000, but its tokenizer has 4,096"):
+        FrozenModel(make_gpt2(vocab_size=4000), tokenizer)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~nosuchuser/model"])
+def test_name_that_no_path_can_have_is_refused(name):
+    with pytest.raises(InputError):
+        load_model(name)
+
+
 @pytest.mark.network
 def test_gpt2_from_the_hub_passes_the_self_check():
     assert load_model("gpt2").identity.n_layers == 12

@@ -79,6 +79,15 @@ def test_translators_are_float32_for_a_half_precision_model(tokenizer):
     assert lens(hidden, 1).dtype == torch.float32
 
 
-def test_moving_a_lens_leaves_the_model_where_it_is(tiny):
-    TunedLens.from_model(tiny).to(torch.float64)
+def test_lens_shares_the_memory_of_the_unembedding(tiny):
+    lens = LogitLens.from_model(tiny)
+    assert lens.unembedding.weight.data_ptr() == tiny.model.lm_head.weight.data_ptr()
+
+
+def test_moving_a_lens_leaves_the_model_and_other_lenses_where_they_are(tiny, states):
+    other = LogitLens.from_model(tiny)
+    moved = random_lens(tiny).double()
     assert tiny.model.transformer.ln_f.weight.dtype == torch.float32
+    assert tiny.unembedding.weight.dtype == other.unembedding.weight.dtype == torch.float32
+    assert moved(states[1], 1).dtype == torch.float64
+    assert torch.allclose(moved(states[1], 1).float(), random_lens(tiny)(states[1], 1), atol=1e-4)

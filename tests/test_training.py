@@ -6,6 +6,8 @@ import threading
 
 import pytest
 import torch
+from conftest import SHARED_DATA, make_gpt2
+from transformers import AutoTokenizer
 
 from tunedlens import (
     CorpusConfig,
@@ -92,6 +94,67 @@ def test_interrupted_and_resumed_run_ends_bit_equal_to_an_unbroken_one(
     train(saved_config(tmp_path / "broken"), tmp_path / "broken", resume=True)
     assert not (tmp_path / "broken" / "state").exists()
     assert_same_lens(lens_of(tmp_path / "unbroken", config), lens_of(tmp_path / "broken", config))
+
+
+def test_interrupt_in_the_last_step_finishes_the_run(config, tmp_path, interrupt_after):
+    interrupt_after(9)
+    assert train(config, tmp_path / "run").tokens == 60
+    assert not (tmp_path / "run" / "state").exists()
+
+
+def test_run_that_died_while_it_was_being_saved_is_finished_by_resume(
+    config, tmp_path, monkeypatch
+):
+    train(config, tmp_path / "unbroken")
+    with monkeypatch.context() as patch:
+        patch.setattr(training.checkpoint, "write_json", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(config, tmp_path / "run")
+    train(saved_config(tmp_path / "run"), tmp_path / "run", resume=True)
+    assert_same_lens(lens_of(tmp_path / "unbroken", config), lens_of(tmp_path / "run", config))
+
+
+def test_resume_on_a_text_that_has_changed_is_refused(config, tmp_path, text_file, interrupt_after):
+    interrupt_after(2)
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "run")
+    text_file.write_text(text_file.read_text() + "more")
+    with pytest.raises(InputError, match="is not the one that"):
+        train(saved_config(tmp_path / "run"), tmp_path / "run", resume=True)
+
+
+def test_training_that_blows_up_is_not_saved(config, tmp_path):
+    with pytest.raises(InputError, match="a smaller --lr may help"):
+        train(dataclasses.replace(config, lr=1e30), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"weight_decay": -1.0}, {"momentum": 1.0}, {"seed": -1}, {"lr": 0.0}, {"tokens": 0}],
+)
+def test_settings_out_of_range_are_refused(setting):
+    with pytest.raises(InputError, match=f"--{next(iter(setting)).replace('_', '-')} must be"):
+        TrainConfig(**setting)
+
+
+@pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs GPT-2's own tokenizer")
+def test_training_on_any_gpt2_folder_with_the_real_tokenizer(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(SHARED_DATA / "gpt2-tokenizer")
+    make_gpt2(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    text = (SHARED_DATA / "shakespeare.txt").read_text()[:30_000]
+    (tmp_path / "play.txt").write_text(text)
+    config = TrainConfig(
+        model=ModelConfig(model=str(tmp_path / "gpt2"), device="cpu"),
+        corpus=CorpusConfig(dataset=str(tmp_path / "play.txt")),
+        tokens=4096,
+        evaluate_tokens=310,
+    )
+    evaluation = train(config, tmp_path / "run")
+    assert checkpoint.read_manifest(tmp_path / "run")["model"]["vocab_size"] == 50257
+    logit, tuned = (evaluation.by_layer(lens, "kl_nats") for lens in ("logit", "tuned"))
+    assert sum(e.value for e in tuned) < sum(e.value for e in logit)
 
 
 def test_micro_batches_change_memory_and_not_the_lens(config, tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,12 +24,10 @@ WEIGHTS = "lens.safetensors"
 STATE = Path("state") / "state.safetensors"
 
 
-def write(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
+def write(path: Path, content: str | bytes) -> None:
     """Write a file under a temporary name, then rename it: whole or not at all.
 
-    Args:
-        path: the file; its folder is made if need be.
-        content: the text, the bytes, or a function that writes a file at the path it gets.
+    Its folder is made if need be.
 
     Raises:
         InputError: it cannot be written.
@@ -36,16 +35,12 @@ def write(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
     partial = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if callable(content):
-            content(partial)
-        else:
-            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(path)
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
         raise InputError(f"cannot write {path}: {error}") from error
-    finally:
-        if partial.parent.is_dir():
-            partial.unlink(missing_ok=True)
 
 
 def require_writable(folder: Path) -> None:
@@ -54,10 +49,10 @@ def require_writable(folder: Path) -> None:
     Raises:
         InputError: the folder cannot be made or written to.
     """
-    existing = folder.absolute()
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
     try:
+        existing = folder.absolute()
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
         if not existing.is_dir():
             raise NotADirectoryError(f"{existing} is not a folder")
         probe = existing / f".{os.getpid()}.probe"
@@ -69,7 +64,7 @@ def require_writable(folder: Path) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     """`write` for JSON; numbers keep all their digits."""
-    write(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    write(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def now() -> str:
@@ -113,7 +108,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(
             f"{folder} holds no lens: expected {MANIFEST} and {WEIGHTS}, as train.py writes them"
@@ -126,6 +121,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{path} has format {manifest.get('format')}; this version reads format {FORMAT}"
         )
+    missing = {"model", "created", "lens_sha256"} - manifest.keys()
+    if missing or not isinstance(manifest["model"], dict):
+        raise InputError(f"{path} is damaged: it says nothing of {', '.join(missing) or 'a model'}")
     return manifest
 
 
@@ -176,15 +174,20 @@ def newest_lens(root: Path) -> Path:
     Raises:
         InputError: there is none.
     """
-    found = []
-    for path in root.glob(f"*/{MANIFEST}"):
-        try:
-            found.append((read_manifest(path.parent)["created"], path.parent))
-        except (InputError, KeyError):
-            continue  # not ours, or damaged: it says so when it is asked for by name
-    if not found:
+    folders = [path.parent for path in root.glob(f"*/{MANIFEST}")]
+    found = _newest(folders, lambda folder: read_manifest(folder)["created"])
+    if found is None:
         raise InputError(f"there is no lens under {root}; train one (train.py) or give --lens")
-    return max(found)[1]
+    return found
+
+
+def _newest(folders: list[Path], created: Callable[[Path], str]) -> Path | None:
+    """What is damaged, or not ours, is passed over; asked for by name, it says so."""
+    found = []
+    for folder in folders:
+        with suppress(InputError, KeyError):
+            found.append((created(folder), folder))
+    return max(found)[1] if found else None
 
 
 class State(NamedTuple):
@@ -228,13 +231,11 @@ def newest_state(root: Path) -> Path:
     Raises:
         InputError: there is none.
     """
-    found = [
-        (load_state(path.parent.parent).about["created"], path.parent.parent)
-        for path in root.glob(f"*/{STATE}")
-    ]
-    if not found:
+    folders = [path.parent.parent for path in root.glob(f"*/{STATE}")]
+    found = _newest(folders, lambda folder: load_state(folder).about["created"])
+    if found is None:
         raise InputError(f"there is no interrupted run under {root}; give --resume its folder")
-    return max(found)[1]
+    return found
 
 
 def remove_state(folder: Path) -> None:

@@ -2,20 +2,26 @@
 
 import argparse
 import dataclasses
+import itertools
 import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 import transformers
 
 from tunedlens import checkpoint
-from tunedlens.config import CorpusConfig, EvaluateConfig, ModelConfig, TrainConfig, WandbMode
+from tunedlens.config import CorpusConfig, EvaluateConfig, TrainConfig, WandbMode
 from tunedlens.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tunedlens.frozen import FrozenModel
 
 CHECKPOINTS = Path("checkpoints")
 INTERRUPTED = 130
@@ -35,7 +41,7 @@ EVALUATE = """Evaluate a tuned lens beside the logit lens on held-out text.
 Without flags it takes the newest lens under checkpoints/ and the text it was trained on.
 
   python evaluate.py --lens checkpoints/RUN --tokens 1e6
-  python evaluate.py --dataset other.txt
+  python evaluate.py --dataset other.txt        all of it, as none was trained on
 """
 
 
@@ -81,31 +87,35 @@ def _train(arguments: Sequence[str] | None) -> int:
         help="log to Weights & Biases; offline if it cannot be reached",
     )
     flags = _parse(parser, arguments)
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
     from tunedlens import report
-    from tunedlens.tracking import Tracker, say
+    from tunedlens.tracking import say
     from tunedlens.training import Interrupted, saved_config, train
 
+    main = PartialState().is_main_process
     resume = flags.pop("resume", None)
-    output, wandb_mode = flags.pop("output", None), flags.pop("wandb")
+    output, wandb = flags.pop("output", None), flags.pop("wandb")
     if resume is not None and output is not None:
         raise InputError("--resume names the run's folder itself; give no --output with it")
     if resume is None:
         config = _config(TrainConfig, TrainConfig(), flags)
-        output = output or CHECKPOINTS / _run_name(config)
+        (name,) = broadcast_object_list([_run_name(config)])
+        output = output or CHECKPOINTS / name
     else:
         output = checkpoint.newest_state(CHECKPOINTS) if resume == CHECKPOINTS else resume
         config = _config(TrainConfig, saved_config(output), flags)
-    tracker = Tracker(wandb_mode, output.name, dataclasses.asdict(config), output)
     try:
-        evaluation = train(config, output, resume=resume is not None, tracker=tracker)
+        evaluation = train(config, output, resume=resume is not None, wandb=wandb)
     except Interrupted as interrupted:
-        say(f"{interrupted}; go on with: python train.py --resume {output}")
+        if main:
+            say(f"{interrupted}; go on with: python train.py --resume {output}")
         return INTERRUPTED
-    finally:
-        tracker.finish()
-    say(f"\nheld-out KL(model ‖ lens) on {evaluation.tokens:,} tokens, ± one standard error\n")
-    say(report.kl_table(evaluation))
-    say(f"\nsaved to {output}; look closer with: python evaluate.py --lens {output}")
+    if main:
+        say(f"\nheld-out KL(model ‖ lens) on {evaluation.tokens:,} tokens, ± one standard error\n")
+        say(report.kl_table(evaluation))
+        say(f"\nsaved to {output}; look closer with: python evaluate.py --lens {output}")
     return 0
 
 
@@ -120,15 +130,23 @@ def _evaluate(arguments: Sequence[str] | None) -> int:
     from accelerate import Accelerator
 
     from tunedlens import plots, report
-    from tunedlens.corpus import load_corpora, token_bytes, with_defaults
+    from tunedlens.corpus import token_bytes, with_defaults
     from tunedlens.evaluation import evaluate
     from tunedlens.frozen import load_model
     from tunedlens.lens import LogitLens, TunedLens
     from tunedlens.tracking import progress_bar, say
+    from tunedlens.training import saved_config
 
     folder = flags.pop("lens", None) or checkpoint.newest_lens(CHECKPOINTS)
-    output = flags.pop("output", None) or folder / "evaluation"
-    config = _config(EvaluateConfig, _as_trained(folder, flags), flags)
+    output = flags.pop("output", None)
+    manifest = checkpoint.read_manifest(folder)
+    trained = saved_config(folder) if "config" in manifest else TrainConfig()
+    same_text = flags.get("dataset") in (None, trained.corpus.dataset)
+    config = _config(EvaluateConfig, _as_trained(trained, same_text, flags), flags)
+    if output is None:
+        output = folder / "evaluation"
+        if not same_text:
+            output = folder / f"evaluation-{Path(flags['dataset']).stem}"
     checkpoint.require_writable(output)
     accelerator = Accelerator()
     model = load_model(
@@ -138,52 +156,94 @@ def _evaluate(arguments: Sequence[str] | None) -> int:
         device=config.model.device or accelerator.device,
     )
     lenses = {"logit": LogitLens.from_model(model), "tuned": TunedLens.load(folder, model)}
-    corpus = with_defaults(config.corpus, model)
-    side = getattr(load_corpora(corpus, model.tokenizer), config.split)
+    config = dataclasses.replace(
+        config,
+        corpus=with_defaults(config.corpus, model),
+        split=config.split or ("validation" if same_text else "all"),
+    )
+    blocks, text = _text(config, model, manifest if same_text else {})
     main = accelerator.is_main_process
     with progress_bar(config.tokens, "evaluating", show=main) as bar:
         evaluation = evaluate(
             model,
             lenses,
-            side.blocks(),
+            blocks,
             token_bytes(model.tokenizer),
             tokens=config.tokens,
             batch_size=config.batch_size,
             accelerator=accelerator,
             progress=bar.update,
         )
-    provenance = report.provenance(model) | {
-        "lens": str(folder),
-        "corpus": side.about,
-        "split": config.split,
-        "config": dataclasses.asdict(dataclasses.replace(config, corpus=corpus)),
-    }
-    evaluation = dataclasses.replace(evaluation, provenance=provenance)
     if not main:
         return 0
+    provenance = report.provenance(model) | {
+        "lens": str(folder),
+        "lens_sha256": manifest["lens_sha256"],
+        "corpus": text,
+        "config": dataclasses.asdict(config),
+    }
+    evaluation = dataclasses.replace(evaluation, provenance=provenance)
     report.write_evaluation(evaluation, output)
     plots.draw_evaluation(evaluation, output)
     say(report.full_table(evaluation))
-    short = f" (the text has no more than that of {config.tokens:,})"
+    side = {"validation": "held out", "train": "trained on", "all": "all of it"}[
+        config.split or "all"
+    ]
+    ran_out = f" (all there are; {config.tokens:,} were asked for)"
     say(
-        f"\n{evaluation.tokens:,} tokens{short if evaluation.tokens < config.tokens else ''}, "
-        f"{evaluation.text_bytes:,} bytes of {corpus.dataset} ({config.split}), "
+        f"\n{evaluation.tokens:,} tokens{ran_out if evaluation.tokens < config.tokens else ''}, "
+        f"{evaluation.text_bytes:,} bytes of {config.corpus.dataset} ({side}), "
         f"{evaluation.blocks:,} blocks; ± one standard error, clustered by block"
     )
     say(f"figures and tables are in {output}")
     return 0
 
 
-def _as_trained(folder: Path, flags: dict[str, Any]) -> EvaluateConfig:
-    """The model and text of the lens's own training, where the flags say nothing else."""
-    trained = checkpoint.read_manifest(folder).get("config")
-    if trained is None:
-        return EvaluateConfig()
-    corpus = CorpusConfig(**trained["corpus"])
-    if "dataset" in flags:  # another text: its columns and splits are its own
-        corpus = CorpusConfig(seq_len=corpus.seq_len)
-    model = ModelConfig(**trained["model"] | {"device": None})
-    return EvaluateConfig(model=model, corpus=corpus)
+def _as_trained(trained: TrainConfig, same_text: bool, flags: dict[str, Any]) -> EvaluateConfig:
+    """The model of the lens's own training, and its text unless another is asked for.
+
+    Raises:
+        InputError: the text is to be cut or split in another way than it was for training,
+            which would score blocks that were trained on.
+    """
+    model = dataclasses.replace(trained.model, device=None)
+    if not same_text:
+        return EvaluateConfig(model=model, corpus=CorpusConfig(seq_len=trained.corpus.seq_len))
+    for field in dataclasses.fields(CorpusConfig):
+        value = getattr(trained.corpus, field.name)
+        if field.name in flags and trained.corpus.dataset and flags[field.name] != value:
+            raise InputError(
+                f"--{field.name.replace('_', '-')} must be {value} for {trained.corpus.dataset}, "
+                f"as in training, so that what was held out is; got {flags[field.name]}"
+            )
+    return EvaluateConfig(model=model, corpus=trained.corpus)
+
+
+def _text(
+    config: EvaluateConfig, model: "FrozenModel", manifest: dict[str, Any]
+) -> tuple[Iterator["Tensor"], dict[str, Any]]:
+    """The blocks to score, and what they were made of.
+
+    Raises:
+        InputError: a local text has changed since the lens was trained on it, so that what
+            is held out now need not have been held out then.
+    """
+    from tunedlens.corpus import EMBEDDED, load_corpora
+
+    corpora = load_corpora(config.corpus, model.tokenizer)
+    if config.split == "all":
+        blocks = itertools.chain(corpora.validation.blocks(), corpora.train.blocks())
+        return blocks, {"train": corpora.train.about, "validation": corpora.validation.about}
+    side = corpora.validation if config.split == "validation" else corpora.train
+    then = manifest.get("corpus", {}).get(config.split, side.about)
+    # The embedded text differs between Pythons, but a file never changes sides.
+    changed = then.get("tokens_sha256") != side.about.get("tokens_sha256")
+    if changed and config.corpus.dataset != EMBEDDED:
+        raise InputError(
+            f"{config.corpus.dataset} has changed since the lens was trained on it, so what is "
+            "held out now may have been trained on; give another --dataset, or --split all"
+        )
+    return side.blocks(), side.about
 
 
 def _run_name(config: TrainConfig) -> str:
@@ -197,6 +257,7 @@ def _guarded(
     """A user's mistake is one line on standard error and a status other than 0."""
     # Bars for what takes no time bury the lines that matter.
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     try:
@@ -205,7 +266,7 @@ def _guarded(
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted before anything was trained", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -242,7 +303,7 @@ def _parser(name: str, description: str, config: type) -> argparse.ArgumentParse
 
 
 def _add_flag(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     flag = "--" + field.name.replace("_", "-")
     default = "" if field.default in (None, False) else f" (default: {field.default})"
@@ -275,8 +336,8 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
     import yaml
 
     try:
-        settings = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"cannot read --config {path}: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise InputError(f"--config {path}: expected lines like `tokens: 1000000`")
@@ -284,7 +345,9 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
     for name, value in settings.items():
         flag = "--" + str(name).replace("_", "-")
         if isinstance(value, bool):
-            arguments_of_file.append(flag if value else "--no-" + flag[2:])
+            negative = "--no-" + flag[2:]
+            known = negative in parser.format_usage()
+            arguments_of_file += [flag] if value else [negative] * known
         elif value is not None:
             arguments_of_file += [flag, str(value)]
     return vars(parser.parse_args(arguments_of_file)) | given

@@ -5,6 +5,7 @@ as `--config` uses the same names.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
@@ -12,7 +13,7 @@ from tunedlens.errors import InputError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Precision = Literal["fp32", "bf16"]
-Split = Literal["train", "validation"]
+Split = Literal["train", "validation", "all"]
 WandbMode = Literal["online", "offline", "disabled"]
 
 
@@ -93,7 +94,11 @@ class TrainConfig:
         None, "blocks in one forward pass (gradient accumulation); changes memory, not results"
     )
     skip_first: int = option(0, "positions at the start of each block that are not trained on")
-    precision: Precision = option("fp32", "matrix products while training: fp32 or bf16")
+    precision: Precision | None = option(
+        None,
+        "matrix products while training: fp32 or bf16; without it, bf16 where the hardware "
+        "multiplies it",
+    )
     lr: float = option(0.04, "learning rate at the start; falls linearly to 0")
     momentum: float = option(0.9, "momentum of Muon")
     weight_decay: float = option(0.01, "weight decay; pulls the lens towards the logit lens")
@@ -105,11 +110,18 @@ class TrainConfig:
         _require_positive(
             self, "tokens", "batch_size", "micro_batch_size", "evaluate_every", "evaluate_tokens"
         )
-        _require_choice(self, "precision", get_args(Precision))
+        if self.precision is not None:
+            _require_choice(self, "precision", get_args(Precision))
         if self.skip_first < 0:
             raise InputError(f"--skip-first must be 0 or more, got {self.skip_first}")
-        if not self.lr > 0:
+        if not 0 < self.lr < math.inf:
             raise InputError(f"--lr must be above 0, got {self.lr}")
+        if not 0 <= self.momentum < 1:
+            raise InputError(f"--momentum must be in [0, 1), got {self.momentum}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise InputError(f"--weight-decay must be 0 or more, got {self.weight_decay}")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed must be in [0, 2^32), got {self.seed}")
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
@@ -124,10 +136,15 @@ class EvaluateConfig:
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
-    split: Split = option("validation", "side of the corpus to score: validation or train")
+    split: Split | None = option(
+        None,
+        "side of the text to score; without it, what was held out of the text that the lens was "
+        "trained on, and all of any other text",
+    )
     tokens: int = option(65_536, "positions to score, fewer if the text has fewer")
     batch_size: int = option(8, "blocks in one forward pass; changes memory, not results")
 
     def __post_init__(self) -> None:
         _require_positive(self, "tokens", "batch_size")
-        _require_choice(self, "split", get_args(Split))
+        if self.split is not None:
+            _require_choice(self, "split", get_args(Split))

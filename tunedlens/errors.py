@@ -6,3 +6,8 @@ class InputError(ValueError):
 
     The command line prints it as one line; a library's caller can catch it.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, cut to one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tunedlens import metrics
+from tunedlens.errors import InputError
 from tunedlens.frozen import FrozenModel, Unembedding
 from tunedlens.lens import Lens
 from tunedlens.metrics import Estimate, RatioSums
@@ -102,6 +103,9 @@ def evaluate(
         batch_size: blocks in one forward pass.
         accelerator: adds up the shares of several processes.
         progress: told how many positions were just scored.
+
+    Raises:
+        InputError: there is nothing to score, or a figure is not finite.
     """
     names = list(lenses)
     shape = (len(names), model.identity.n_layers)
@@ -130,11 +134,17 @@ def evaluate(
             moments = part.moments.to(accelerator.device)
             part.moments = accelerator.reduce(moments, "sum").cpu()
     _, scored_tokens, *_, scored_blocks = own["cross_entropy_nats"].moments.tolist()
+    scored_bytes = round(float(own["bits_per_byte"].moments[1]))
+    if not scored_tokens or not scored_bytes:
+        raise InputError(
+            f"there is nothing to score: {scored_tokens:.0f} tokens for {scored_bytes} bytes of "
+            "text; give more text or --tokens, or a smaller --seq-len"
+        )
     return Evaluation(
         results=_results(names, model.identity.n_layers, sums, own),
         n_layers=model.identity.n_layers,
         tokens=round(scored_tokens),
-        text_bytes=round(float(own["bits_per_byte"].moments[1])),
+        text_bytes=scored_bytes,
         blocks=round(scored_blocks),
     )
 
@@ -171,7 +181,7 @@ def _score(
     shape = (len(lenses), len(states), len(next_ids))
     figures = {name: torch.empty(shape, device=model.device) for name in PER_TOKEN}
     own = torch.empty(len(next_ids), device=model.device)
-    chunk = chunk_tokens(model.identity.vocab_size)
+    chunk = chunk_tokens(model.identity.vocab_size, model.device)
     for start in range(0, len(next_ids), chunk):
         part = slice(start, start + chunk)
         model_log_probs = metrics.log_probs(unembedding(final[part]))
@@ -213,4 +223,10 @@ def _results(
         results.append(Result(MODEL, n_layers, metric, *part.estimate()))
     perplexity = metrics.perplexity(own["cross_entropy_nats"].estimate())
     results.append(Result(MODEL, n_layers, "perplexity", *perplexity))
+    for result in results:
+        if not math.isfinite(result.value):
+            raise InputError(
+                f"{result.metric} of {result.lens} at layer {result.layer} is {result.value}; "
+                "where it is being trained, a smaller --lr may help"
+            )
     return results

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunedlens import embedded
-from tunedlens.errors import InputError
+from tunedlens.errors import InputError, first_line
+
+EMBEDDED = "embedded"
+"""As a model's name: the GPT-2 that ships with the package."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,10 @@ class Unembedding(nn.Module):
     ) -> Float[Tensor, "*positions vocab"]:
         """Raw logits, in float32 (float64 where the unembedding is)."""
         return F.linear(self.norm(hidden.to(self.weight.dtype)), self.weight, self.bias)
+
+    def shared(self) -> "Unembedding":
+        """Another module on the same memory: moving or converting it leaves this one alone."""
+        return Unembedding(self.norm, self.weight, self.bias)
 
     def centred(self) -> "Unembedding":
         """The same up to one constant per position, which a softmax does not see.
@@ -113,6 +120,11 @@ class FrozenModel(nn.Module):
         self.name = name or model.name_or_path or type(model).__name__
         self.blocks, self.final_norm = _find_blocks_and_final_norm(model)
         head = model.get_output_embeddings()
+        if len(tokenizer) > head.weight.shape[0]:
+            raise InputError(
+                f"{self.name} has a vocabulary of {head.weight.shape[0]:,}, but its tokenizer has "
+                f"{len(tokenizer):,} tokens; expected the tokenizer that it was trained with"
+            )
         self.unembedding = Unembedding(self.final_norm, head.weight, getattr(head, "bias", None))
         self._fingerprint = fingerprint
         self._check_unembedding()
@@ -239,7 +251,8 @@ def load_model(
     """Load a causal language model to look into.
 
     Args:
-        model: hub name or folder; without it, the GPT-2 that ships with this package.
+        model: hub name or folder; without it (or as `embedded`), the GPT-2 that ships with
+            this package.
         revision: branch, tag or commit on the hub.
         dtype: of the weights, whatever the file holds: float32, bfloat16 or float16.
         device: without it, the best one found.
@@ -248,43 +261,56 @@ def load_model(
         InputError: there is no such model, it is damaged or not supported, the hub cannot
             be reached, or there is no such device.
     """
-    source = embedded.FOLDER if model is None else Path(model).expanduser()
-    if source.is_dir():
-        if not (source / "config.json").is_file():
-            raise InputError(
-                f"{source} is no model: expected a Hugging Face folder with config.json, "
-                "model.safetensors and tokenizer files"
-            )
-    elif source.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
-        raise InputError(f"{model}: expected a folder with a model or a name on the hub")
-    else:
-        source = Path(str(model))
+    name = EMBEDDED if model is None else str(model)
+    source = _model_source(name)
     try:
         target = _best_device() if device is None else torch.device(device)
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"cannot use the device {device}: {reason}") from error
+        raise InputError(f"cannot use the device {device}: {first_line(error)}") from error
     # Only float32 and bfloat16 keep the fingerprint, so float16 is reached by way of float32.
     load_dtype = torch.float32 if dtype == "float16" else getattr(torch, dtype)
     try:
         result: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            source.as_posix(), revision=revision, dtype=load_dtype, output_loading_info=True
+            source, revision=revision, dtype=load_dtype, output_loading_info=True
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source.as_posix(), revision=revision)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
         loaded, info = result
         if info["missing_keys"]:
             raise ValueError(
                 f"the weights {', '.join(sorted(info['missing_keys'])[:3])} are missing"
             )
     except Exception as error:  # transformers raises whatever its many loaders meet
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"cannot load the model {model or 'embedded'}: {first_line}") from error
+        raise InputError(f"cannot load the model {name}: {first_line(error)}") from error
     fingerprint = None
     if dtype == "float16":
         fingerprint = FrozenModel(loaded, tokenizer).identity.fingerprint
         loaded = loaded.half()
-    return FrozenModel(loaded.to(target), tokenizer, str(model or "embedded"), fingerprint)
+    return FrozenModel(loaded.to(target), tokenizer, name, fingerprint)
+
+
+def _model_source(name: str) -> str:
+    """What transformers is to load: a folder that looks like a model, or a hub's name.
+
+    Raises:
+        InputError: it is a path with no model at its end.
+    """
+    if name == EMBEDDED:
+        return str(embedded.FOLDER)
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            if (path / "config.json").is_file():
+                return str(path)
+            raise InputError(
+                f"{name} is no model: expected a Hugging Face folder with config.json, "
+                "model.safetensors and tokenizer files"
+            )
+        if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise InputError(f"{name}: expected a folder with a model or a name on the hub")
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{name}: cannot look for a model: {first_line(error)}") from error
+    return name
 
 
 def _best_device() -> torch.device:
@@ -294,16 +320,16 @@ def _best_device() -> torch.device:
 
 def _find_blocks_and_final_norm(model: PreTrainedModel) -> tuple[nn.ModuleList, nn.Module]:
     """By structure: the list of n blocks, and beside it the last module that is a norm."""
-    n_layers = model.config.num_hidden_layers
+    n_layers = getattr(model.config, "num_hidden_layers", None)
     for parent in model.base_model.modules():
         for blocks in parent.children():
             if isinstance(blocks, nn.ModuleList) and len(blocks) == n_layers:
                 norms = [m for m in parent.children() if _is_norm(m, model.config.hidden_size)]
-                if norms:
+                if norms and model.get_output_embeddings() is not None:
                     return blocks, norms[-1]
     raise InputError(
         f"{type(model).__name__}: found no list of {n_layers} blocks with a final norm beside "
-        "it; this architecture is not supported"
+        "it and an unembedding; this architecture is not supported"
     )
 
 

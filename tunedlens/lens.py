@@ -17,13 +17,13 @@ class Lens(nn.Module, ABC):
     """What a model of `n_layers` blocks believes at each of its `n_layers + 1` states.
 
     State `layer` is the residual stream entering block `layer`; the last one, which is
-    also -1, is what the final norm sees, and there every lens is the model. Lenses work
-    in float32 whatever the model's dtype.
+    is also -1, is what the final norm sees, and there every lens is the model. A lens works
+    in float32, whatever the model's dtype, until it is itself moved to another.
     """
 
     def __init__(self, unembedding: Unembedding, identity: ModelIdentity) -> None:
         super().__init__()
-        self.unembedding = unembedding
+        self.unembedding = unembedding.shared()
         self.identity = identity
 
     @classmethod
@@ -53,7 +53,7 @@ class Lens(nn.Module, ABC):
     def transform_hidden(
         self, hidden: Float[Tensor, "*positions d_model"], layer: int
     ) -> Float[Tensor, "*positions d_model"]:
-        """The state of `layer` carried over to what the final norm reads, in float32.
+        """The state of `layer` carried over to what the final norm reads, in the lens's dtype.
 
         Raises:
             InputError: there is no such layer, or the width is another model's.
@@ -69,12 +69,18 @@ class Lens(nn.Module, ABC):
         """
         return self.unembedding(self.transform_hidden(hidden, layer))
 
-    def _check_width(self, hidden: Tensor) -> None:
+    def _checked(self, hidden: Tensor) -> Tensor:
+        """The hidden states in the lens's dtype.
+
+        Raises:
+            InputError: the width is another model's.
+        """
         if hidden.shape[-1] != self.identity.d_model:
             raise InputError(
                 f"hidden states of {self.identity.name} have {self.identity.d_model} "
                 f"dimensions, got {tuple(hidden.shape)}"
             )
+        return hidden.to(self.unembedding.weight.dtype)
 
 
 class LogitLens(Lens):
@@ -88,8 +94,7 @@ class LogitLens(Lens):
         self, hidden: Float[Tensor, "*positions d_model"], layer: int
     ) -> Float[Tensor, "*positions d_model"]:
         self.resolve(layer)
-        self._check_width(hidden)
-        return hidden.float()
+        return self._checked(hidden)
 
 
 class Translator(nn.Module):
@@ -126,8 +131,7 @@ class TunedLens(Lens):
         self, hidden: Float[Tensor, "*positions d_model"], layer: int
     ) -> Float[Tensor, "*positions d_model"]:
         layer = self.resolve(layer)
-        self._check_width(hidden)
-        hidden = hidden.float()
+        hidden = self._checked(hidden)
         return hidden if layer == self.n_layers else self.translators[layer](hidden)
 
     def save(self, folder: str | Path) -> None:

@@ -15,13 +15,15 @@ from torch import Tensor
 
 from tunedlens.frozen import Unembedding
 
-CHUNK_ELEMENTS = 2**22
-"""Logits in one chunk: 16 MiB in float32, and a few such buffers at a time."""
 
+def chunk_tokens(vocab_size: int, device: torch.device) -> int:
+    """Tokens whose logits are held at a time, a few times over.
 
-def chunk_tokens(vocab_size: int) -> int:
-    """Tokens whose logits are held at a time."""
-    return max(16, CHUNK_ELEMENTS // vocab_size)
+    Few enough that a CPU's caches hold them, many enough that an accelerator is busy, and
+    on either enough that a product is worth its reading of the unembedding.
+    """
+    elements = 2**20 if device.type == "cpu" else 2**26
+    return max(256, elements // vocab_size)
 
 
 def lens_kl(
@@ -42,7 +44,7 @@ def lens_kl(
         dtype: of the matrix products; softmax and sums stay in float32.
         chunk: tokens at a time; by default `chunk_tokens`.
     """
-    chunk = chunk or chunk_tokens(unembedding.weight.shape[0])
+    chunk = chunk or chunk_tokens(unembedding.weight.shape[0], translated.device)
     return _LensKL.apply(translated, final, unembedding, dtype, chunk)
 
 

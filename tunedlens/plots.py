@@ -2,6 +2,7 @@
 
 import io
 import math
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,19 +52,16 @@ def perplexity_by_layer(evaluation: Evaluation) -> "Figure":
 FIGURES = {"kl_by_layer": kl_by_layer, "perplexity_by_layer": perplexity_by_layer}
 
 
-def draw_evaluation(evaluation: Evaluation, folder: Path) -> dict[str, Path]:
-    """Draw every figure as PNG and SVG; return the PNGs by name.
+def draw_evaluation(evaluation: Evaluation, folder: Path) -> None:
+    """Draw every figure as PNG and SVG.
 
     Raises:
         InputError: the folder cannot be written.
     """
-    written = {}
     for name, draw in FIGURES.items():
         figure = draw(evaluation)
-        written[name] = folder / f"{name}.png"
-        write(written[name], _rendered(figure, "png"))
-        write(folder / f"{name}.svg", _rendered(figure, "svg"))
-    return written
+        for kind in ("png", "svg"):
+            write(folder / f"{name}.{kind}", _rendered(figure, kind))
 
 
 def _rendered(figure: "Figure", kind: str) -> bytes:
@@ -91,7 +89,7 @@ def _by_layer(
         axes = figure.subplots()
         axes.set_yscale("log")
         top = _top_of_the_scale(values)
-        for column, line, style in zip(columns, values, _STYLES, strict=False):
+        for column, line, style in zip(columns, values, cycle(_STYLES), strict=False):
             shown = [value if value <= top else math.nan for value in line]
             errors = [2 * (estimate.standard_error or 0.0) for estimate in column]
             low = [max(v - e, v / 10) for v, e in zip(shown, errors, strict=True)]
@@ -102,7 +100,7 @@ def _by_layer(
                 _note(axes, f"↑ {line[0]:.0e}", (0, top), style["color"], above=False)
         if top < math.inf:
             axes.set_ylim(top=top)
-        for name, line, style in zip(evaluation.lenses, values, _STYLES, strict=False):
+        for name, line, style in zip(evaluation.lenses, values, cycle(_STYLES), strict=False):
             _name_line(axes, f"{name} lens", line, values, style["color"])
         if model_line:
             own = evaluation.of_model(metric).value

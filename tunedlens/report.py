@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from tunedlens.checkpoint import now, write, write_json
 from tunedlens.evaluation import MODEL, Evaluation
@@ -19,6 +18,8 @@ from tunedlens.metrics import Estimate
 
 METRICS_JSON = "metrics.json"
 METRICS_CSV = "metrics.csv"
+
+_VERSIONED = ("tunedlens", "torch", "transformers", "tokenizers", "accelerate")
 
 
 def provenance(model: FrozenModel) -> dict[str, Any]:
@@ -33,23 +34,19 @@ def provenance(model: FrozenModel) -> dict[str, Any]:
         "dtype": str(model.model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "threads": torch.get_num_threads(),
-        "versions": {
-            "tunedlens": metadata.version("tunedlens"),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": {"python": platform.python_version()}
+        | {name: metadata.version(name) for name in _VERSIONED},
         "commit": _commit(),
     }
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this package runs from, if it is one."""
+    """The commit of the checkout that this package runs from, if it is one; `-dirty` if changed."""
     root = Path(__file__).parents[1]
     if not (root / ".git").exists():
         return None
     try:
-        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

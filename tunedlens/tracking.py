@@ -1,13 +1,14 @@
 """What is said while a run goes on: messages, a progress bar, Weights & Biases."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tqdm import tqdm
 
 from tunedlens.config import WandbMode
+from tunedlens.errors import first_line
 
 WANDB_PATIENCE_SECONDS = 5
 
@@ -51,27 +52,32 @@ class Tracker:
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         """Figures at one step."""
-        if self._run is not None:
-            self._run.log(dict(figures), step=step)
+        self._try(lambda run: run.log(dict(figures), step=step))
 
-    def summarise(self, figures: Mapping[str, float], images: Mapping[str, Path]) -> None:
-        """Figures and pictures of the whole run."""
-        if self._run is not None:
-            import wandb
+    def summarise(self, figures: Mapping[str, float]) -> None:
+        """Figures of the whole run."""
+        self._try(lambda run: run.summary.update(dict(figures)))
 
-            self._run.summary.update(dict(figures))
-            self._run.log({name: wandb.Image(str(path)) for name, path in images.items()})
+    def __enter__(self) -> Self:
+        return self
 
-    def finish(self) -> None:
-        """Send what is left."""
-        if self._run is not None:
-            self._run.finish()
+    def __exit__(self, *_: object) -> None:
+        """Send what is left, as far as that can be done in a few seconds."""
+        self._try(lambda run: run.finish())
+
+    def _try(self, send: Callable[[Any], object]) -> None:
+        if self._run is None:
+            return
+        try:
+            send(self._run)
+        except Exception as error:  # whatever it is, the run is worth more
+            say(f"wandb has failed, the run goes on without it: {first_line(error)}")
+            self._run = None
 
 
 def _start(mode: WandbMode, name: str, config: Mapping[str, Any], folder: Path) -> Any:
     import wandb
 
-    folder.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {
         "project": "tunedlens",
         "name": name,
@@ -80,19 +86,17 @@ def _start(mode: WandbMode, name: str, config: Mapping[str, Any], folder: Path) 
         "settings": wandb.Settings(
             init_timeout=WANDB_PATIENCE_SECONDS,
             login_timeout=WANDB_PATIENCE_SECONDS,
+            finish_timeout=6 * WANDB_PATIENCE_SECONDS,
             silent=True,
             console="off",
         ),
     }
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         return wandb.init(mode=mode, **options)
     except Exception as error:
         if mode == "offline":
-            say(f"wandb cannot be used, the run goes on without it: {_first_line(error)}")
+            say(f"wandb cannot be used, the run goes on without it: {first_line(error)}")
             return None
-        say(f"wandb is not to be reached, the run is kept offline: {_first_line(error)}")
+        say(f"wandb is not to be reached, the run is kept offline: {first_line(error)}")
         return _start("offline", name, config, folder)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tunedlens import checkpoint, report
-from tunedlens.config import TrainConfig
-from tunedlens.corpus import Corpora, load_corpora, token_bytes, with_defaults
+from tunedlens.config import Precision, TrainConfig, WandbMode
+from tunedlens.corpus import DEFAULT_HUB_DATASET, Corpora, load_corpora, token_bytes, with_defaults
 from tunedlens.errors import InputError
 from tunedlens.evaluation import Evaluation, evaluate
 from tunedlens.fit import MuonFit
@@ -42,12 +42,16 @@ class Progress:
     """Held-out KL per layer in nats, against step, tokens and seconds."""
 
 
+_STEPS_PER_FIGURE = 8
+"""Reading a figure waits for the device, so it is not done at every step."""
+
+
 class Interrupted(Exception):  # noqa: N818 - not an error
     """The run was asked to stop; it is saved and can go on."""
 
 
 def train(
-    config: TrainConfig, output: Path, *, resume: bool = False, tracker: Tracker | None = None
+    config: TrainConfig, output: Path, *, resume: bool = False, wandb: WandbMode = "disabled"
 ) -> Evaluation:
     """Train a tuned lens and save it in `output`.
 
@@ -59,7 +63,7 @@ def train(
         output: the run's folder.
         resume: go on with the interrupted run in `output`, or extend the finished one
             there to the greater `config.tokens`.
-        tracker: told the figures as they come.
+        wandb: whether Weights & Biases is told the figures.
 
     Returns:
         Held-out figures of the logit lens and the tuned lens.
@@ -70,84 +74,216 @@ def train(
     """
     _require_usable(output, resume)
     accelerator = Accelerator()
-    if config.batch_size < accelerator.num_processes:
-        raise InputError(
-            f"--batch-size must be at least the number of processes "
-            f"({accelerator.num_processes}), got {config.batch_size}"
-        )
+    _require_processes(config, accelerator)
     model = load_model(
         config.model.model,
         revision=config.model.revision,
         dtype=config.model.dtype,
         device=config.model.device or accelerator.device,
     )
-    config = dataclasses.replace(config, corpus=with_defaults(config.corpus, model))
+    config = dataclasses.replace(
+        config,
+        corpus=with_defaults(config.corpus, model),
+        precision=config.precision or _fast_precision(model.device),
+    )
     corpora = load_corpora(config.corpus, model.tokenizer)
     held_out = _HeldOut(model, corpora, config, accelerator)
-    tokens_per_step = config.batch_size * _trained_positions(config)
-    total_steps = -(-config.tokens // tokens_per_step)
-    total_tokens = total_steps * tokens_per_step
+    run = _Run(config, output, model, corpora, held_out, accelerator)
+    if resume:
+        run.restore()
+    run.describe()
 
-    lens = TunedLens.from_model(model)
-    fit = MuonFit(lens, config, total_steps)
-    progress = _restore(output, config, lens, fit) if resume else Progress()
-    if progress.step >= total_steps:
-        raise InputError(
-            f"{output} is trained on {progress.tokens:,} tokens already; ask for more with --tokens"
-        )
-    main = accelerator.is_main_process
-    if main:
-        _describe(model, corpora, config, total_tokens)
+    config_now = dataclasses.asdict(config)
+    mode = wandb if accelerator.is_main_process else "disabled"
+    with Tracker(mode, output.name, config_now, output) as tracker, _stop_flag() as stop:
+        _take_steps(run, tracker, stop)
+        return run.finish(tracker)
 
-    unembedding = model.unembedding.centred()
-    batches = corpora.train.batches(config.batch_size, config.seed, progress.position)
-    started = time.monotonic() - progress.seconds
-    with progress_bar(total_tokens, "training", progress.tokens, main) as bar, _stop_flag() as stop:
-        while progress.step < total_steps:
-            batch = next(batches)
-            kl = _backward(model, lens, unembedding, batch.input_ids, config, accelerator)
-            kl, stopping = _reduce(lens, kl, stop.is_set(), accelerator)
-            fit.step(progress.step)
-            progress.step += 1
-            progress.tokens += tokens_per_step
-            progress.position = batch.position
-            bar.update(tokens_per_step)
-            bar.set_postfix_str(f"KL {kl.mean().item():.3f} nats")
 
-            if progress.step % config.evaluate_every == 0 and progress.step < total_steps:
-                now = held_out.kl(lens)
-                progress.seconds = time.monotonic() - started
-                progress.curve.append(_point(progress, now))
-                mean = sum(now) / len(now)
-                if main:
-                    say(f"{progress.tokens:>11,} tokens   held-out KL {mean:.4f} nats")
-                    checkpoint.save_state(output, _state(config, lens, fit, progress))
-                if main and tracker is not None:
-                    tracker.log({"train/kl_nats": kl.mean().item()}, progress.step)
-                    figures = {f"held_out/kl_nats/{layer}": v for layer, v in enumerate(now)}
-                    tracker.log(figures, progress.step)
-            if stopping:
-                progress.seconds = time.monotonic() - started
-                if main:
-                    checkpoint.save_state(output, _state(config, lens, fit, progress))
-                raise Interrupted(f"stopped after {progress.tokens:,} of {total_tokens:,} tokens")
+class _Run:
+    """One run: what it is made of, how far it is, and how it goes to disk."""
 
-    evaluation = held_out.score({"logit": LogitLens.from_model(model), "tuned": lens})
-    final = [estimate.value for estimate in evaluation.by_layer("tuned", "kl_nats")]
-    progress.seconds = time.monotonic() - started
-    progress.curve.append(_point(progress, final))
-    if main:
+    def __init__(
+        self,
+        config: TrainConfig,
+        output: Path,
+        model: FrozenModel,
+        corpora: Corpora,
+        held_out: "_HeldOut",
+        accelerator: Accelerator,
+    ) -> None:
+        self.config = config
+        self.output = output
+        self.model = model
+        self.corpora = corpora
+        self.held_out = held_out
+        self.accelerator = accelerator
+        self.tokens_per_step = config.batch_size * _trained_positions(config)
+        self.total_steps = -(-config.tokens // self.tokens_per_step)
+        self.total_tokens = self.total_steps * self.tokens_per_step
+        self.lens = TunedLens.from_model(model)
+        self.fit = MuonFit(self.lens, config, self.total_steps)
+        self.progress = Progress()
+        self._started = time.monotonic()
+
+    def look(self) -> list[float]:
+        """Held-out KL of every layer, also put on the learning curve."""
+        figures = self.held_out.score({"tuned": self.lens}).by_layer("tuned", "kl_nats")
+        return self._note([estimate.value for estimate in figures])
+
+    def _note(self, kl_nats: list[float]) -> list[float]:
+        self.progress.seconds = time.monotonic() - self._started
+        point = {"step": self.progress.step, "tokens": self.progress.tokens}
+        self.progress.curve.append(point | {"seconds": self.progress.seconds, "kl_nats": kl_nats})
+        return kl_nats
+
+    def save(self) -> None:
+        """Write what the run needs to go on."""
+        self.progress.seconds = time.monotonic() - self._started
+        if not self.accelerator.is_main_process:
+            return
+        tensors = {f"lens/{name}": value for name, value in self.lens.state_dict().items()}
+        tensors |= {f"fit/{name}": value for name, value in self.fit.state().items()}
         about = {
-            "config": dataclasses.asdict(config),
-            "corpus": {"train": corpora.train.about, "validation": corpora.validation.about},
-            "progress": dataclasses.asdict(progress),
-            "held_out": evaluation.to_json(),
-            "provenance": report.provenance(model),
+            "config": dataclasses.asdict(self.config),
+            "model": dataclasses.asdict(self.lens.identity),
+            "text": self.corpora.train.about.get("tokens_sha256"),
+            "progress": dataclasses.asdict(self.progress),
         }
-        checkpoint.save_lens(lens, output, about)
-        checkpoint.write(output / "README.md", report.card(output.name, about, evaluation))
-        checkpoint.remove_state(output)
-    return evaluation
+        checkpoint.save_state(self.output, checkpoint.State(tensors, about))
+
+    def restore(self) -> None:
+        """Go on from an interrupted run, or from the lens of a finished one.
+
+        Raises:
+            InputError: it was another model, text or config, or has no more to do.
+        """
+        saved = saved_config(self.output)
+        model = dataclasses.replace(saved.model, device=self.config.model.device)
+        if dataclasses.replace(saved, tokens=self.config.tokens, model=model) != self.config:
+            raise InputError(
+                f"{self.output} was trained with other settings; with --resume only --tokens and "
+                "--device may change"
+            )
+        if (self.output / checkpoint.STATE).is_file():
+            state = checkpoint.load_state(self.output)
+            identity = dataclasses.asdict(self.lens.identity)
+            checkpoint.require_same_model(state.about["model"], identity, self.output)
+            groups: dict[str, dict[str, Tensor]] = {"lens": {}, "fit": {}}
+            for name, value in state.tensors.items():
+                group, _, key = name.partition("/")
+                groups[group][key] = value
+            self.lens.load_state_dict(groups["lens"])
+            self.fit.load_state(groups["fit"])
+            self.progress = Progress(**state.about["progress"])
+            text = state.about["text"]
+        else:
+            manifest = checkpoint.read_manifest(self.output)
+            checkpoint.load_lens(self.lens, self.output)
+            self.progress = Progress(**manifest["progress"])
+            text = manifest["corpus"]["train"].get("tokens_sha256")
+            if self.progress.step >= self.total_steps:
+                raise InputError(
+                    f"{self.output} is trained on {self.progress.tokens:,} tokens already; ask for "
+                    "more with --tokens"
+                )
+        if text != self.corpora.train.about.get("tokens_sha256"):
+            raise InputError(
+                f"the text {self.config.corpus.dataset} is not the one that {self.output} was "
+                "trained on: it has changed since (the embedded text changes with Python)"
+            )
+        self._started = time.monotonic() - self.progress.seconds
+
+    def finish(self, tracker: Tracker) -> Evaluation:
+        """Score the lens, write it with all that made it, and forget how to resume."""
+        lenses = {"logit": LogitLens.from_model(self.model), "tuned": self.lens}
+        evaluation = self.held_out.score(lenses)
+        final = self._note([e.value for e in evaluation.by_layer("tuned", "kl_nats")])
+        tracker.summarise({f"held_out/kl_nats/{layer}": kl for layer, kl in enumerate(final)})
+        if self.accelerator.is_main_process:
+            sides = {"train": self.corpora.train, "validation": self.corpora.validation}
+            about = {
+                "config": dataclasses.asdict(self.config),
+                "corpus": {name: side.about for name, side in sides.items()},
+                "progress": dataclasses.asdict(self.progress),
+                "held_out": evaluation.to_json(),
+                "provenance": report.provenance(self.model),
+            }
+            checkpoint.save_lens(self.lens, self.output, about)
+            text = report.card(self.output.name, about, evaluation)
+            checkpoint.write(self.output / "README.md", text)
+            checkpoint.remove_state(self.output)
+        return evaluation
+
+    def describe(self) -> None:
+        """Say what is about to be done."""
+        if not self.accelerator.is_main_process:
+            return
+        config, identity, text = self.config, self.model.identity, self.corpora.train.about
+        say(
+            f"model     {identity.name}: {identity.n_layers} layers, d_model {identity.d_model}, "
+            f"vocabulary {identity.vocab_size:,}, {config.model.dtype} on {self.model.device}"
+        )
+        by_default = config.corpus.dataset == DEFAULT_HUB_DATASET
+        say(f"text      {text['dataset']}{' (the default; see --dataset)' if by_default else ''}")
+        blocks = f"blocks of {config.corpus.seq_len} tokens"
+        if text.get("streamed"):
+            say(f"          read as it streams by, in {blocks}")
+            passes = ""
+        else:
+            validation = self.corpora.validation.about
+            say(
+                f"          {text['bytes']:,} bytes, {text['tokens']:,} tokens; {blocks}: "
+                f"{text['blocks']:,} to train on, {validation['blocks']:,} held out; "
+                f"{text['dropped_tokens']} tokens fill no block"
+            )
+            share = self.total_tokens / (text["blocks"] * _trained_positions(config))
+            passes = f" ({share:.2f} passes over the text)"
+        say(
+            f"training  {self.total_tokens:,} tokens{passes}, {config.batch_size} blocks a step, "
+            f"{config.precision} products"
+        )
+
+
+def _take_steps(run: _Run, tracker: Tracker, stop: threading.Event) -> None:
+    """The loop, from where the run stands to its last step."""
+    config, progress, main = run.config, run.progress, run.accelerator.is_main_process
+    unembedding = run.model.unembedding.centred()
+    batches = run.corpora.train.batches(config.batch_size, config.seed, progress.position)
+    with progress_bar(run.total_tokens, "training", progress.tokens, main) as bar:
+        while progress.step < run.total_steps:
+            try:
+                batch = next(batches)
+            except InputError:
+                run.save()
+                raise
+            kl = _backward(run, unembedding, batch.input_ids)
+            kl, stopping = _reduce(run, kl, stop.is_set())
+            run.fit.step(progress.step)
+            progress.step += 1
+            progress.tokens += run.tokens_per_step
+            progress.position = batch.position
+            bar.update(run.tokens_per_step)
+            last = progress.step == run.total_steps
+
+            if progress.step % _STEPS_PER_FIGURE == 0:
+                mean = kl.mean().item()
+                bar.set_postfix_str(f"KL {mean:.3f} nats")
+                tracker.log({"train/kl_nats": mean}, progress.step)
+            if progress.step % config.evaluate_every == 0 and not last:
+                now = run.look()
+                if main:
+                    mean = sum(now) / len(now)
+                    say(f"{progress.tokens:>11,} tokens   held-out KL {mean:.4f} nats")
+                figures = {f"held_out/kl_nats/{layer}": value for layer, value in enumerate(now)}
+                tracker.log(figures, progress.step)
+                run.save()
+            if stopping and not last:
+                run.save()
+                raise Interrupted(
+                    f"stopped after {progress.tokens:,} of {run.total_tokens:,} tokens"
+                )
+    run.save()
 
 
 def saved_config(folder: Path) -> TrainConfig:
@@ -156,12 +292,37 @@ def saved_config(folder: Path) -> TrainConfig:
     Raises:
         InputError: there is no run, or what is there is damaged.
     """
-    if (folder / checkpoint.STATE).is_file():
-        return TrainConfig.from_json(checkpoint.load_state(folder).about["config"])
-    about = checkpoint.read_manifest(folder)
+    interrupted = (folder / checkpoint.STATE).is_file()
+    about = checkpoint.load_state(folder).about if interrupted else checkpoint.read_manifest(folder)
     if "config" not in about:
         raise InputError(f"the lens in {folder} was not saved by a training run")
-    return TrainConfig.from_json(about["config"])
+    try:
+        return TrainConfig.from_json(about["config"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"the config saved in {folder} is damaged: {error}") from error
+
+
+def _fast_precision(device: torch.device) -> Precision:
+    """bf16 where the hardware multiplies it, else fp32."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type == "cpu":
+        capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+        return "bf16" if capabilities.get("amx_bf16") else "fp32"
+    return "fp32"
+
+
+def _require_processes(config: TrainConfig, accelerator: Accelerator) -> None:
+    processes = accelerator.num_processes
+    if config.batch_size < processes:
+        raise InputError(
+            f"--batch-size must be at least the number of processes ({processes}), got "
+            f"{config.batch_size}"
+        )
+    if processes > 1 and config.model.device is not None:
+        raise InputError(
+            f"--device is each process's own where there are {processes}; leave it out"
+        )
 
 
 def _require_usable(output: Path, resume: bool) -> None:
@@ -192,14 +353,10 @@ def _trained_positions(config: TrainConfig) -> int:
 
 
 def _backward(
-    model: FrozenModel,
-    lens: TunedLens,
-    unembedding: Unembedding,
-    input_ids: Int[Tensor, "batch seq"],
-    config: TrainConfig,
-    accelerator: Accelerator,
+    run: _Run, unembedding: Unembedding, input_ids: Int[Tensor, "batch seq"]
 ) -> Float[Tensor, " layers"]:
     """Leave this process's share of the gradient; return its share of the mean KL."""
+    model, lens, config, accelerator = run.model, run.lens, run.config, run.accelerator
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     mine = input_ids[accelerator.process_index :: accelerator.num_processes].to(model.device)
     kl = torch.zeros(lens.n_layers, device=model.device)
@@ -218,14 +375,14 @@ def _backward(
 
 
 def _reduce(
-    lens: TunedLens, kl: Float[Tensor, " layers"], stop: bool, accelerator: Accelerator
+    run: _Run, kl: Float[Tensor, " layers"], stop: bool
 ) -> tuple[Float[Tensor, " layers"], bool]:
     """Add up gradients and KL of all processes, in one go; stop if any was asked to."""
-    if accelerator.num_processes == 1:
+    if run.accelerator.num_processes == 1:
         return kl, stop
-    gradients = [parameter.grad for parameter in lens.parameters() if parameter.grad is not None]
+    gradients = [part.grad for part in run.lens.parameters() if part.grad is not None]
     parts = [*gradients, kl, kl.new_tensor([float(stop)])]
-    total = accelerator.reduce(torch.cat([part.flatten() for part in parts]), "sum")
+    total = run.accelerator.reduce(torch.cat([part.flatten() for part in parts]), "sum")
     for part, value in zip(parts, total.split([part.numel() for part in parts]), strict=True):
         part.copy_(value.view_as(part))
     return kl, bool(parts[-1].item())
@@ -240,7 +397,8 @@ class _HeldOut:
         self._model = model
         self._config = config
         self._accelerator = accelerator
-        needed = -(-config.evaluate_tokens // (_trained_positions(config) + config.skip_first - 1))
+        assert config.corpus.seq_len is not None  # with_defaults has set it
+        needed = -(-config.evaluate_tokens // (config.corpus.seq_len - 1))
         self._blocks = list(islice(corpora.validation.blocks(), needed))
         self._token_bytes = token_bytes(model.tokenizer)
         if not self._blocks:
@@ -259,55 +417,6 @@ class _HeldOut:
             batch_size=self._config.micro_batch_size or self._config.batch_size,
             accelerator=self._accelerator,
         )
-
-    def kl(self, lens: TunedLens) -> list[float]:
-        figures = self.score({"tuned": lens}).by_layer("tuned", "kl_nats")
-        return [estimate.value for estimate in figures]
-
-
-def _point(progress: Progress, kl_nats: list[float]) -> dict[str, Any]:
-    return {
-        "step": progress.step,
-        "tokens": progress.tokens,
-        "seconds": progress.seconds,
-        "kl_nats": kl_nats,
-    }
-
-
-def _state(
-    config: TrainConfig, lens: TunedLens, fit: MuonFit, progress: Progress
-) -> checkpoint.State:
-    tensors = {f"lens/{name}": value for name, value in lens.state_dict().items()}
-    tensors |= {f"fit/{name}": value for name, value in fit.state().items()}
-    about = {
-        "config": dataclasses.asdict(config),
-        "model": dataclasses.asdict(lens.identity),
-        "progress": dataclasses.asdict(progress),
-    }
-    return checkpoint.State(tensors, about)
-
-
-def _restore(output: Path, config: TrainConfig, lens: TunedLens, fit: MuonFit) -> Progress:
-    """Fill lens and fit from an interrupted run, or the lens alone from a finished one."""
-    saved = saved_config(output)
-    model = dataclasses.replace(saved.model, device=config.model.device)
-    if dataclasses.replace(saved, tokens=config.tokens, model=model) != config:
-        raise InputError(
-            f"{output} was trained with other settings; with --resume only --tokens and --device "
-            "may change"
-        )
-    if not (output / checkpoint.STATE).is_file():
-        checkpoint.load_lens(lens, output)
-        return Progress(**checkpoint.read_manifest(output)["progress"])
-    state = checkpoint.load_state(output)
-    checkpoint.require_same_model(state.about["model"], dataclasses.asdict(lens.identity), output)
-    groups: dict[str, dict[str, Tensor]] = {"lens": {}, "fit": {}}
-    for name, value in state.tensors.items():
-        group, _, key = name.partition("/")
-        groups[group][key] = value
-    lens.load_state_dict(groups["lens"])
-    fit.load_state(groups["fit"])
-    return Progress(**state.about["progress"])
 
 
 @contextmanager
@@ -330,26 +439,3 @@ def _stop_flag() -> Iterator[threading.Event]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _describe(model: FrozenModel, corpora: Corpora, config: TrainConfig, total_tokens: int) -> None:
-    identity, text = model.identity, corpora.train.about
-    say(
-        f"model     {identity.name}: {identity.n_layers} layers, d_model {identity.d_model}, "
-        f"vocabulary {identity.vocab_size:,}, {config.model.dtype} on {model.device}"
-    )
-    if text.get("streamed"):
-        say(f"text      {text['dataset']}, streamed, in blocks of {config.corpus.seq_len} tokens")
-        say(f"training  {total_tokens:,} tokens, {config.batch_size} blocks a step")
-        return
-    available = text["blocks"] * _trained_positions(config)
-    say(
-        f"text      {text['dataset']}: {text['bytes']:,} bytes, {text['tokens']:,} tokens; "
-        f"{text['blocks']:,} blocks of {config.corpus.seq_len} to train on, "
-        f"{corpora.validation.about['blocks']:,} held out, "
-        f"{text['dropped_tokens']} tokens of the last partial block dropped"
-    )
-    say(
-        f"training  {total_tokens:,} tokens ({total_tokens / available:.2f} passes over the text), "
-        f"{config.batch_size} blocks a step"
-    )

@@ -7,24 +7,28 @@ from transformers import PreTrainedTokenizerBase
 
 from tunedlens.config import CorpusConfig
 from tunedlens.corpus.packing import (
-    HELD_OUT_SHARE,
     Batch,
     Corpora,
     Corpus,
     PackedCorpus,
     Packer,
     StreamedCorpus,
+    encoded,
     split_by_hash,
     token_bytes,
 )
-from tunedlens.corpus.reading import EMBEDDED, embedded_documents, read_documents
+from tunedlens.corpus.reading import (
+    embedded_documents,
+    is_on_hub,
+    is_stream,
+    read_documents,
+)
 from tunedlens.errors import InputError
-from tunedlens.frozen import FrozenModel
+from tunedlens.frozen import EMBEDDED, FrozenModel
 
 __all__ = [
     "DEFAULT_HUB_DATASET",
     "EMBEDDED",
-    "HELD_OUT_SHARE",
     "Batch",
     "Corpora",
     "Corpus",
@@ -73,30 +77,44 @@ def load_corpora(config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> Co
     """
     if config.dataset is None or config.seq_len is None:
         raise InputError("load_corpora needs a dataset and a seq_len; see with_defaults")
+    _require_consistent(config)
     packer = Packer(tokenizer)
     name, seq_len = config.dataset, config.seq_len
 
-    def packed(documents: Any) -> PackedCorpus:
-        return PackedCorpus.pack(documents, packer, seq_len, name)
-
-    def streamed(documents: Any, held_out: bool | None) -> StreamedCorpus:
-        return StreamedCorpus(documents, packer, seq_len, name, held_out)
-
-    def read(split: str) -> Any:
-        return read_documents(config, split)
+    def corpus(documents: Any, held_out: bool | None = None) -> Corpus:
+        if is_stream(documents):
+            return StreamedCorpus(documents, packer, seq_len, name, held_out)
+        return PackedCorpus.pack(encoded(documents, packer), seq_len, name)
 
     if name == EMBEDDED:
         return Corpora(
-            lambda: packed(embedded_documents("train")),
-            lambda: packed(embedded_documents("validation")),
+            lambda: corpus(embedded_documents("train")),
+            lambda: corpus(embedded_documents("validation")),
         )
-    train, validation = config.dataset_split, config.validation_split
-    if validation is None and config.streaming:
-        return Corpora(lambda: streamed(read(train), False), lambda: streamed(read(train), True))
-    if validation is None:
-        return split_by_hash(read(train), packer, seq_len, name)
-    if config.streaming:
-        return Corpora(
-            lambda: streamed(read(train), None), lambda: streamed(read(validation), None)
+    train = read_documents(config, config.dataset_split)
+    if config.validation_split is not None:
+        validation = read_documents(config, config.validation_split)
+        return Corpora(lambda: corpus(train), lambda: corpus(validation))
+    if is_stream(train):
+        return Corpora(lambda: corpus(train, held_out=False), lambda: corpus(train, held_out=True))
+    return split_by_hash(train, packer, seq_len, name)
+
+
+def _require_consistent(config: CorpusConfig) -> None:
+    if config.validation_split == config.dataset_split:
+        raise InputError(
+            f"--validation-split must be another than --dataset-split, both are "
+            f"{config.dataset_split!r}"
         )
-    return Corpora(lambda: packed(read(train)), lambda: packed(read(validation)))
+    if not is_on_hub(str(config.dataset)):
+        given = {
+            "--dataset-config": config.dataset_config,
+            "--dataset-revision": config.dataset_revision,
+            "--validation-split": config.validation_split,
+            "--dataset-split": None if config.dataset_split == "train" else config.dataset_split,
+        }
+        for flag, value in given.items():
+            if value is not None:
+                raise InputError(
+                    f"{flag} {value} is for datasets on the hub; {config.dataset} is local"
+                )

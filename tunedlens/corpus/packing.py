@@ -6,7 +6,7 @@ the seed and its index; workers and processes do not come into it.
 
 import hashlib
 from collections.abc import Callable, Iterator
-from functools import cache, cached_property
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import torch
@@ -14,16 +14,14 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tunedlens.embedded import hash_fraction
-from tunedlens.errors import InputError
+from tunedlens.embedded import HELD_OUT_SHARE, hash_fraction
+from tunedlens.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-HELD_OUT_SHARE = 0.05
-"""Share of documents (or blocks) held out where no validation split is named."""
-
-_DOCUMENTS_AT_A_TIME = 64
+_DOCUMENTS_AT_A_TIME = 16
+_NOTHING_READ = {"documents": 0, "bytes": 0, "tokens": 0}
 
 
 class Batch(NamedTuple):
@@ -120,6 +118,30 @@ class Packer:
         return documents
 
 
+class Document(NamedTuple):
+    """One text as tokens."""
+
+    ids: Int[Tensor, " tokens"]
+    """EOS last."""
+    text_bytes: int
+    fraction: float
+    """`hash_fraction` of the text."""
+
+
+def encoded(documents: "Dataset", packer: Packer) -> list[Document]:
+    """Every document that has a text, in order."""
+    runs = (row["text"] for row in documents.iter(_DOCUMENTS_AT_A_TIME))
+    return [document for run in runs for document in _encode([t for t in run if t], packer)]
+
+
+def _encode(texts: list[str], packer: Packer) -> list[Document]:
+    ids = packer.encode(texts) if texts else []
+    return [
+        Document(document, len(text.encode()), hash_fraction(text))
+        for text, document in zip(texts, ids, strict=True)
+    ]
+
+
 class PackedCorpus:
     """Blocks in memory; every pass over them is in a new order.
 
@@ -133,36 +155,50 @@ class PackedCorpus:
         self.about = about | {"blocks": len(blocks)}
 
     @classmethod
-    def pack(cls, documents: "Dataset", packer: Packer, seq_len: int, name: str) -> Self:
-        """All documents, joined and cut.
+    def pack(cls, documents: list[Document], seq_len: int, name: str) -> Self:
+        """Documents, joined and cut.
 
         Raises:
             InputError: there is less than one block.
         """
-        stream, count_documents, text_bytes = [torch.tensor([], dtype=torch.int32)], 0, 0
-        for rows in documents.iter(_DOCUMENTS_AT_A_TIME):
-            if texts := [text for text in rows["text"] if text]:
-                stream += packer.encode(texts)
-                count_documents += len(texts)
-                text_bytes += sum(len(text.encode()) for text in texts)
-        tokens = torch.cat(stream)
-        count, dropped = divmod(len(tokens), seq_len)
-        if not text_bytes:
+        if not documents:
             raise InputError(f"{name} is empty: expected text")
+        stream = torch.cat([document.ids for document in documents])
+        count, dropped = divmod(len(stream), seq_len)
         if not count:
             raise InputError(
-                f"{name} has {len(tokens)} tokens, less than one block of {seq_len}; "
+                f"{name} has {len(stream)} tokens, less than one block of {seq_len}; "
                 "give more text or a smaller --seq-len"
             )
         about = {
             "dataset": name,
-            "documents": count_documents,
-            "bytes": text_bytes,
-            "tokens": len(tokens),
+            "documents": len(documents),
+            "bytes": sum(document.text_bytes for document in documents),
+            "tokens": len(stream),
             "dropped_tokens": dropped,
-            "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+            "tokens_sha256": hashlib.sha256(stream.numpy().tobytes()).hexdigest(),
         }
-        return cls(tokens[: count * seq_len].view(count, seq_len), about)
+        return cls(stream[: count * seq_len].view(count, seq_len), about)
+
+    def halves(self) -> tuple["PackedCorpus", "PackedCorpus"]:
+        """The blocks to train on and those held out, by the hash of each.
+
+        Raises:
+            InputError: there are not two blocks, one for either side.
+        """
+        if len(self._blocks) < 2:
+            raise InputError(
+                f"{self.about['dataset']} is one block of {self._blocks.shape[1]} tokens; expected "
+                "at least two, one to train on and one to hold out: give more text or a smaller "
+                "--seq-len"
+            )
+        held_out = torch.tensor(
+            _held_out([hash_fraction(block.numpy().tobytes()) for block in self._blocks])
+        )
+        return (
+            PackedCorpus(self._blocks[~held_out], self.about),
+            PackedCorpus(self._blocks[held_out], self.about),
+        )
 
     def batches(
         self, batch_size: int, seed: int, position: dict[str, Any] | None = None
@@ -183,23 +219,6 @@ class PackedCorpus:
 
     def blocks(self) -> Iterator[Int[Tensor, " seq"]]:
         yield from self._blocks.long()
-
-    def half(self, held_out: bool) -> "PackedCorpus":
-        """The blocks that are held out, or the others, by the hash of each.
-
-        Raises:
-            InputError: there are not two blocks, one for either side.
-        """
-        if len(self._blocks) < 2:
-            raise InputError(
-                f"{self.about['dataset']} is one block of {self._blocks.shape[1]} tokens; expected "
-                "at least two, one to train on and one to hold out: give more text or a smaller "
-                "--seq-len"
-            )
-        fractions = [hash_fraction(block.numpy().tobytes()) for block in self._blocks]
-        return PackedCorpus(
-            self._blocks[torch.tensor(_held_out(fractions)) == held_out], self.about
-        )
 
 
 class StreamedCorpus:
@@ -225,7 +244,7 @@ class StreamedCorpus:
         self._packer = packer
         self._seq_len = seq_len
         self._held_out = held_out
-        self.about = {"dataset": name, "streamed": True}
+        self.about: dict[str, Any] = {"dataset": name, "streamed": True}
 
     def batches(
         self,
@@ -234,59 +253,89 @@ class StreamedCorpus:
         position: dict[str, Any] | None = None,
     ) -> Iterator[Batch]:
         needed = batch_size * self._seq_len
-        if position is not None:
-            self._documents.load_state_dict(position["documents"])
-        left = torch.tensor(position["left"] if position else [], dtype=torch.int32)
-        for tokens in self._runs():
-            left = torch.cat([left, tokens])
-            while len(left) >= needed:
-                rows, left = left[:needed], left[needed:]
-                position = {"documents": self._documents.state_dict(), "left": left.tolist()}
-                yield Batch(rows.view(batch_size, self._seq_len).long(), position)
+        # A position is where the reader stood before it read the last run of documents, what
+        # was left over then, and how many batches were made since.
+        start = position or {"reader": None, "left": [], "batches": 0, "read": _NOTHING_READ}
+        if start["reader"] is not None:
+            self._documents.load_state_dict(start["reader"])
+        stream = torch.tensor(start["left"], dtype=torch.int32)
+        for run in self._runs():
+            stream = torch.cat([stream, *(document.ids for document in run)])
+            read = {
+                "documents": start["read"]["documents"] + len(run),
+                "bytes": start["read"]["bytes"] + sum(d.text_bytes for d in run),
+                "tokens": start["read"]["tokens"] + sum(len(d.ids) for d in run),
+            }
+            self.about |= read
+            for index in range(start["batches"], len(stream) // needed):
+                rows = stream[index * needed : (index + 1) * needed].view(batch_size, -1)
+                yield Batch(rows.long(), start | {"batches": index + 1})
+            stream = stream[len(stream) - len(stream) % needed :]
+            reader = self._documents.state_dict()
+            start = {"reader": reader, "left": stream.tolist(), "batches": 0, "read": read}
         raise InputError(
-            f"the text {self.about['dataset']} ran out: {len(left)} tokens are left and a batch "
+            f"the text {self.about['dataset']} ran out: {len(stream)} tokens are left and a batch "
             f"needs {needed}; ask for fewer --tokens or give more text"
         )
 
     def blocks(self) -> Iterator[Int[Tensor, " seq"]]:
-        left = torch.tensor([], dtype=torch.int32)
-        for tokens in self._runs():
-            left = torch.cat([left, tokens])
-            while len(left) >= self._seq_len:
-                yield left[: self._seq_len].long()
-                left = left[self._seq_len :]
+        stream = torch.tensor([], dtype=torch.int32)
+        for run in self._runs():
+            stream = torch.cat([stream, *(document.ids for document in run)])
+            count = len(stream) // self._seq_len
+            yield from stream[: count * self._seq_len].view(count, self._seq_len).long()
+            stream = stream[count * self._seq_len :]
+        self.about["dropped_tokens"] = len(stream)
 
-    def _runs(self) -> Iterator[Int[Tensor, " tokens"]]:
-        for rows in self._documents.iter(_DOCUMENTS_AT_A_TIME):
+    def _runs(self) -> Iterator[list[Document]]:
+        """This side's documents, a few at a time.
+
+        Raises:
+            InputError: the text cannot be read on.
+        """
+        runs = self._documents.iter(_DOCUMENTS_AT_A_TIME)
+        while True:
+            try:
+                rows = next(runs)
+            except StopIteration:
+                return
+            except Exception as error:  # datasets raises whatever its many readers meet
+                raise InputError(
+                    f"cannot read on in {self.about['dataset']}: {first_line(error)}"
+                ) from error
             texts = [
                 text
                 for text in rows["text"]
                 if text and self._held_out in (None, hash_fraction(text) < HELD_OUT_SHARE)
             ]
-            if texts:
-                yield torch.cat(self._packer.encode(texts))
+            yield _encode(texts, self._packer)
 
 
 def split_by_hash(documents: "Dataset", packer: Packer, seq_len: int, name: str) -> Corpora:
-    """Hold out a share of the documents by the hash of each, or of a single one's blocks.
+    """Hold out a share of the documents by the hash of each.
 
-    Where the share comes to nothing, the one with the smallest hash is held out. Either
-    side raises an `InputError` when it is made of less than one block.
+    Of a single document, or where one side would have less than a block, a share of the
+    blocks is held out instead.
+
+    Raises:
+        InputError: there are not two blocks, one for either side.
     """
-    if len(documents) == 1:
-        whole = cache(lambda: PackedCorpus.pack(documents, packer, seq_len, name))
-        return Corpora(lambda: whole().half(held_out=False), lambda: whole().half(held_out=True))
-    held_out = _held_out(
-        [hash_fraction(text) for rows in documents.iter(1) for text in rows["text"]]
-    )
-
-    def side(wanted: bool) -> PackedCorpus:
-        rows = [i for i, held in enumerate(held_out) if held == wanted]
-        return PackedCorpus.pack(documents.select(rows), packer, seq_len, name)
-
-    return Corpora(lambda: side(False), lambda: side(True))
+    everything = encoded(documents, packer)
+    held_out = _held_out([document.fraction for document in everything])
+    sides = [
+        [d for d, held in zip(everything, held_out, strict=True) if held == side]
+        for side in (False, True)
+    ]
+    if all(sum(len(document.ids) for document in side) >= seq_len for side in sides):
+        train, validation = (PackedCorpus.pack(side, seq_len, name) for side in sides)
+    else:
+        train, validation = PackedCorpus.pack(everything, seq_len, name).halves()
+    return Corpora(lambda: train, lambda: validation)
 
 
 def _held_out(fractions: list[float]) -> list[bool]:
-    threshold = max(HELD_OUT_SHARE, min(fractions, default=0.0) + 1e-12)
-    return [fraction < threshold for fraction in fractions]
+    """Those below the share; at least one and, of several, not all."""
+    order = sorted(range(len(fractions)), key=lambda i: (fractions[i], i))
+    wanted = sum(fraction < HELD_OUT_SHARE for fraction in fractions)
+    chosen = set(order[: max(1, min(wanted, len(fractions) - 1))])
+    return [i in chosen for i in range(len(fractions))]

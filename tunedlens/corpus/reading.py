@@ -4,19 +4,16 @@ All of it comes out as a dataset with one column, `text`, a document a row.
 """
 
 import glob
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunedlens import embedded
 from tunedlens.config import CorpusConfig
-from tunedlens.errors import InputError
+from tunedlens.errors import InputError, first_line
+from tunedlens.frozen import EMBEDDED
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
-
-EMBEDDED = "embedded"
-"""As `--dataset`: the text that the embedded model was trained on."""
+    from datasets import Dataset, Features, IterableDataset
 
 _TEXT_SUFFIXES = {".txt", ".md", ".py"}
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -44,52 +41,69 @@ def read_documents(config: CorpusConfig, split: str) -> "Dataset | IterableDatas
     """
     name = str(config.dataset)
     files = _local_files(name)
-    return _read_hub(config, split) if files is None else _read_local(config, files)
+    return _load(config, split, name) if files is None else _read_local(config, files)
+
+
+def is_on_hub(name: str) -> bool:
+    """Whether a dataset's name means one on the hub: it is no path and no glob.
+
+    Raises:
+        InputError: it is a path with nothing to read at its end.
+    """
+    return name != EMBEDDED and _local_files(name) is None
+
+
+def is_stream(documents: "Dataset | IterableDataset") -> bool:
+    """Whether the documents are read as they are needed."""
+    import datasets
+
+    return isinstance(documents, datasets.IterableDataset)
 
 
 def _local_files(name: str) -> list[Path] | None:
     """Files of a path, folder or glob, in a fixed order; None for a name on the hub."""
-    path = Path(name).expanduser()
-    if path.is_file():
-        if path.suffix.lower() not in _TEXT_SUFFIXES | _BUILDERS.keys():
-            raise InputError(f"{name}: expected a file of a kind that can be read ({_SUFFIXES})")
-        return [path]
-    looks_local = name.startswith((".", "/", "~")) or path.suffix.lower() in (
-        _TEXT_SUFFIXES | _BUILDERS.keys()
-    )
-    if path.is_dir():
-        found = sorted(path.rglob("*"))
-    elif glob.has_magic(name):
-        found = sorted(Path(file) for file in glob.glob(str(path), recursive=True))
-    elif looks_local:
-        raise InputError(f"{name}: there is no such file or folder")
-    else:
-        return None
-    files = [
-        f for f in found if f.is_file() and f.suffix.lower() in _TEXT_SUFFIXES | _BUILDERS.keys()
-    ]
+    try:
+        path = Path(name).expanduser()
+        looks_local = name.startswith((".", "/", "~")) or _is_readable(path)
+        if path.is_file():
+            found = [path]
+        elif path.is_dir():
+            found = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        elif glob.has_magic(name):
+            matches = sorted(Path(file) for file in glob.glob(str(path), recursive=True))
+            found = [file for file in matches if file.is_file()]
+        elif looks_local:
+            raise InputError(f"{name}: there is no such file or folder")
+        else:
+            return None
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{name}: cannot look for files: {first_line(error)}") from error
+    files = [file for file in found if _is_readable(file)]
     if not files:
-        raise InputError(f"{name}: found no file of a kind that can be read ({_SUFFIXES})")
+        raise InputError(f"{name}: expected a file of a kind that can be read ({_SUFFIXES})")
     return files
 
 
+def _is_readable(path: Path) -> bool:
+    return path.suffix.lower() in _TEXT_SUFFIXES | _BUILDERS.keys()
+
+
 def _read_local(config: CorpusConfig, files: list[Path]) -> "Dataset | IterableDataset":
+    """Files of text are read whole in any case; rows are streamed if that is asked for."""
     import datasets
 
     texts = [file for file in files if file.suffix.lower() in _TEXT_SUFFIXES]
-    parts: list[Any] = []
-    if texts and config.streaming:
-        parts.append(datasets.IterableDataset.from_generator(_rows, gen_kwargs={"files": texts}))
-    elif texts:
-        parts.append(_in_memory([_read_text(file) for file in texts]))
-    for file in files:
-        if file not in texts:
-            parts.append(_load(config, "train", _BUILDERS[file.suffix.lower()], str(file)))
+    tables = [file for file in files if file not in texts]
+    parts: list[Any] = [
+        _load(config, "train", _BUILDERS[file.suffix.lower()], str(file)) for file in tables
+    ]
+    if texts:
+        whole = _in_memory([_read_text(file) for file in texts])
+        if config.streaming and tables:
+            # A stream's rows come as they are in their files, as ordinary strings.
+            whole = whole.cast(_features("string")).to_iterable_dataset()
+        parts.insert(0, whole)
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
-
-
-def _read_hub(config: CorpusConfig, split: str) -> "Dataset | IterableDataset":
-    return _load(config, split, str(config.dataset))
 
 
 def _load(
@@ -111,16 +125,14 @@ def _load(
         rows = datasets.load_dataset(path, **options)
         features = rows.features or rows._resolve_features().features
     except Exception as error:  # datasets raises whatever its many readers meet
-        cause = error.__cause__ or error
-        first_line = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        cause = first_line(error.__cause__ or error)
         hint = "" if file else " (a dataset on the hub needs a network)"
-        raise InputError(f"cannot read the dataset {where}: {first_line}{hint}") from error
+        raise InputError(f"cannot read the dataset {where}: {cause}{hint}") from error
     column = _text_column(dict(features or {}), config.text_column, where)
-    return (
-        rows.select_columns([column]).rename_column(column, "text")
-        if column != "text"
-        else (rows.select_columns(["text"]))
-    )
+    rows = rows.select_columns([column])
+    if column != "text":
+        rows = rows.rename_column(column, "text")
+    return rows if config.streaming else rows.cast(_features())
 
 
 def _text_column(features: dict[str, Any], wanted: str | None, where: str) -> str:
@@ -150,13 +162,14 @@ def _text_column(features: dict[str, Any], wanted: str | None, where: str) -> st
 def _in_memory(texts: list[str]) -> "Dataset":
     import datasets
 
-    features = datasets.Features({"text": datasets.Value("large_string")})
-    return datasets.Dataset.from_dict({"text": texts}, features=features)
+    return datasets.Dataset.from_dict({"text": texts}, features=_features())
 
 
-def _rows(files: list[Path]) -> Iterator[dict[str, str]]:
-    for file in files:
-        yield {"text": _read_text(file)}
+def _features(kind: str = "large_string") -> "Features":
+    """One type for all parts, so that they can be joined; large, for texts beyond 2 GiB."""
+    import datasets
+
+    return datasets.Features({"text": datasets.Value(kind)})
 
 
 def _read_text(file: Path) -> str:

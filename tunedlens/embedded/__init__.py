@@ -2,9 +2,14 @@
 
 from pathlib import Path
 
-from tunedlens.embedded.text import SourceFile, hash_fraction, standard_library
+from tunedlens.embedded.text import (
+    HELD_OUT_SHARE,
+    SourceFile,
+    hash_fraction,
+    standard_library,
+)
 
-__all__ = ["FOLDER", "SourceFile", "hash_fraction", "standard_library"]
+__all__ = ["FOLDER", "HELD_OUT_SHARE", "SourceFile", "hash_fraction", "standard_library"]
 
 FOLDER = Path(__file__).parent / "model"
 """The model in Hugging Face format."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 HELD_OUT_SHARE = 0.06
-"""Share of the files (by a hash of their path, not by size) that is held out."""
+"""Share of documents held out, by a hash: of its path for a file of the standard library."""
 
 _TESTS = {"test", "tests", "idle_test"}
 
