@@ -1,6 +1,8 @@
 """Small things that tests share: tiny models, the embedded model, texts."""
 
+import multiprocessing
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,36 @@ def random_lens(model, scale=0.1, seed=0):
         for parameter in lens.parameters():
             parameter.normal_(0.0, scale)
     return lens
+
+
+def _process(rank, port, function, arguments, results):
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    torch.set_num_threads(1)
+    results.put(function(*arguments))
+    torch.distributed.destroy_process_group()
+
+
+def in_two_processes(function, *arguments):
+    """What a function returns in each of two processes that share their work (gloo)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    processes = [
+        context.Process(target=_process, args=(rank, port, function, arguments, results))
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join()
+    return found

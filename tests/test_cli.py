@@ -84,6 +84,27 @@ def test_evaluation_scores_the_text_that_was_held_out(here, asked):
     assert about["fingerprint"] == manifest["model"]["fingerprint"]
 
 
+@pytest.mark.usefixtures("here")
+def test_evaluation_refuses_to_score_what_was_trained_on(asked, text_file, capsys):
+    train_command([*asked, "--output", "run"])
+    capsys.readouterr()
+    fails(evaluate_command, ["--lens", "run", "--seq-len", "8"], capsys, "--seq-len must be 16")
+    same = ["--lens", "run", "--dataset", text_file]
+    fails(evaluate_command, [*same, "--text-column", "x"], capsys, "--text-column must be None")
+    text_file.write_bytes(text_file.read_bytes() + b"more")
+    fails(evaluate_command, ["--lens", "run"], capsys, "has changed since")
+
+
+def test_another_text_is_scored_whole_and_beside_the_lens_own_results(here, asked):
+    train_command([*asked, "--output", "run"])
+    (here / "other.txt").write_text("another text, all of it\n" * 40)
+    assert evaluate_command(["--lens", "run", "--dataset", "other.txt"]) == 0
+    evaluation = json.loads((here / "run" / "evaluation-other" / "metrics.json").read_text())
+    blocks = sum(side["blocks"] for side in evaluation["provenance"]["corpus"].values())
+    assert evaluation["tokens"] == blocks * 15
+    assert evaluation["provenance"]["config"]["split"] == "all"
+
+
 def test_bad_input_to_train_is_one_line(here, asked, capsys):
     (here / "empty.txt").touch()
     (here / "short.txt").write_text("a few words")

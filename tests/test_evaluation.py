@@ -1,11 +1,11 @@
 import math
-import multiprocessing
 
 import pytest
 import torch
-from conftest import random_lens
+from accelerate import Accelerator
+from conftest import in_two_processes, random_lens
 
-from tunedlens import LogitLens, evaluate
+from tunedlens import InputError, LogitLens, evaluate, load_model
 from tunedlens.corpus import Packer, token_bytes
 from tunedlens.evaluation import Evaluation
 
@@ -98,48 +98,29 @@ def test_evaluation_reads_back_from_json(tiny, blocks):
     assert Evaluation.from_json(evaluation.to_json()) == evaluation
 
 
-def _one_of_two(rank, port, folder, blocks, results):
-    """A process of a pair that shares an evaluation."""
-    import os
-
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
-    }
-    from accelerate import Accelerator
-
-    from tunedlens import load_model
-
-    torch.set_num_threads(1)
-    accelerator = Accelerator(cpu=True)
-    evaluation = run(load_model(folder, device="cpu"), blocks, accelerator=accelerator, tokens=190)
-    results.put([(r.value, r.standard_error) for r in evaluation.results])
-    torch.distributed.destroy_process_group()
+def _evaluate_a_share(folder, blocks):
+    evaluation = run(
+        load_model(folder, device="cpu"), blocks, accelerator=Accelerator(), tokens=190
+    )
+    return [(result.value, result.standard_error) for result in evaluation.results]
 
 
 def test_two_processes_give_the_figures_of_one(tiny, tiny_folder, blocks):
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    processes = [
-        context.Process(target=_one_of_two, args=(rank, port, tiny_folder, blocks, results))
-        for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    shares = [results.get(timeout=120) for _ in processes]
-    for process in processes:
-        process.join()
     expected = run(tiny, blocks, tokens=190)
-    for share in shares:
+    for share in in_two_processes(_evaluate_a_share, tiny_folder, blocks):
         for (value, error), result in zip(share, expected.results, strict=True):
             assert value == pytest.approx(result.value, rel=1e-5)
             assert error == pytest.approx(result.standard_error, rel=1e-4, abs=1e-9)
+
+
+def test_nothing_to_score_is_refused(tiny, blocks):
+    with pytest.raises(InputError, match="nothing to score: 0 tokens"):
+        run(tiny, blocks[:0])
+
+
+def test_lens_that_gives_no_number_is_refused(tiny, blocks):
+    lens = random_lens(tiny)
+    with torch.no_grad():
+        lens.translators[1].bias[0] = math.nan
+    with pytest.raises(InputError, match="of broken at layer 1 is nan"):
+        evaluate(tiny, {"broken": lens}, blocks, token_bytes(tiny.tokenizer))

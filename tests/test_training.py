@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from conftest import SHARED_DATA, make_gpt2
+from conftest import SHARED_DATA, in_two_processes, make_gpt2
 from transformers import AutoTokenizer
 
 from tunedlens import (
@@ -252,6 +252,18 @@ def test_bfloat16_products_give_nearly_the_same_lens(config, tmp_path):
         exact.by_layer("tuned", "kl_nats"), rough.by_layer("tuned", "kl_nats"), strict=True
     ):
         assert other.value == pytest.approx(one.value, rel=0.05)
+
+
+def test_two_processes_train_the_lens_of_one(config, tmp_path):
+    config = dataclasses.replace(config, precision="fp32")
+    shared = dataclasses.replace(config, model=dataclasses.replace(config.model, device=None))
+    evaluation = train(config, tmp_path / "one")
+    for other in in_two_processes(train, shared, tmp_path / "two"):
+        for a, b in zip(evaluation.results, other.results, strict=True):
+            assert a.value == pytest.approx(b.value, rel=0.01)
+    one, two = (lens_of(tmp_path / name, config) for name in ("one", "two"))
+    for name, value in one.items():
+        assert torch.allclose(value, two[name], atol=5e-3)
 
 
 @pytest.mark.gpu
