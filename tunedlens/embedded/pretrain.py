@@ -176,6 +176,8 @@ def card(folder: Path, corpora: Corpora, run: dict[str, float], args: argparse.N
     xz = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
     about = {side: getattr(corpora, side).about for side in ("train", "validation")}
     parameters = sum(parameter.numel() for parameter in model.model.parameters())
+    on_gpu = torch.cuda.is_available()
+    hardware = "a GPU" if on_gpu else f"{torch.get_num_threads()} CPU cores"
     completions = []
     for prompt in PROMPTS:
         final = model.residual_stream(prompt)[-1][0, -1]
@@ -203,7 +205,7 @@ def card(folder: Path, corpora: Corpora, run: dict[str, float], args: argparse.N
         "in float16 on disk.",
         f"- Training: {run['steps']:,.0f} steps of {args.batch_size * CONTEXT:,} tokens, "
         f"{run['tokens']:,.0f} tokens in all ({run['tokens'] / about['train']['tokens']:.1f} "
-        f"passes), {run['hours']:.1f} hours on {torch.get_num_threads()} cores; Muon and AdamW, "
+        f"passes), {run['hours']:.1f} hours on {hardware}; Muon and AdamW, "
         f"learning rate {args.lr}, weight decay {args.weight_decay}, dropout {args.dropout}, "
         f"bfloat16 autocast; warm-up over {WARM_UP_STEPS} steps, linear decay over the last half.",
         f"- Held out: {nats.value:.4f} ± {nats.standard_error:.4f} nats per token, "
