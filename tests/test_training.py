@@ -28,6 +28,7 @@ def config(tiny_folder, text_file):
         model=ModelConfig(model=str(tiny_folder), device="cpu"),
         corpus=CorpusConfig(dataset=str(text_file), seq_len=16),
         tokens=640,
+        start_tokens=128,
         batch_size=4,
         evaluate_every=3,
         evaluate_tokens=60,

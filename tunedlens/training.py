@@ -21,7 +21,7 @@ from tunedlens.config import Precision, TrainConfig, WandbMode
 from tunedlens.corpus import DEFAULT_HUB_DATASET, Corpora, load_corpora, token_bytes, with_defaults
 from tunedlens.errors import InputError
 from tunedlens.evaluation import Evaluation, evaluate
-from tunedlens.fit import MuonFit
+from tunedlens.fit import LeastSquares, MuonFit
 from tunedlens.frozen import FrozenModel, Unembedding, load_model
 from tunedlens.lens import Lens, LogitLens, TunedLens
 from tunedlens.objective import lens_kl
@@ -42,6 +42,7 @@ class Progress:
     """Held-out KL per layer in nats, against step, tokens and seconds."""
 
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _STEPS_PER_FIGURE = 8
 """Reading a figure waits for the device, so it is not done at every step."""
 
@@ -96,6 +97,8 @@ def train(
     config_now = dataclasses.asdict(config)
     mode = wandb if accelerator.is_main_process else "disabled"
     with Tracker(mode, output.name, config_now, output) as tracker, _stop_flag() as stop:
+        if not (output / checkpoint.STATE).exists():
+            _first_pass(run)
         _take_steps(run, tracker, stop)
         return run.finish(tracker)
 
@@ -118,6 +121,7 @@ class _Run:
         self.corpora = corpora
         self.held_out = held_out
         self.accelerator = accelerator
+        self.precision = config.precision or _fast_precision(model.device)
         self.tokens_per_step = config.batch_size * _trained_positions(config)
         self.total_steps = -(-config.tokens // self.tokens_per_step)
         self.total_tokens = self.total_steps * self.tokens_per_step
@@ -245,6 +249,25 @@ class _Run:
         )
 
 
+def _first_pass(run: _Run) -> None:
+    """Let the fit see the first tokens of the text, and start new translators from them."""
+    config, lens, left = run.config, run.lens, run.config.start_tokens
+    if not left:
+        return
+    sums = LeastSquares(lens.n_layers, lens.identity.d_model)
+    batches = run.corpora.train.batches(config.batch_size, config.seed)
+    with progress_bar(left, "first pass", show=run.accelerator.is_main_process) as bar:
+        while left > 0:
+            for states in _states(run, next(batches).input_ids):
+                sums.add(states[:-1], states[-1])
+            left -= run.tokens_per_step
+            bar.update(run.tokens_per_step)
+    if run.accelerator.num_processes > 1:
+        for part in (sums.inputs, sums.outputs):
+            part.copy_(run.accelerator.reduce(part.to(run.accelerator.device), "sum"))
+    run.fit.start(sums, translators_too=run.progress.step == 0)
+
+
 def _take_steps(run: _Run, tracker: Tracker, stop: threading.Event) -> None:
     """The loop, from where the run stands to its last step."""
     config, progress, main = run.config, run.progress, run.accelerator.is_main_process
@@ -352,23 +375,32 @@ def _trained_positions(config: TrainConfig) -> int:
     return seq_len - config.skip_first
 
 
+def _states(
+    run: _Run, input_ids: Int[Tensor, "batch seq"]
+) -> Iterator[Float[Tensor, "states tokens d_model"]]:
+    """All states of this process's share, a micro-batch at a time, in float32."""
+    index, processes = run.accelerator.process_index, run.accelerator.num_processes
+    mine = input_ids[index::processes].to(run.model.device)
+    dtype = _DTYPES[run.precision]
+    for rows in mine.split(run.config.micro_batch_size or len(mine)):
+        with torch.autocast(run.model.device.type, dtype, enabled=dtype != torch.float32):
+            states = run.model.residual_stream(rows)
+        skipped = run.config.skip_first
+        yield torch.stack([state[:, skipped:].flatten(0, 1).float() for state in states])
+
+
 def _backward(
     run: _Run, unembedding: Unembedding, input_ids: Int[Tensor, "batch seq"]
 ) -> Float[Tensor, " layers"]:
     """Leave this process's share of the gradient; return its share of the mean KL."""
-    model, lens, config, accelerator = run.model, run.lens, run.config, run.accelerator
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    mine = input_ids[accelerator.process_index :: accelerator.num_processes].to(model.device)
-    kl = torch.zeros(lens.n_layers, device=model.device)
-    for rows in mine.split(config.micro_batch_size or len(mine)):
-        with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-            states = model.residual_stream(rows)
-        *hidden, final = (state[:, config.skip_first :].flatten(0, 1).float() for state in states)
+    lens = run.lens
+    kl = torch.zeros(lens.n_layers, device=run.model.device)
+    for states in _states(run, input_ids):
         translated = torch.stack(
-            [lens.transform_hidden(state, layer) for layer, state in enumerate(hidden)]
+            [lens.transform_hidden(state, layer) for layer, state in enumerate(states[:-1])]
         )
-        share = len(rows) / len(input_ids)
-        part = lens_kl(translated, final, unembedding, dtype=dtype) * share
+        share = states.shape[1] / run.tokens_per_step
+        part = lens_kl(translated, states[-1], unembedding, dtype=_DTYPES[run.precision]) * share
         part.mean().backward()
         kl += part.detach()
     return kl

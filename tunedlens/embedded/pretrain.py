@@ -14,6 +14,7 @@ import json
 import lzma
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ CONTEXT = 512
 WARM_UP_STEPS = 100
 DECAY_SHARE = 0.5
 """Share of the steps, the last ones, over which the learning rate falls to 0."""
+
+LINE_STEPS = 150
+"""Steps after those, at a tenth of the rate, on blocks that begin where a line does."""
 
 PROMPTS = ("def __init__(self", "import os", "for i in range(", "if x is not", "raise ValueError(")
 
@@ -99,6 +103,27 @@ def build_optimizers(
     ]
 
 
+def rate(step: int, steps: int) -> float:
+    """Share of the learning rate: warm-up, hold, linear decay, and a little for the lines."""
+    if step >= steps:
+        return 0.1 * (steps + LINE_STEPS - step) / LINE_STEPS
+    return min(1.0, (step + 1) / WARM_UP_STEPS, (steps - step) / (DECAY_SHARE * steps))
+
+
+def line_batches(
+    corpora: Corpora, tokenizer: Any, batch_size: int, seed: int
+) -> Iterator[Int[Tensor, "batch seq"]]:
+    """Blocks that begin where a line does, as what people type does; others begin anywhere."""
+    stream = torch.cat(list(corpora.train.blocks()))
+    names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    ends_line = torch.tensor([name.endswith("Ċ") or name == EOS for name in names])
+    starts = ends_line[stream[:-CONTEXT]].nonzero()[:, 0] + 1
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        chosen = starts[torch.randint(len(starts), (batch_size,), generator=generator)]
+        yield stream[chosen[:, None] + torch.arange(CONTEXT)]
+
+
 def mean_loss(model: GPT2LMHeadModel, input_ids: Int[Tensor, "batch seq"]) -> Float[Tensor, ""]:
     """Cross-entropy of the next token, in nats."""
     with torch.autocast(input_ids.device.type, torch.bfloat16):
@@ -134,21 +159,24 @@ def pretrain(args: argparse.Namespace, tokenizer: Any, corpora: Corpora) -> dict
     started = time.monotonic() - seconds
 
     batches = corpora.train.batches(args.batch_size, args.seed, {"batch": step})
+    lines = line_batches(corpora, tokenizer, args.batch_size, args.seed)
     losses: list[Tensor] = []
-    while step < args.steps:
-        warm_up = min(1.0, (step + 1) / WARM_UP_STEPS)
-        decay = min(1.0, (args.steps - step) / (DECAY_SHARE * args.steps))
+    last_step = args.steps + LINE_STEPS
+    while step < last_step:
+        if step == args.steps:  # their momentum is that of other blocks
+            optimizers = build_optimizers(model, args.lr, args.weight_decay)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * warm_up * decay
-        loss = loss_of(next(batches).input_ids.to(device))
+                group["lr"] = args.lr * rate(step, args.steps)
+        input_ids = next(batches).input_ids if step < args.steps else next(lines)
+        loss = loss_of(input_ids.to(device))
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.detach())
         step += 1
-        if step % args.evaluate_every == 0 or step == args.steps:
+        if step % args.evaluate_every == 0 or step in (args.steps, last_step):
             frozen = FrozenModel(copy.deepcopy(model).eval(), tokenizer)
             bits = held_out(frozen, corpora).of_model("bits_per_byte").value
             seconds = time.monotonic() - started
@@ -207,7 +235,9 @@ def card(folder: Path, corpora: Corpora, run: dict[str, float], args: argparse.N
         f"{run['tokens']:,.0f} tokens in all ({run['tokens'] / about['train']['tokens']:.1f} "
         f"passes), {run['hours']:.1f} hours on {hardware}; Muon and AdamW, "
         f"learning rate {args.lr}, weight decay {args.weight_decay}, dropout {args.dropout}, "
-        f"bfloat16 autocast; warm-up over {WARM_UP_STEPS} steps, linear decay over the last half.",
+        f"bfloat16 autocast; warm-up over {WARM_UP_STEPS} steps, linear decay from the "
+        f"middle to step {run['steps'] - LINE_STEPS:,.0f}; the last {LINE_STEPS} steps, at a tenth "
+        "of the rate, on blocks that begin where a line does.",
         f"- Held out: {nats.value:.4f} ± {nats.standard_error:.4f} nats per token, "
         f"**{bits.value:.4f} ± {bits.standard_error:.4f} bits per byte**, on "
         f"{evaluation.tokens:,} tokens ({evaluation.text_bytes:,} bytes) in blocks of {CONTEXT}. "
@@ -226,7 +256,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3500)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch-size", type=int, default=16, help=f"blocks of {CONTEXT} tokens")
     parser.add_argument("--lr", type=float, default=0.006)
     parser.add_argument("--weight-decay", type=float, default=0.1)
