@@ -68,6 +68,14 @@ def test_muon_fit_may_keep_the_translators_it_finds(tiny):
         assert torch.allclose(value, before[name], atol=1e-5)
 
 
+def test_muon_fit_steps_where_every_input_has_size_1(tiny):
+    fit, sums = MuonFit(TunedLens.from_model(tiny), TrainConfig(ridge=1e-9), 10), first_pass()
+    fit.start(sums)
+    roots = fit.state()["inverse_roots"].double()
+    whitened = roots @ (sums.inputs / 400) @ roots.mT
+    assert torch.allclose(whitened, torch.eye(17).double().expand(3, 17, 17), atol=0.02)
+
+
 def test_muon_fit_changes_large_and_small_inputs_alike(tiny):
     lens = TunedLens.from_model(tiny)
     fit = MuonFit(lens, TrainConfig(weight_decay=0.0), 10)

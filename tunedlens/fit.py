@@ -40,6 +40,11 @@ class LeastSquares:
         self.inputs += (inputs.mT @ inputs).double().cpu()
         self.outputs += (inputs.mT @ (final - hidden)).double().cpu()
 
+    @property
+    def second_moment(self) -> Float[Tensor, "layers d_model_plus_1 d_model_plus_1"]:
+        """Mean of x xᵀ over tokens, the last of x being 1."""
+        return self.inputs / self.inputs[:, -1:, -1:]
+
     def solve(self, ridge: float) -> Float[Tensor, "layers d_model_plus_1 d_model"]:
         """`A` transposed with `b` below it, of h + A h + b, for every layer.
 
@@ -93,7 +98,7 @@ class MuonFit:
 
     def start(self, first_pass: LeastSquares, translators_too: bool = True) -> None:
         """Take the whitening from a first pass over the text, and the translators as well."""
-        values, vectors = torch.linalg.eigh(first_pass.inputs)
+        values, vectors = torch.linalg.eigh(first_pass.second_moment)
         values = values.clamp(min=0) + self._ridge * values.mean(-1, keepdim=True)
         inverse_roots = (vectors * values.rsqrt()[:, None]) @ vectors.mT
         roots = (vectors * values.sqrt()[:, None]) @ vectors.mT
