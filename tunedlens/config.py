@@ -88,7 +88,7 @@ class TrainConfig:
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
-    tokens: int = option(786_432, "positions to train on, rounded up to whole steps")
+    tokens: int = option(1_048_576, "positions to train on, rounded up to whole steps")
     start_tokens: int = option(
         131_072,
         "positions of a first pass, whose least-squares solution the steps start from; 0 starts "
@@ -97,7 +97,7 @@ class TrainConfig:
     ridge: float = option(
         1e-4, "ridge of that solution, and damping of the steps; pulls towards the logit lens"
     )
-    batch_size: int = option(8, "blocks in one step, over all processes")
+    batch_size: int = option(4, "blocks in one step, over all processes")
     micro_batch_size: int | None = option(
         None, "blocks in one forward pass (gradient accumulation); changes memory, not results"
     )
@@ -107,11 +107,11 @@ class TrainConfig:
         "matrix products while training: fp32 or bf16; without it, bf16 where the hardware "
         "multiplies it",
     )
-    lr: float = option(0.15, "learning rate at the start; falls linearly to 0")
+    lr: float = option(0.12, "learning rate at the start; falls linearly to 0")
     momentum: float = option(0.9, "momentum of Muon")
-    weight_decay: float = option(0.01, "weight decay; pulls the lens towards the logit lens")
+    weight_decay: float = option(0.0, "weight decay; pulls the lens towards the logit lens")
     seed: int = option(0, "orders the blocks")
-    evaluate_every: int = option(48, "steps between two looks at held-out text (and saves)")
+    evaluate_every: int = option(128, "steps between two looks at held-out text (and saves)")
     evaluate_tokens: int = option(16_384, "held-out positions in each of these looks")
 
     def __post_init__(self) -> None:
