@@ -159,6 +159,8 @@ def test_training_on_any_gpt2_folder_with_the_real_tokenizer(tmp_path):
 
 
 def test_micro_batches_change_memory_and_not_the_lens(config, tmp_path):
+    # Whitening would make much of rounding in directions that hardly any input has.
+    config = dataclasses.replace(config, start_tokens=0, lr=0.01, precision="fp32")
     train(config, tmp_path / "whole")
     train(dataclasses.replace(config, micro_batch_size=1), tmp_path / "parts")
     whole, parts = (lens_of(tmp_path / name, config) for name in ("whole", "parts"))
@@ -255,16 +257,18 @@ def test_bfloat16_products_give_nearly_the_same_lens(config, tmp_path):
         assert other.value == pytest.approx(one.value, rel=0.05)
 
 
-def test_two_processes_train_the_lens_of_one(config, tmp_path):
-    config = dataclasses.replace(config, precision="fp32")
+@pytest.mark.parametrize("start_tokens", [0, 128])
+def test_two_processes_train_the_lens_of_one(config, tmp_path, start_tokens):
+    config = dataclasses.replace(config, start_tokens=start_tokens, lr=0.01, precision="fp32")
     shared = dataclasses.replace(config, model=dataclasses.replace(config.model, device=None))
     evaluation = train(config, tmp_path / "one")
     for other in in_two_processes(train, shared, tmp_path / "two"):
         for a, b in zip(evaluation.results, other.results, strict=True):
             assert a.value == pytest.approx(b.value, rel=0.01)
-    one, two = (lens_of(tmp_path / name, config) for name in ("one", "two"))
-    for name, value in one.items():
-        assert torch.allclose(value, two[name], atol=5e-3)
+    if not start_tokens:  # see test_micro_batches_change_memory_and_not_the_lens
+        one, two = (lens_of(tmp_path / name, config) for name in ("one", "two"))
+        for name, value in one.items():
+            assert torch.allclose(value, two[name], atol=1e-3)
 
 
 @pytest.mark.gpu
