@@ -132,7 +132,7 @@ def _evaluate(arguments: Sequence[str] | None) -> int:
     from tunedlens import plots, report
     from tunedlens.corpus import token_bytes, with_defaults
     from tunedlens.evaluation import evaluate
-    from tunedlens.frozen import load_model
+    from tunedlens.frozen import load_configured
     from tunedlens.lens import LogitLens, TunedLens
     from tunedlens.tracking import progress_bar, say
     from tunedlens.training import saved_config
@@ -149,12 +149,7 @@ def _evaluate(arguments: Sequence[str] | None) -> int:
             output = folder / f"evaluation-{Path(flags['dataset']).stem}"
     checkpoint.require_writable(output)
     accelerator = Accelerator()
-    model = load_model(
-        config.model.model,
-        revision=config.model.revision,
-        dtype=config.model.dtype,
-        device=config.model.device or accelerator.device,
-    )
+    model = load_configured(config.model, accelerator.device)
     lenses = {"logit": LogitLens.from_model(model), "tuned": TunedLens.load(folder, model)}
     config = dataclasses.replace(
         config,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunedlens import embedded
+from tunedlens.config import ModelConfig
 from tunedlens.errors import InputError, first_line
 
 EMBEDDED = "embedded"
@@ -287,6 +288,16 @@ def load_model(
         fingerprint = FrozenModel(loaded, tokenizer).identity.fingerprint
         loaded = loaded.half()
     return FrozenModel(loaded.to(target), tokenizer, name, fingerprint)
+
+
+def load_configured(config: ModelConfig, device: torch.device) -> FrozenModel:
+    """`load_model` as a config says, on `device` unless it says otherwise."""
+    return load_model(
+        config.model,
+        revision=config.revision,
+        dtype=config.dtype,
+        device=config.device or device,
+    )
 
 
 def _model_source(name: str) -> str:

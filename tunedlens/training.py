@@ -22,7 +22,7 @@ from tunedlens.corpus import DEFAULT_HUB_DATASET, Corpora, load_corpora, token_b
 from tunedlens.errors import InputError
 from tunedlens.evaluation import Evaluation, evaluate
 from tunedlens.fit import LeastSquares, MuonFit
-from tunedlens.frozen import FrozenModel, Unembedding, load_model
+from tunedlens.frozen import FrozenModel, Unembedding, load_configured
 from tunedlens.lens import Lens, LogitLens, TunedLens
 from tunedlens.objective import lens_kl
 from tunedlens.tracking import Tracker, progress_bar, say
@@ -42,7 +42,6 @@ class Progress:
     """Held-out KL per layer in nats, against step, tokens and seconds."""
 
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _STEPS_PER_FIGURE = 8
 """Reading a figure waits for the device, so it is not done at every step."""
 
@@ -76,12 +75,7 @@ def train(
     _require_usable(output, resume)
     accelerator = Accelerator()
     _require_processes(config, accelerator)
-    model = load_model(
-        config.model.model,
-        revision=config.model.revision,
-        dtype=config.model.dtype,
-        device=config.model.device or accelerator.device,
-    )
+    model = load_configured(config.model, accelerator.device)
     config = dataclasses.replace(
         config,
         corpus=with_defaults(config.corpus, model),
@@ -121,7 +115,8 @@ class _Run:
         self.corpora = corpora
         self.held_out = held_out
         self.accelerator = accelerator
-        self.precision = config.precision or _fast_precision(model.device)
+        # Of the products while training; train has settled what the config left open.
+        self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.tokens_per_step = config.batch_size * _trained_positions(config)
         self.total_steps = -(-config.tokens // self.tokens_per_step)
         self.total_tokens = self.total_steps * self.tokens_per_step
@@ -381,9 +376,8 @@ def _states(
     """All states of this process's share, a micro-batch at a time, in float32."""
     index, processes = run.accelerator.process_index, run.accelerator.num_processes
     mine = input_ids[index::processes].to(run.model.device)
-    dtype = _DTYPES[run.precision]
     for rows in mine.split(run.config.micro_batch_size or len(mine)):
-        with torch.autocast(run.model.device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(run.model.device.type, run.dtype, enabled=run.dtype != torch.float32):
             states = run.model.residual_stream(rows)
         skipped = run.config.skip_first
         yield torch.stack([state[:, skipped:].flatten(0, 1).float() for state in states])
@@ -400,7 +394,7 @@ def _backward(
             [lens.transform_hidden(state, layer) for layer, state in enumerate(states[:-1])]
         )
         share = states.shape[1] / run.tokens_per_step
-        part = lens_kl(translated, states[-1], unembedding, dtype=_DTYPES[run.precision]) * share
+        part = lens_kl(translated, states[-1], unembedding, dtype=run.dtype) * share
         part.mean().backward()
         kl += part.detach()
     return kl
