@@ -2,8 +2,18 @@ import pytest
 import torch
 from conftest import random_lens
 
-from tunedlens import TrainConfig, TunedLens
-from tunedlens.fit import LeastSquares, MuonFit
+from tunedlens import LogitLens, TunedLens
+from tunedlens.fit import (
+    LearningCurve,
+    LeastSquares,
+    Look,
+    Peer,
+    Preconditioned,
+    accumulate_gradient,
+)
+from tunedlens.fit.closed_form import RIDGES
+from tunedlens.fit.steps import _orthogonalised
+from tunedlens.objective import LensKL, reference_kl
 
 
 @pytest.fixture
@@ -22,7 +32,7 @@ def test_least_squares_equal_lstsq_when_streamed(states):
         sums.add(hidden[:, part], final[part])
     inputs = torch.cat([hidden, torch.ones(2, 500, 1)], -1)
     expected = torch.linalg.lstsq(inputs, final - hidden).solution
-    assert torch.allclose(sums.solve(ridge=1e-14), expected, rtol=1e-8, atol=1e-10)
+    assert torch.allclose(sums.solve(ridge=1e-14), expected.mT, rtol=1e-8, atol=1e-10)
 
 
 def test_least_squares_with_a_great_ridge_are_the_logit_lens(states):
@@ -37,8 +47,30 @@ def test_least_squares_find_a_map_that_is_there(states):
     sums = LeastSquares(2, 6)
     sums.add(hidden, final)
     solution = sums.solve(ridge=1e-12)[0]
-    assert torch.allclose(solution[:-1], torch.diag(torch.arange(6.0).double()), atol=1e-8)
-    assert torch.allclose(solution[-1], torch.full((6,), 2.0).double(), atol=1e-8)
+    assert torch.allclose(solution[:, :-1], torch.diag(torch.arange(6.0).double()), atol=1e-8)
+    assert torch.allclose(solution[:, -1], torch.full((6,), 2.0).double(), atol=1e-8)
+
+
+def test_mean_square_error_of_least_squares_is_that_of_their_predictions(states):
+    hidden, final = states
+    sums = LeastSquares(2, 6)
+    sums.add(hidden, final)
+    solution = sums.solve(ridge=0.1)
+    predicted = hidden + hidden @ solution[..., :-1].mT + solution[:, None, :, -1]
+    expected = (predicted - final).square().mean((1, 2))
+    assert torch.allclose(sums.mean_square_error(solution), expected, rtol=1e-10)
+
+
+def test_ridge_is_the_one_that_errs_least_on_held_out_text(states):
+    hidden, final = states
+    noise = torch.randn(final.shape, generator=torch.Generator().manual_seed(3)).double() * 30
+    few, held_out = LeastSquares(2, 6), LeastSquares(2, 6)
+    few.add(hidden[:, :12], (final + noise)[:12])
+    held_out.add(hidden[:, 12:], final[12:])
+    errors = torch.stack([held_out.mean_square_error(few.solve(ridge)) for ridge in RIDGES])
+    best = few.best_ridge(held_out)
+    assert torch.equal(held_out.mean_square_error(few.solve(best)), errors.min(0).values)
+    assert (best > RIDGES[0]).all()  # with so little text and so much noise, less is worse
 
 
 def first_pass(n_layers=3, d_model=16):
@@ -52,73 +84,191 @@ def first_pass(n_layers=3, d_model=16):
     return sums
 
 
-def test_muon_fit_starts_from_the_least_squares(tiny):
-    lens = TunedLens.from_model(tiny)
-    MuonFit(lens, TrainConfig(), 10).start(first_pass())
-    for translator, columns in zip(lens.translators, first_pass().solve(1e-4), strict=True):
-        assert torch.allclose(translator.weight.double(), columns[:-1].T, atol=1e-5)
-        assert torch.allclose(translator.bias.double(), columns[-1], atol=1e-5)
-
-
-def test_muon_fit_may_keep_the_translators_it_finds(tiny):
-    lens = random_lens(tiny)
-    before = {name: value.clone() for name, value in lens.state_dict().items()}
-    MuonFit(lens, TrainConfig(), 10).start(first_pass(), translators_too=False)
-    for name, value in lens.state_dict().items():
-        assert torch.allclose(value, before[name], atol=1e-5)
-
-
-def test_muon_fit_steps_where_every_input_has_size_1(tiny):
-    fit, sums = MuonFit(TunedLens.from_model(tiny), TrainConfig(ridge=1e-9), 10), first_pass()
-    fit.start(sums)
-    roots = fit.state()["inverse_roots"].double()
-    whitened = roots @ (sums.inputs / 400) @ roots.mT
-    assert torch.allclose(whitened, torch.eye(17).double().expand(3, 17, 17), atol=0.02)
-
-
-def test_muon_fit_changes_large_and_small_inputs_alike(tiny):
-    lens = TunedLens.from_model(tiny)
-    fit = MuonFit(lens, TrainConfig(weight_decay=0.0), 10)
-    sums = first_pass()
-    fit.start(sums)
-    before = [translator.weight.detach().clone() for translator in lens.translators]
+def random_gradients(lens, seed):
+    generator = torch.Generator().manual_seed(seed)
     for parameter in lens.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
-    fit.step(0)
-    sizes = (sums.inputs[0].diagonal()[:-1] / 400).sqrt()
-    change = (lens.translators[0].weight - before[0]).norm(dim=0) * sizes
-    assert sizes.max() / sizes.min() > 500
-    assert change.max() / change.min() < 20
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
 
 
-def test_muon_fit_goes_on_from_its_state_as_if_never_stopped(tiny):
-    def gradients(lens, seed):
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in lens.parameters():
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
+def preconditioned(lens, step_size=0.1, momentum=0.8, weight_decay=0.0):
+    steps = Preconditioned(lens, step_size, momentum, weight_decay)
+    steps.start(first_pass(), first_pass().solve(1e-4))
+    return steps
 
-    config = TrainConfig()
-    unbroken, broken = TunedLens.from_model(tiny), TunedLens.from_model(tiny)
-    fit = MuonFit(unbroken, config, 10)
-    fit.start(first_pass())
+
+def assert_same_translators(one, other):
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+EVERY_FIT = {
+    "preconditioned": preconditioned,
+    **{
+        name: lambda lens, name=name: Peer(lens, name, 0.01, 0.9, 1e-3)
+        for name in ("sgd", "adamw", "muon")
+    },
+}
+ALL = [True] * 3
+
+
+@pytest.mark.parametrize("name", EVERY_FIT)
+def test_steps_go_on_from_their_state_as_if_never_stopped(tiny, name):
+    unbroken = EVERY_FIT[name](TunedLens.from_model(tiny))
     for step in range(4):
-        gradients(unbroken, step)
-        fit.step(step)
-        if step == 1:
-            broken.load_state_dict(unbroken.state_dict())
-            state = {name: value.clone() for name, value in fit.state().items()}
-    again = MuonFit(broken, config, 10)
+        if step == 2:
+            state = {key: value.clone() for key, value in unbroken.state().items()}
+        random_gradients(unbroken.lens, step)
+        unbroken.step(ALL, step / 4)
+    again = EVERY_FIT[name](TunedLens.from_model(tiny))
     again.load_state(state)
     for step in (2, 3):
-        gradients(broken, step)
-        again.step(step)
-    for one, other in zip(unbroken.parameters(), broken.parameters(), strict=True):
-        assert torch.equal(one, other)
+        random_gradients(again.lens, step)
+        again.step(ALL, step / 4)
+    assert_same_translators(unbroken.lens, again.lens)
+    assert_same_translators(unbroken.result(), again.result())
 
 
-def test_muon_fit_ends_at_a_learning_rate_of_0(tiny):
-    lens = TunedLens.from_model(tiny)
-    for parameter in lens.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    MuonFit(lens, TrainConfig(), 10).step(10)
-    assert all(not parameter.any() for parameter in lens.parameters())
+@pytest.mark.parametrize("name", EVERY_FIT)
+def test_steps_lower_the_kl_of_every_layer(tiny, name):
+    torch.manual_seed(0)
+    states = torch.randn(4, 200, 16)
+    steps, kl = EVERY_FIT[name](TunedLens.from_model(tiny)), LensKL(tiny.unembedding)
+    before = accumulate_gradient(steps.lens, states, kl)
+    for index in range(30):
+        steps.step(ALL, index / 30)
+        accumulate_gradient(steps.lens, states, kl)
+    assert (accumulate_gradient(steps.result(), states, kl) < before).all()
+
+
+@pytest.mark.parametrize("name", EVERY_FIT)
+def test_layers_that_are_done_stay_as_they_are(tiny, name):
+    if name != "preconditioned":
+        pytest.skip("a recipe has one budget for all layers")
+    steps = EVERY_FIT[name](TunedLens.from_model(tiny))
+    before = {key: value.clone() for key, value in steps.result().state_dict().items()}
+    random_gradients(steps.lens, 0)
+    steps.step([True, False, True], 0.0)
+    for key, value in steps.result().state_dict().items():
+        assert torch.equal(value, before[key]) == key.startswith("translators.1.")
+
+
+def test_preconditioned_steps_start_from_the_closed_form(tiny):
+    steps, expected = preconditioned(TunedLens.from_model(tiny)), first_pass().solve(1e-4)
+    for lens in (steps.lens, steps.result()):
+        for translator, columns in zip(lens.translators, expected, strict=True):
+            assert torch.allclose(translator.weight.double(), columns[:, :-1], atol=1e-5)
+            assert torch.allclose(translator.bias.double(), columns[:, -1], atol=1e-5)
+
+
+def test_preconditioned_steps_may_start_from_the_lens_as_it_is(tiny):
+    lens = random_lens(tiny)
+    before = {name: value.clone() for name, value in lens.state_dict().items()}
+    steps = Preconditioned(lens, 0.1, 0.8, 0.0)
+    steps.start(first_pass(), first_pass().solve(1e-4), from_there=False)
+    for name, value in steps.result().state_dict().items():
+        assert torch.allclose(value, before[name], atol=1e-6)
+
+
+def test_a_layer_is_reverted_to_the_closed_form(tiny):
+    steps = preconditioned(TunedLens.from_model(tiny))
+    closed_form = {key: value.clone() for key, value in steps.result().state_dict().items()}
+    random_gradients(steps.lens, 0)
+    steps.step(ALL, 0.0)
+    steps.revert(1)
+    for key, value in steps.result().state_dict().items():
+        assert torch.equal(value, closed_form[key]) == key.startswith("translators.1.")
+
+
+def test_preconditioned_step_is_a_share_of_what_the_closed_form_leaves(tiny):
+    steps, sums = preconditioned(TunedLens.from_model(tiny), 0.1, 0.0), first_pass()
+    error = sums.mean_square_error(sums.solve(1e-4)).sqrt()
+    before = [translator.weight.detach().clone() for translator in steps.lens.translators]
+    random_gradients(steps.lens, 0)
+    steps.step(ALL, 0.0)
+    generator = torch.Generator().manual_seed(5)
+    scales = torch.logspace(-1, 2, 16)
+    for layer, translator in enumerate(steps.lens.translators):
+        inputs = torch.randn(5000, 16, generator=generator) * scales
+        change = inputs @ (translator.weight.detach() - before[layer]).T
+        assert change.square().mean().sqrt() == pytest.approx(0.1 * float(error[layer]), rel=0.35)
+
+
+def test_preconditioned_steps_even_large_and_small_inputs_out(tiny):
+    steps = preconditioned(TunedLens.from_model(tiny))
+    before = steps.lens.translators[0].weight.detach().clone()
+    random_gradients(steps.lens, 2)
+    steps.step(ALL, 0.0)
+    sizes = (first_pass().inputs[0].diagonal()[:-1] / 400).sqrt()
+    change = (steps.lens.translators[0].weight - before).norm(dim=0) * sizes
+    assert sizes.max() / sizes.min() > 500
+    # The fourth root leaves the square root of that.
+    assert 5 < change.max() / change.min() < 60
+
+
+def test_orthogonalised_keeps_directions_and_brings_singular_values_near_one():
+    left, _, right = torch.linalg.svd(
+        torch.randn(3, 12, 13, generator=torch.Generator().manual_seed(0)), full_matrices=False
+    )
+    matrices = (left * torch.linspace(2, 100, 12)) @ right
+    values = (left.mT @ _orthogonalised(matrices) @ right.mT).diagonal(dim1=1, dim2=2)
+    assert ((values > 0.6) & (values < 1.3)).all()
+    found = torch.linalg.svdvals(_orthogonalised(matrices))
+    assert torch.allclose(found, values.sort(descending=True).values, atol=0.05)
+
+
+def test_result_is_an_average_that_leans_to_the_latest_steps(tiny):
+    steps = preconditioned(TunedLens.from_model(tiny))
+    moved = []
+    for index in range(40):
+        random_gradients(steps.lens, index)
+        steps.step(ALL, 0.0)
+        moved.append(steps.lens.translators[0].weight.detach().clone())
+    weights = torch.tensor([float((t + 1) * (t + 2)) for t in range(40)])  # t² and lower terms
+    expected = (torch.stack(moved) * (weights / weights.sum())[:, None, None]).sum(0)
+    assert torch.allclose(steps.result().translators[0].weight, expected, atol=1e-4)
+
+
+def test_recipes_end_at_a_learning_rate_of_0(tiny):
+    for name in ("sgd", "adamw", "muon"):
+        lens = TunedLens.from_model(tiny)
+        random_gradients(lens, 0)
+        Peer(lens, name, 0.1, 0.9, 0.0).step(ALL, 1.0)
+        assert all(not parameter.any() for parameter in lens.parameters())
+
+
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_accumulated_gradient_is_that_of_the_plain_kl(tiny, chunk):
+    torch.manual_seed(0)
+    states, lens = torch.randn(4, 30, 16), random_lens(tiny)
+    kl = LensKL(tiny.unembedding.centred(), chunk=chunk)
+    figures = accumulate_gradient(lens, states, kl, layers=[0, 2], share=0.5)
+    translated = torch.stack([lens.transform_hidden(states[layer], layer) for layer in (0, 2)])
+    expected = reference_kl(translated, states[-1], tiny.unembedding) / 2
+    parameters = [*lens.translators[0].parameters(), *lens.translators[2].parameters()]
+    gradients = torch.autograd.grad(expected.sum(), parameters)
+    assert torch.allclose(figures[[0, 2]], expected, rtol=1e-4)
+    assert figures[1] == 0
+    assert lens.translators[1].weight.grad is None
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_logit_lens_has_no_gradient_to_accumulate(tiny):
+    with pytest.raises(RuntimeError):
+        accumulate_gradient(
+            LogitLens.from_model(tiny), torch.randn(4, 5, 16), LensKL(tiny.unembedding)
+        )
+
+
+def curve(*points):
+    return LearningCurve([Look(i, tokens, 0.0, kl) for i, (tokens, kl) in enumerate(points)])
+
+
+def test_a_layer_is_flat_once_a_doubling_brings_less_than_a_hundredth():
+    looks = ((0, [3.0, 3.0]), (100, [2.0, 1.0]), (150, [1.5, 0.8]), (200, [1.0, 0.991]))
+    assert curve(*looks).flat_layers() == [False, True]
+    assert curve(*looks[:3]).flat_layers() == [False, False]
+
+
+def test_a_layer_whose_kl_rises_is_flat():
+    assert curve((0, [1.0]), (10, [0.5]), (20, [0.6])).flat_layers() == [True]

@@ -3,7 +3,7 @@ import torch
 from conftest import make_gpt2, random_lens
 
 from tunedlens import FrozenModel, InputError, LogitLens, TunedLens
-from tunedlens.objective import lens_kl
+from tunedlens.objective import LensKL
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_gradients_reach_every_translator_and_nothing_of_the_model(tiny, states)
     lens = TunedLens.from_model(tiny)
     *hidden, final = (state.flatten(0, 1) for state in states)
     translated = torch.stack([lens.transform_hidden(h, i) for i, h in enumerate(hidden)])
-    lens_kl(translated, final, tiny.unembedding).sum().backward()
+    LensKL(tiny.unembedding)(translated, final).sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in lens.parameters())
     assert all(parameter.grad is None for parameter in tiny.parameters())
 

@@ -227,7 +227,7 @@ def _text(
 
     corpora = load_corpora(config.corpus, model.tokenizer)
     if config.split == "all":
-        blocks = itertools.chain(corpora.validation.blocks(), corpora.train.blocks())
+        blocks = itertools.chain(corpora.validation.sample(), corpora.train.sample())
         return blocks, {"train": corpora.train.about, "validation": corpora.validation.about}
     side = corpora.validation if config.split == "validation" else corpora.train
     then = manifest.get("corpus", {}).get(config.split, side.about)
@@ -238,7 +238,7 @@ def _text(
             f"{config.corpus.dataset} has changed since the lens was trained on it, so what is "
             "held out now may have been trained on; give another --dataset, or --split all"
         )
-    return side.blocks(), side.about
+    return side.sample(), side.about
 
 
 def _run_name(config: TrainConfig) -> str:

@@ -13,6 +13,7 @@ from tunedlens.errors import InputError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Precision = Literal["fp32", "bf16"]
+FitName = Literal["preconditioned", "closed-form", "sgd", "adamw", "muon"]
 Split = Literal["train", "validation", "all"]
 WandbMode = Literal["online", "offline", "disabled"]
 
@@ -88,16 +89,34 @@ class TrainConfig:
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
-    tokens: int = option(1_048_576, "positions to train on, rounded up to whole steps")
-    start_tokens: int = option(
-        131_072,
-        "positions of a first pass, whose least-squares solution the steps start from; 0 starts "
-        "from the logit lens, with inputs as they are",
+    fit: FitName = option(
+        "preconditioned",
+        "preconditioned: closed form, then our steps; closed-form: least squares alone, in one "
+        "pass; sgd, adamw, muon: recipes of others, for comparison",
     )
-    ridge: float = option(
-        1e-4, "ridge of that solution, and damping of the steps; pulls towards the logit lens"
+    tokens: int | None = option(
+        None,
+        "positions to train on, rounded up to whole steps; without it, until held-out KL is flat "
+        "(for the recipes of others, 512,000)",
     )
-    batch_size: int = option(4, "blocks in one step, over all processes")
+    most_tokens: int | None = option(
+        None, "without --tokens, the most there may be (default: 8,192 for each of d_model)"
+    )
+    start_tokens: int | None = option(
+        None,
+        "positions of the first pass, which the closed form is made from (default: 128 for each "
+        "of d_model; for --fit closed-form 1,024)",
+    )
+    ridge: float | None = option(
+        None,
+        "ridge of the closed form, relative to the mean square of a state; pulls towards the logit "
+        "lens; without it, chosen on held-out text for each layer",
+    )
+    batch_size: int | None = option(
+        None,
+        "blocks in one step, over all processes (default: about 8 tokens for each of d_model; "
+        "for the recipes of others 2,048 tokens)",
+    )
     micro_batch_size: int | None = option(
         None, "blocks in one forward pass (gradient accumulation); changes memory, not results"
     )
@@ -107,30 +126,43 @@ class TrainConfig:
         "matrix products while training: fp32 or bf16; without it, bf16 where the hardware "
         "multiplies it",
     )
-    lr: float = option(0.12, "learning rate at the start; falls linearly to 0")
-    momentum: float = option(0.9, "momentum of Muon")
-    weight_decay: float = option(0.0, "weight decay; pulls the lens towards the logit lens")
+    compile: bool | None = option(
+        None,
+        "fuse the objective with torch.compile; without it, where there is a compiler and the run "
+        "is long enough to gain",
+    )
+    lr: float | None = option(
+        None,
+        "learning rate (default: the fit's own); for preconditioned steps relative to the error "
+        "that the closed form leaves",
+    )
+    momentum: float | None = option(None, "momentum, or AdamW's beta1 (default: the fit's own)")
+    weight_decay: float | None = option(
+        None, "weight decay towards where the steps start (default: the fit's own)"
+    )
     seed: int = option(0, "orders the blocks")
-    evaluate_every: int = option(128, "steps between two looks at held-out text (and saves)")
-    evaluate_tokens: int = option(16_384, "held-out positions in each of these looks")
+    evaluate_tokens: int = option(16_384, "held-out positions in each look at them")
 
     def __post_init__(self) -> None:
+        _require_choice(self, "fit", get_args(FitName))
         _require_positive(
-            self, "tokens", "batch_size", "micro_batch_size", "evaluate_every", "evaluate_tokens"
+            self,
+            *("tokens", "most_tokens", "start_tokens", "batch_size", "micro_batch_size"),
+            "evaluate_tokens",
         )
         if self.precision is not None:
             _require_choice(self, "precision", get_args(Precision))
+        if self.fit == "closed-form" and self.tokens is not None:
+            raise InputError("--fit closed-form takes no steps; give --start-tokens, not --tokens")
         if self.skip_first < 0:
             raise InputError(f"--skip-first must be 0 or more, got {self.skip_first}")
-        if self.start_tokens < 0:
-            raise InputError(f"--start-tokens must be 0 or more, got {self.start_tokens}")
-        if not 0 < self.ridge < math.inf:
+        if self.ridge is not None and not 0 < self.ridge < math.inf:
             raise InputError(f"--ridge must be above 0, got {self.ridge}")
-        if not 0 < self.lr < math.inf:
+        if self.lr is not None and not 0 < self.lr < math.inf:
             raise InputError(f"--lr must be above 0, got {self.lr}")
-        if not 0 <= self.momentum < 1:
+        if self.momentum is not None and not 0 <= self.momentum < 1:
             raise InputError(f"--momentum must be in [0, 1), got {self.momentum}")
-        if not 0 <= self.weight_decay < math.inf:
+        if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
             raise InputError(f"--weight-decay must be 0 or more, got {self.weight_decay}")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"--seed must be in [0, 2^32), got {self.seed}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunedlens.checkpoint import write
 from tunedlens.evaluation import Evaluation
+from tunedlens.fit import LearningCurve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,6 +53,50 @@ def perplexity_by_layer(evaluation: Evaluation) -> "Figure":
 FIGURES = {"kl_by_layer": kl_by_layer, "perplexity_by_layer": perplexity_by_layer}
 
 
+def learning_curve(curve: LearningCurve) -> "Figure":
+    """Held-out KL of every layer against tokens, on log scales; layers are named on the right.
+
+    What comes before the first step (the closed form, or the logit lens) is drawn at the
+    left edge.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    looks = curve.looks
+    steps = [look for look in looks if look.tokens]
+    tokens = [look.tokens for look in looks]
+    tokens[0] = tokens[0] or min([look.tokens for look in steps], default=2) // 2
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(4.8, 3.4), layout="constrained")
+        axes = figure.subplots()
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        colors = matplotlib.colormaps["viridis"]
+        n_layers = len(looks[0].kl_nats)
+        for layer in range(n_layers):
+            color = colors(0.9 * layer / max(1, n_layers - 1))
+            line = [look.kl_nats[layer] for look in looks]
+            axes.plot(tokens, line, color=color, marker=".")
+            _note_beside(axes, str(layer), (tokens[-1], line[-1]), color)
+        mean = [look.mean_kl_nats for look in looks]
+        axes.plot(tokens, mean, color="black", linestyle="--")
+        _note_beside(axes, "mean", (tokens[-1], mean[-1]), "black")
+        axes.set_xlabel(f"tokens (in all {looks[-1].seconds:.0f} s)")
+        axes.set_ylabel("held-out KL(model ‖ lens), nats")
+        _plain_ticks(axes)
+    return figure
+
+
+def draw_learning_curve(curve: LearningCurve, folder: Path) -> None:
+    """Draw it as PNG and SVG; nothing where there are not two looks to join.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    if len(curve.looks) > 1:
+        _save(learning_curve(curve), folder / "learning_curve")
+
+
 def draw_evaluation(evaluation: Evaluation, folder: Path) -> None:
     """Draw every figure as PNG and SVG.
 
@@ -59,9 +104,12 @@ def draw_evaluation(evaluation: Evaluation, folder: Path) -> None:
         InputError: the folder cannot be written.
     """
     for name, draw in FIGURES.items():
-        figure = draw(evaluation)
-        for kind in ("png", "svg"):
-            write(folder / f"{name}.{kind}", _rendered(figure, kind))
+        _save(draw(evaluation), folder / name)
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    for kind in ("png", "svg"):
+        write(path.with_name(f"{path.name}.{kind}"), _rendered(figure, kind))
 
 
 def _rendered(figure: "Figure", kind: str) -> bytes:
@@ -159,4 +207,11 @@ def _note(axes: "Axes", text: str, at: tuple[float, float], color: str, above: b
         color=color,
         ha="left" if to_the_right else "right",
         va="bottom" if above else "top",
+    )
+
+
+def _note_beside(axes: "Axes", text: str, at: tuple[float, float], color: Any) -> None:
+    """Text to the right of a point."""
+    axes.annotate(
+        text, at, xytext=(6, 0), textcoords="offset points", color=color, va="center", fontsize=8
     )

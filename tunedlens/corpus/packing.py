@@ -50,6 +50,12 @@ class Corpus(Protocol):
     def blocks(self) -> Iterator[Int[Tensor, " seq"]]:
         """Every block once, in the order of the text."""
 
+    def sample(self) -> Iterator[Int[Tensor, " seq"]]:
+        """Every block once, in a fixed random order: the first ones stand for the whole text.
+
+        A stream keeps its order.
+        """
+
 
 class Corpora:
     """Both sides of a text, each made when first asked for; they never share a block.
@@ -220,6 +226,10 @@ class PackedCorpus:
     def blocks(self) -> Iterator[Int[Tensor, " seq"]]:
         yield from self._blocks.long()
 
+    def sample(self) -> Iterator[Int[Tensor, " seq"]]:
+        generator = torch.Generator().manual_seed(0)
+        yield from self._blocks[torch.randperm(len(self._blocks), generator=generator)].long()
+
 
 class StreamedCorpus:
     """Blocks made while the text is read, in the text's own order.
@@ -277,6 +287,9 @@ class StreamedCorpus:
             f"the text {self.about['dataset']} ran out: {len(stream)} tokens are left and a batch "
             f"needs {needed}; ask for fewer --tokens or give more text"
         )
+
+    def sample(self) -> Iterator[Int[Tensor, " seq"]]:
+        return self.blocks()
 
     def blocks(self) -> Iterator[Int[Tensor, " seq"]]:
         stream = torch.tensor([], dtype=torch.int32)

@@ -1,0 +1,187 @@
+"""Held-out KL against tokens and seconds: our fit beside the recipes of others.
+
+    python benchmarks/quality.py                         the embedded GPT-2
+    python benchmarks/quality.py --model M --dataset D   another
+
+Only the fit differs: text, held-out text, objective and precision are the same, and every
+run counts all its seconds (looks at held-out text included) and all its tokens (the closed
+form's too). The recipes get their best: learning rates are swept with one seed, then the
+best one runs with three. Runs that are in the results already are not made again. Writes
+quality-<model>.json, .md, .png and .svg beside this file.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tunedlens import CorpusConfig, ModelConfig, TrainConfig, checkpoint, train
+
+HERE = Path(__file__).parent
+SEEDS = (0, 1, 2)
+RATES = {
+    "sgd": (0.03, 0.1, 0.3, 1.0, 3.0),
+    "muon": (0.003, 0.01, 0.02, 0.04, 0.08),
+    "adamw": (3e-4, 1e-3, 3e-3),
+}
+LABELS = {
+    "preconditioned": "ours (default)",
+    "sgd": "SGD (tuned-lens)",
+    "muon": "Muon (pull request 141)",
+    "adamw": "AdamW",
+}
+
+
+def run(config: TrainConfig) -> list[dict[str, Any]]:
+    """The learning curve of one whole fit."""
+    with tempfile.TemporaryDirectory() as folder:
+        train(config, Path(folder) / "run")
+        progress = checkpoint.read_manifest(Path(folder) / "run")["progress"]
+    start = progress["start_tokens"]
+    return [look | {"model_tokens": look["tokens"] + start} for look in progress["curve"]["looks"]]
+
+
+def mean(look: dict[str, Any]) -> float:
+    return statistics.fmean(look["kl_nats"])
+
+
+def reached(curve: list[dict[str, Any]], goal: list[float] | float) -> dict[str, Any] | None:
+    """The first look at or below a mean KL, or below another's at every layer."""
+    for look in curve:
+        if isinstance(goal, float):
+            if mean(look) <= goal:
+                return look
+        elif all(ours <= theirs for ours, theirs in zip(look["kl_nats"], goal, strict=True)):
+            return look
+    return None
+
+
+class Results:
+    """Curves by fit, tokens, rate and seed, kept on disk after every run."""
+
+    def __init__(self, path: Path, base: TrainConfig) -> None:
+        self._path, self._base = path, base
+        self.runs = json.loads(path.read_text()) if path.exists() else {}
+
+    def curve(self, fit: str, tokens: int | None, rate: float | None, seed: int) -> Any:
+        name = f"{fit} tokens={tokens} lr={rate} seed={seed}"
+        if name not in self.runs:
+            print(f"== {name}", flush=True)
+            self.runs[name] = run(
+                dataclasses.replace(self._base, fit=fit, tokens=tokens, lr=rate, seed=seed)
+            )
+            checkpoint.write_json(self._path, self.runs)
+        return self.runs[name]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model")
+    parser.add_argument("--dataset")
+    parser.add_argument("--seq-len", type=int)
+    parser.add_argument("--name", default="embedded")
+    parser.add_argument("--tokens", type=int, default=512_000, help="budget of the recipes")
+    parser.add_argument("--evaluate-tokens", type=int, default=16_384)
+    parser.add_argument("--fits", nargs="+", default=["sgd", "muon"])
+    flags = parser.parse_args()
+    base = TrainConfig(
+        model=ModelConfig(model=flags.model),
+        corpus=CorpusConfig(dataset=flags.dataset, seq_len=flags.seq_len),
+        evaluate_tokens=flags.evaluate_tokens,
+    )
+    results = Results(HERE / f"quality-{flags.name}.json", base)
+    best = {}
+    for fit in flags.fits:
+        sweep = {rate: results.curve(fit, flags.tokens, rate, SEEDS[0]) for rate in RATES[fit]}
+        best[fit] = min(sweep, key=lambda rate: mean(sweep[rate][-1]))
+    curves = {"preconditioned": [results.curve("preconditioned", None, None, s) for s in SEEDS]}
+    for fit, rate in best.items():
+        curves[fit] = [results.curve(fit, flags.tokens, rate, seed) for seed in SEEDS]
+    text = table(curves, best)
+    print(text)
+    checkpoint.write(HERE / f"quality-{flags.name}.md", text)
+    draw(curves, HERE / f"quality-{flags.name}")
+
+
+def table(curves: dict[str, list[Any]], best: dict[str, float]) -> str:
+    ours = curves["preconditioned"]
+    lines = [
+        "| fit | tokens through the model | seconds | mean KL (nats) | by layer |",
+        "|---|---:|---:|---:|---|",
+    ]
+
+    def row(name: str, looks: list[Any]) -> str:
+        means = [mean(look) for look in looks]
+        layers = [statistics.fmean(kl) for kl in zip(*(k["kl_nats"] for k in looks), strict=True)]
+        tokens = statistics.median(look["model_tokens"] for look in looks)
+        seconds = statistics.median(look["seconds"] for look in looks)
+        spread = max(means) - min(means)
+        return (
+            f"| {name} | {tokens:,.0f} | {seconds:.0f} | {statistics.fmean(means):.4f} "
+            f"(spread {spread:.4f}) | {' '.join(f'{kl:.3f}' for kl in layers)} |"
+        )
+
+    lines.append(row("closed form", [curve[0] for curve in ours]))
+    for fit, rate in best.items():
+        lines.append(row(f"{LABELS[fit]}, lr {rate:g}", [curve[-1] for curve in curves[fit]]))
+    lines.append(row(LABELS["preconditioned"], [curve[-1] for curve in ours]))
+    for fit in best:
+        ends = [curve[-1] for curve in curves[fit]]
+        layers = [statistics.fmean(kl) for kl in zip(*(k["kl_nats"] for k in ends), strict=True)]
+        tokens = statistics.median(end["model_tokens"] for end in ends)
+        seconds = statistics.median(end["seconds"] for end in ends)
+        for goal, what in (
+            (statistics.fmean(layers), "mean KL"),
+            (layers, "KL at every layer"),
+        ):
+            looks = [reached(curve, goal) for curve in ours]
+            if None in looks:
+                lines.append(f"| not reached: {what} of {LABELS[fit]} | | | | |")
+                continue
+            our_tokens = statistics.median(look["model_tokens"] for look in looks)
+            our_seconds = statistics.median(look["seconds"] for look in looks)
+            name = (
+                f"ours, at the {what} that {LABELS[fit]} ends with: 1/{tokens / our_tokens:.1f} "
+                f"of its tokens, 1/{seconds / our_seconds:.1f} of its seconds"
+            )
+            lines.append(row(name, looks))
+    return "\n".join(lines) + "\n"
+
+
+def draw(curves: dict[str, list[Any]], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    styles = {"preconditioned": "-", "sgd": "--", "muon": "-.", "adamw": ":"}
+    colors = {"preconditioned": "#0072B2", "sgd": "#D55E00", "muon": "#009E73", "adamw": "#CC79A7"}
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained", sharey=True)
+    for panel, key, label in (
+        (axes[0], "model_tokens", "tokens through the model"),
+        (axes[1], "seconds", "seconds"),
+    ):
+        for fit, runs in curves.items():
+            for index, curve in enumerate(runs):
+                looks = [look for look in curve if look["model_tokens"]]
+                panel.plot(
+                    [look[key] for look in looks],
+                    [mean(look) for look in looks],
+                    color=colors[fit],
+                    linestyle=styles[fit],
+                    label=LABELS[fit] if index == 0 else None,
+                )
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.set_xlabel(label)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("{x:g}")
+    axes[0].set_ylabel("held-out KL, mean over layers, nats")
+    axes[1].legend(frameon=False)
+    for kind in ("png", "svg"):
+        figure.savefig(path.with_suffix(f".{kind}"), dpi=200)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""The loop: reads top to bottom."""
+
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tunedlens import checkpoint
+from tunedlens.config import TrainConfig, WandbMode
+from tunedlens.corpus import load_corpora
+from tunedlens.errors import InputError
+from tunedlens.evaluation import Evaluation
+from tunedlens.fit import LeastSquares, Preconditioned, accumulate_gradient
+from tunedlens.frozen import load_configured
+from tunedlens.tracking import Tracker, progress_bar, say
+from tunedlens.training.run import Run
+from tunedlens.training.settings import settled
+
+_STEPS_PER_FIGURE = 16
+"""Reading a figure waits for the device, so it is not done at every step."""
+_FIRST_LOOK_STEPS = 16
+_LOOK_GROWTH = 2**0.5
+"""Looks at held-out text grow rarer, so that they cost a small share whatever the budget."""
+_SECONDS_PER_SAVE = 300
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """The run was asked to stop; it is saved and can go on."""
+
+
+def train(
+    config: TrainConfig, output: Path, *, resume: bool = False, wandb: WandbMode = "disabled"
+) -> Evaluation:
+    """Train a tuned lens and save it in `output`.
+
+    A run is a function of its config: interrupted and resumed, it takes the steps that it
+    would have taken, bit for bit on the same device.
+
+    Args:
+        config: everything that the numbers depend on.
+        output: the run's folder.
+        resume: go on with the interrupted run in `output`, or extend the finished one
+            there to the greater `config.tokens`.
+        wandb: whether Weights & Biases is told the figures.
+
+    Returns:
+        Held-out figures of the logit lens and the tuned lens.
+
+    Raises:
+        InputError: something that was asked for cannot be had.
+        Interrupted: after Ctrl-C or SIGTERM; what was done is saved.
+    """
+    _require_usable(output, resume)
+    accelerator = Accelerator()
+    model = load_configured(config.model, accelerator.device)
+    config = settled(config, model, accelerator)
+    run = Run(config, output, model, load_corpora(config.corpus, model.tokenizer), accelerator)
+    if resume:
+        run.restore()
+    run.describe()
+
+    mode = wandb if accelerator.is_main_process else "disabled"
+    with (
+        Tracker(mode, output.name, dataclasses.asdict(config), output) as tracker,
+        _stop_flag() as stop,
+    ):
+        if isinstance(run.steps, Preconditioned) and not (output / checkpoint.STATE).exists():
+            _first_pass(run, run.steps)
+        if config.fit != "closed-form":
+            _take_steps(run, tracker, stop)
+        return run.finish(tracker)
+
+
+def _first_pass(run: Run, steps: Preconditioned) -> None:
+    """Let the fit see the first tokens of the text, and start a new lens from them."""
+    config, model = run.config, run.model.identity
+    shape = (model.n_layers, model.d_model)
+    sums, left = LeastSquares(*shape), config.start_tokens or 0
+    batches = run.corpora.train.batches(config.batch_size or 1, config.seed)
+    with progress_bar(left, "closed form", show=run.is_main) as bar:
+        while left > 0:
+            for states in run.reader.read(next(batches).input_ids):
+                sums.add(states[:-1], states[-1])
+            left -= run.tokens_per_step
+            run.progress.start_tokens += run.tokens_per_step
+            bar.update(run.tokens_per_step)
+    sums.reduce(run.accelerator)
+    ridge: float | Tensor
+    if config.ridge is None:
+        ridge = sums.best_ridge(run.held_out.least_squares(*shape))
+    else:
+        ridge = config.ridge
+    steps.start(sums, sums.solve(ridge), from_there=run.progress.step == 0)
+
+
+def _take_steps(run: Run, tracker: Tracker, stop: threading.Event) -> None:
+    """The loop, from where the run stands to its last step."""
+    config, progress = run.config, run.progress
+    budget = config.tokens or config.most_tokens or 0
+    looks = progress.curve.looks
+    if not looks:
+        _note(run, tracker)
+    saved = time.monotonic()
+    batches = run.corpora.train.batches(config.batch_size or 1, config.seed, progress.position)
+    with progress_bar(budget, config.fit, progress.tokens, run.is_main) as bar:
+        while progress.tokens < budget:
+            flat = progress.curve.flat_layers()
+            active = [config.tokens is not None or not is_flat for is_flat in flat]
+            if not any(active):
+                break
+            try:
+                batch = next(batches)
+            except InputError:
+                run.save()
+                raise
+            kl = _gradient(run, batch.input_ids, active)
+            kl, stopping = _reduce(run, kl, stop.is_set())
+            run.steps.step(active, progress.tokens / budget)
+            progress.step += 1
+            progress.tokens += run.tokens_per_step
+            progress.position = batch.position
+            bar.update(run.tokens_per_step)
+
+            if progress.step % _STEPS_PER_FIGURE == 0:
+                mean = kl.sum().item() / sum(active)
+                bar.set_postfix_str(f"KL {mean:.3f} nats")
+                tracker.log({"train/kl_nats": mean}, progress.step)
+            due = max(_FIRST_LOOK_STEPS, round(looks[-1].step * _LOOK_GROWTH))
+            if progress.step >= due or progress.tokens >= budget:
+                _note(run, tracker)
+            if stopping and progress.tokens < budget:
+                run.save()
+                raise Interrupted(f"stopped after {progress.tokens:,} tokens")
+            if time.monotonic() - saved > _SECONDS_PER_SAVE:
+                run.save()
+                saved = time.monotonic()
+    run.save()
+
+
+def _note(run: Run, tracker: Tracker) -> None:
+    """Look at held-out text, and say what is seen."""
+    look = run.look()
+    if run.is_main:
+        seen = look.tokens + run.progress.start_tokens
+        by_layer = " ".join(f"{kl:.3f}" for kl in look.kl_nats)
+        say(
+            f"{seen:>11,} tokens {look.seconds:>5.0f} s   held-out KL "
+            f"{look.mean_kl_nats:.4f} nats   by layer {by_layer}"
+        )
+    figures = {f"held_out/kl_nats/{layer}": value for layer, value in enumerate(look.kl_nats)}
+    tracker.log(figures, look.step)
+
+
+def _gradient(
+    run: Run, input_ids: Int[Tensor, "batch seq"], active: list[bool]
+) -> Float[Tensor, " layers"]:
+    """Leave this process's share of the gradient; return its share of the mean KL."""
+    layers = [layer for layer, learns in enumerate(active) if learns]
+    kl = torch.zeros(len(active), device=run.model.device)
+    for states in run.reader.read(input_ids):
+        share = states.shape[1] / run.tokens_per_step
+        kl += accumulate_gradient(run.steps.lens, states, run.objective, layers=layers, share=share)
+    return kl
+
+
+def _reduce(
+    run: Run, kl: Float[Tensor, " layers"], stop: bool
+) -> tuple[Float[Tensor, " layers"], bool]:
+    """Add up gradients and KL of all processes, in one go; stop if any was asked to."""
+    if run.accelerator.num_processes == 1:
+        return kl, stop
+    gradients = [part.grad for part in run.steps.lens.parameters() if part.grad is not None]
+    parts = [*gradients, kl, kl.new_tensor([float(stop)])]
+    total = run.accelerator.reduce(torch.cat([part.flatten() for part in parts]), "sum")
+    for part, value in zip(parts, total.split([part.numel() for part in parts]), strict=True):
+        part.copy_(value.view_as(part))
+    return kl, bool(parts[-1].item())
+
+
+def _require_usable(output: Path, resume: bool) -> None:
+    checkpoint.require_writable(output)
+    if resume:
+        return
+    if (output / checkpoint.STATE).exists():
+        raise InputError(
+            f"{output} holds an interrupted run: go on with --resume {output}, or choose another "
+            "--output"
+        )
+    if (output / checkpoint.MANIFEST).exists():
+        raise InputError(
+            f"{output} holds a lens: choose another --output, or extend it with "
+            f"--resume {output} and more --tokens"
+        )
+
+
+@contextmanager
+def _stop_flag() -> Iterator[threading.Event]:
+    """Set by Ctrl-C or SIGTERM, so that a step is never cut in two; a second one kills."""
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+
+    def ask(number: int, _frame: object) -> None:
+        flag.set()
+        signal.signal(number, previous[number])
+
+    previous: dict[int, Any] = {
+        number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield flag
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,238 @@
+"""One run: what it is made of, how far it is, and how it goes to disk and comes back."""
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from accelerate import Accelerator
+
+from tunedlens import checkpoint, plots, report
+from tunedlens.config import TrainConfig
+from tunedlens.corpus import DEFAULT_HUB_DATASET, Corpora
+from tunedlens.errors import InputError
+from tunedlens.evaluation import Evaluation
+from tunedlens.fit import LearningCurve, Look, Peer, Preconditioned, Steps
+from tunedlens.frozen import FrozenModel
+from tunedlens.lens import LogitLens, TunedLens
+from tunedlens.objective import LensKL
+from tunedlens.tracking import Tracker, say
+from tunedlens.training.held_out import HeldOut
+from tunedlens.training.settings import trained_positions
+from tunedlens.training.states import StateReader
+
+
+@dataclass
+class Progress:
+    """How far a run has come; JSON-able, and saved with it."""
+
+    step: int = 0
+    tokens: int = 0
+    """Positions whose KL was a part of the gradient."""
+    start_tokens: int = 0
+    """Positions of the first pass, which only the model has seen."""
+    position: dict[str, Any] | None = None
+    """Where the corpus goes on."""
+    seconds: float = 0.0
+    curve: LearningCurve = field(default_factory=LearningCurve)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """The inverse of `dataclasses.asdict`."""
+        looks = [Look(**look) for look in data["curve"]["looks"]]
+        return cls(**data | {"curve": LearningCurve(looks)})
+
+
+class Run:
+    """A run between its beginning and its end.
+
+    Args:
+        config: with nothing left open.
+        output: its folder.
+        model: the frozen model.
+        corpora: what it is trained on, and what is held out.
+        accelerator: how many processes share the work.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        output: Path,
+        model: FrozenModel,
+        corpora: Corpora,
+        accelerator: Accelerator,
+    ) -> None:
+        self.config = config
+        self.output = output
+        self.model = model
+        self.corpora = corpora
+        self.accelerator = accelerator
+        self.reader = StateReader(model, config, accelerator)
+        self.held_out = HeldOut(model, corpora, config, self.reader, accelerator)
+        self.objective = LensKL(
+            model.unembedding.centred(), dtype=self.reader.dtype, compiled=bool(config.compile)
+        )
+        self.tokens_per_step = (config.batch_size or 1) * trained_positions(config)
+        self.steps = _steps(TunedLens.from_model(model), config)
+        self.progress = Progress()
+        self._started = time.monotonic()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes and speaks."""
+        return self.accelerator.is_main_process
+
+    def look(self) -> Look:
+        """Held-out KL of every layer, put on the learning curve."""
+        kl_nats = self.held_out.kl(self.steps.result(), self.objective)
+        self.progress.seconds = time.monotonic() - self._started
+        progress = self.progress
+        look = Look(progress.step, progress.tokens, progress.seconds, kl_nats)
+        progress.curve.looks.append(look)
+        return look
+
+    def save(self) -> None:
+        """Write what the run needs to go on."""
+        self.progress.seconds = time.monotonic() - self._started
+        if not self.is_main:
+            return
+        about = {
+            "config": dataclasses.asdict(self.config),
+            "model": dataclasses.asdict(self.model.identity),
+            "text": self.corpora.train.about.get("tokens_sha256"),
+            "chunk": self.objective.chunk,
+            "progress": dataclasses.asdict(self.progress),
+        }
+        checkpoint.save_state(self.output, checkpoint.State(self.steps.state(), about))
+
+    def restore(self) -> None:
+        """Go on from an interrupted run, or from the lens of a finished one.
+
+        Raises:
+            InputError: it was another model, text or config, or has no more to do.
+        """
+        saved, config = saved_config(self.output), self.config
+        model = dataclasses.replace(saved.model, device=config.model.device)
+        if dataclasses.replace(saved, tokens=config.tokens, model=model) != config:
+            raise InputError(
+                f"{self.output} was trained with other settings; with --resume only --tokens and "
+                "--device may change"
+            )
+        if (self.output / checkpoint.STATE).is_file():
+            tensors, about = checkpoint.load_state(self.output)
+            identity = dataclasses.asdict(self.model.identity)
+            checkpoint.require_same_model(about["model"], identity, self.output)
+            self.steps.load_state(tensors)
+            self.objective.chunk = about["chunk"]
+            self.progress = Progress.from_json(about["progress"])
+            text = about["text"]
+        else:
+            manifest = checkpoint.read_manifest(self.output)
+            self.progress = Progress.from_json(manifest["progress"])
+            if (config.tokens or 0) <= self.progress.tokens or config.fit == "closed-form":
+                raise InputError(
+                    f"{self.output} is trained on {self.progress.tokens:,} tokens already; ask for "
+                    "more with --tokens"
+                )
+            lens = TunedLens.from_model(self.model)
+            checkpoint.load_lens(lens, self.output)
+            self.steps = _steps(lens, config)
+            text = manifest["corpus"]["train"].get("tokens_sha256")
+        if text != self.corpora.train.about.get("tokens_sha256"):
+            raise InputError(
+                f"the text {config.corpus.dataset} is not the one that {self.output} was "
+                "trained on: it has changed since (the embedded text changes with Python)"
+            )
+        self._started = time.monotonic() - self.progress.seconds
+
+    def finish(self, tracker: Tracker) -> Evaluation:
+        """Score the lens, write it with all that made it, and forget how to resume."""
+        looks = self.progress.curve.looks
+        if isinstance(self.steps, Preconditioned) and looks:
+            for layer, (first, last) in enumerate(
+                zip(looks[0].kl_nats, looks[-1].kl_nats, strict=True)
+            ):
+                if last > first:
+                    self.steps.revert(layer)
+        lens = self.steps.result()
+        evaluation = self.held_out.score({"logit": LogitLens.from_model(self.model), "tuned": lens})
+        self.progress.seconds = time.monotonic() - self._started
+        final = evaluation.by_layer("tuned", "kl_nats")
+        tracker.summarise({f"held_out/kl_nats/{i}": e.value for i, e in enumerate(final)})
+        if self.is_main:
+            sides = {"train": self.corpora.train, "validation": self.corpora.validation}
+            about = {
+                "config": dataclasses.asdict(self.config),
+                "corpus": {name: side.about for name, side in sides.items()},
+                "progress": dataclasses.asdict(self.progress),
+                "held_out": evaluation.to_json(),
+                "provenance": report.provenance(self.model),
+            }
+            checkpoint.save_lens(lens, self.output, about)
+            text = report.card(self.output.name, about, evaluation)
+            checkpoint.write(self.output / "README.md", text)
+            plots.draw_learning_curve(self.progress.curve, self.output)
+            checkpoint.remove_state(self.output)
+        return evaluation
+
+    def describe(self) -> None:
+        """Say what is about to be done."""
+        if not self.is_main:
+            return
+        config, identity, text = self.config, self.model.identity, self.corpora.train.about
+        say(
+            f"model     {identity.name}: {identity.n_layers} layers, d_model {identity.d_model}, "
+            f"vocabulary {identity.vocab_size:,}, {config.model.dtype} on {self.model.device}"
+        )
+        by_default = config.corpus.dataset == DEFAULT_HUB_DATASET
+        say(f"text      {text['dataset']}{' (the default; see --dataset)' if by_default else ''}")
+        blocks = f"blocks of {config.corpus.seq_len} tokens"
+        if text.get("streamed"):
+            say(f"          read as it streams by, in {blocks}")
+        else:
+            validation = self.corpora.validation.about
+            say(
+                f"          {text['bytes']:,} bytes, {text['tokens']:,} tokens; {blocks}: "
+                f"{text['blocks']:,} to train on, {validation['blocks']:,} held out; "
+                f"{text['dropped_tokens']} tokens fill no block"
+            )
+        first = f"{config.start_tokens:,} tokens for the closed form"
+        if config.fit == "closed-form":
+            say(f"fit       {first}, {config.precision} products")
+            return
+        budget = (
+            f"at most {config.most_tokens:,} tokens, until held-out KL is flat"
+            if config.tokens is None
+            else f"{config.tokens:,} tokens"
+        )
+        start = f"{first}, then " if config.fit == "preconditioned" else ""
+        say(
+            f"fit       {config.fit}: {start}{budget}; {self.tokens_per_step:,} a step, "
+            f"{config.precision} products{', compiled' if config.compile else ''}"
+        )
+
+
+def _steps(lens: TunedLens, config: TrainConfig) -> Steps:
+    assert config.lr is not None  # they have been settled
+    assert config.momentum is not None
+    assert config.weight_decay is not None
+    if config.fit in ("preconditioned", "closed-form"):
+        return Preconditioned(lens, config.lr, config.momentum, config.weight_decay)
+    return Peer(lens, config.fit, config.lr, config.momentum, config.weight_decay)
+
+
+def saved_config(folder: Path) -> TrainConfig:
+    """The config of the interrupted or finished run in a folder.
+
+    Raises:
+        InputError: there is no run, or what is there is damaged.
+    """
+    interrupted = (folder / checkpoint.STATE).is_file()
+    about = checkpoint.load_state(folder).about if interrupted else checkpoint.read_manifest(folder)
+    if "config" not in about:
+        raise InputError(f"the lens in {folder} was not saved by a training run")
+    try:
+        return TrainConfig.from_json(about["config"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"the config saved in {folder} is damaged: {error}") from error

@@ -1,0 +1,38 @@
+"""Blocks of tokens to states of the residual stream, as a run asks for them."""
+
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tunedlens.config import TrainConfig
+from tunedlens.frozen import FrozenModel
+
+
+class StateReader:
+    """Runs the model, each process on its share of the blocks.
+
+    Args:
+        model: the frozen model.
+        config: precision, micro-batch, positions left out; nothing left open.
+        accelerator: which process this is.
+    """
+
+    def __init__(self, model: FrozenModel, config: TrainConfig, accelerator: Accelerator) -> None:
+        self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self._model, self._config, self._accelerator = model, config, accelerator
+
+    def read(
+        self, input_ids: Int[Tensor, "batch seq"]
+    ) -> Iterator[Float[Tensor, "states tokens d_model"]]:
+        """All states of this process's blocks, a micro-batch at a time, in float32."""
+        device, skipped = self._model.device, self._config.skip_first
+        mine = input_ids[self._accelerator.process_index :: self._accelerator.num_processes]
+        if not len(mine):
+            return
+        for rows in mine.to(device).split(self._config.micro_batch_size or len(mine)):
+            with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+                states = self._model.residual_stream(rows)
+            yield torch.stack([state[:, skipped:].flatten(0, 1).float() for state in states])
