@@ -23,8 +23,8 @@ from tunedlens import CorpusConfig, ModelConfig, TrainConfig, checkpoint, train
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
 RATES = {
-    "sgd": (0.03, 0.1, 0.3, 1.0, 3.0),
-    "muon": (0.003, 0.01, 0.02, 0.04, 0.08),
+    "sgd": (0.1, 0.3, 1.0, 3.0),
+    "muon": (0.01, 0.02, 0.04, 0.08),
     "adamw": (3e-4, 1e-3, 3e-3),
 }
 LABELS = {

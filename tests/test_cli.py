@@ -13,7 +13,7 @@ from tunedlens.cli import evaluate_command, train_command
 
 ROOT = Path(__file__).parents[1]
 FAST = ["--seq-len", "16", "--tokens", "640", "--batch-size", "4", "--device", "cpu"]
-FAST += ["--evaluate-tokens", "60", "--start-tokens", "128"]
+FAST += ["--evaluate-tokens", "60", "--start-tokens", "128", "--no-compile"]
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import pytest
 
 from tunedlens import Evaluation, plots, report
 from tunedlens.evaluation import MODEL, Result
+from tunedlens.fit import LearningCurve, Look
 
 
 @pytest.fixture
@@ -56,6 +57,24 @@ def test_figures_are_redrawn_alike_from_saved_results(evaluation, tmp_path):
     plots.draw_evaluation(again, tmp_path / "other")
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes()
+
+
+@pytest.fixture
+def curve():
+    points = ((0, 3.0, 1.0), (1000, 2.0, 0.5), (4000, 1.5, 0.4))
+    return LearningCurve([Look(t // 10, t, t / 100, [a, b]) for t, a, b in points])
+
+
+def test_learning_curve_shows_every_layer_and_the_mean(curve):
+    figure = plots.learning_curve(curve)
+    assert lines(figure) == {(3.0, 2.0, 1.5), (1.0, 0.5, 0.4), (2.0, 1.25, 0.95)}
+    assert {text.get_text() for text in figure.axes[0].texts} == {"0", "1", "mean"}
+    assert "40 s" in figure.axes[0].get_xlabel()
+
+
+def test_learning_curve_of_a_single_look_is_not_drawn(curve, tmp_path):
+    plots.draw_learning_curve(LearningCurve(curve.looks[:1]), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_svg_holds_its_labels_as_text(evaluation, tmp_path):

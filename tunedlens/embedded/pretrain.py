@@ -77,6 +77,7 @@ def build_model(dropout: float) -> GPT2LMHeadModel:
         resid_pdrop=dropout,
         embd_pdrop=dropout,
         attn_pdrop=0.0,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's own, in one kernel
         bos_token_id=0,
         eos_token_id=0,
     )

@@ -2,7 +2,7 @@
 
 from tunedlens.fit.closed_form import LeastSquares
 from tunedlens.fit.gradient import accumulate_gradient
-from tunedlens.fit.steps import RECIPES, Peer, Preconditioned, Recipe, Steps
+from tunedlens.fit.steps import RECIPES, Peer, Preconditioned, Recipe, Steps, evening
 from tunedlens.fit.stopping import LearningCurve, Look
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "Recipe",
     "Steps",
     "accumulate_gradient",
+    "evening",
 ]

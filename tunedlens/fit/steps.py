@@ -49,6 +49,19 @@ class Steps(ABC):
         """Go on from what `state` gave."""
 
 
+def evening(
+    second_moment: Float[Tensor, "layers width width"],
+) -> Float[Tensor, "layers width width"]:
+    """Inverse fourth root of the inputs' second moment: what evens them out, half way.
+
+    Damped, and scaled so that what comes out has mean square 1.
+    """
+    values, vectors = torch.linalg.eigh(second_moment)
+    values = values.clamp(min=0) + _DAMPING * values.mean(-1, keepdim=True)
+    inverse_roots = values.pow(-0.25) / values.sqrt().mean(-1, keepdim=True).sqrt()
+    return (vectors * inverse_roots[:, None]) @ vectors.mT
+
+
 class Preconditioned(Steps):
     """Muon in evened-out inputs, in steps of one size, and the average of where they lead.
 
@@ -101,11 +114,7 @@ class Preconditioned(Steps):
             solution: `[A b]` of every layer, as the sums give it.
             from_there: start from the solution; else from the lens as it is.
         """
-        values, vectors = torch.linalg.eigh(first_pass.second_moment)
-        values = values.clamp(min=0) + _DAMPING * values.mean(-1, keepdim=True)
-        # A fourth root of each value, and inputs of mean square 1 once it is applied.
-        evened = values.rsqrt() / values.sqrt().mean(-1, keepdim=True)
-        self._state["evening"].copy_((vectors * evened.sqrt()[:, None]) @ vectors.mT)
+        self._state["evening"].copy_(evening(first_pass.second_moment))
         self._state["error"].copy_(first_pass.mean_square_error(solution).clamp(min=0).sqrt())
         if from_there:
             self._state["start"].copy_(solution)

@@ -27,9 +27,9 @@ from tunedlens.training.settings import settled
 
 _STEPS_PER_FIGURE = 16
 """Reading a figure waits for the device, so it is not done at every step."""
-_FIRST_LOOK_STEPS = 16
-_LOOK_GROWTH = 2**0.5
-"""Looks at held-out text grow rarer, so that they cost a small share whatever the budget."""
+_FIRST_LOOKS = (16, 23)
+"""In steps; from then on every second look is at twice as many, so that looks cost a small
+share whatever the budget."""
 _SECONDS_PER_SAVE = 300
 
 
@@ -134,7 +134,7 @@ def _take_steps(run: Run, tracker: Tracker, stop: threading.Event) -> None:
                 mean = kl.sum().item() / sum(active)
                 bar.set_postfix_str(f"KL {mean:.3f} nats")
                 tracker.log({"train/kl_nats": mean}, progress.step)
-            due = max(_FIRST_LOOK_STEPS, round(looks[-1].step * _LOOK_GROWTH))
+            due = _next_look([look.step for look in looks])
             if progress.step >= due or progress.tokens >= budget:
                 _note(run, tracker)
             if stopping and progress.tokens < budget:
@@ -144,6 +144,13 @@ def _take_steps(run: Run, tracker: Tracker, stop: threading.Event) -> None:
                 run.save()
                 saved = time.monotonic()
     run.save()
+
+
+def _next_look(looks: list[int]) -> int:
+    """The step of the next look, from those of the looks that have been (the first at 0)."""
+    if len(looks) <= len(_FIRST_LOOKS):
+        return _FIRST_LOOKS[len(looks) - 1]
+    return max(looks[-1] + 1, 2 * looks[-2])
 
 
 def _note(run: Run, tracker: Tracker) -> None:

@@ -1,0 +1,103 @@
+"""One training step at GPT-2 small's shape: ours, tuned-lens' inner loop, the products alone.
+
+    python benchmarks/throughput.py [--device cuda] [--tokens 1024]
+
+All on the same tensors, in one process, in turns; medians of several. tuned-lens' loop is
+written after its version 0.2.0: autocast, autograd through the logits, one backward pass
+and one `.item()` per layer. The limit is what the matrix products of 4 · d_model · vocab
+FLOPs per token and layer take alone, into memory that is there already.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from tunedlens import TunedLens
+from tunedlens.fit import accumulate_gradient
+from tunedlens.frozen import ModelIdentity, Unembedding
+from tunedlens.objective import LensKL, can_compile
+
+
+def seconds(step: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--d-model", type=int, default=768)
+    parser.add_argument("--vocab", type=int, default=50257)
+    parser.add_argument("--rounds", type=int, default=5)
+    flags = parser.parse_args()
+    device = torch.device(flags.device)
+    layers, tokens, d_model, vocab = flags.layers, flags.tokens, flags.d_model, flags.vocab
+    torch.manual_seed(0)
+    norm = nn.LayerNorm(d_model)
+    unembedding = Unembedding(norm, torch.randn(vocab, d_model) * 0.1, None).to(device)
+    identity = ModelIdentity("random", None, layers, d_model, vocab, "")
+    lens = TunedLens(unembedding, identity)
+    states = torch.randn(layers + 1, tokens, d_model, device=device)
+
+    def ours(compiled: bool) -> Callable[[], object]:
+        objective = LensKL(unembedding.centred(), dtype=torch.bfloat16, compiled=compiled)
+        return lambda: accumulate_gradient(lens, states, objective)
+
+    def peer() -> None:
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            labels = unembedding(states[-1]).log_softmax(-1)
+        for layer in range(layers):
+            with torch.autocast(device.type, torch.bfloat16):
+                log_probs = lens(states[layer], layer).log_softmax(-1)
+                loss = (labels.exp() * (labels - log_probs)).sum(-1).mean()
+            loss.item()
+            loss.backward()
+
+    weight = unembedding.weight.bfloat16()
+    chunk = min(tokens, LensKL(unembedding, dtype=torch.bfloat16).chunk)
+    logits = torch.empty(chunk, vocab, dtype=torch.bfloat16, device=device)
+    gradient = torch.empty(chunk, d_model, dtype=torch.bfloat16, device=device)
+
+    def products() -> None:
+        for start in range(0, tokens, chunk):
+            part = states[:, start : start + chunk].bfloat16()
+            for hidden in part[:-1]:
+                count = len(hidden)
+                torch.mm(hidden, weight.T, out=logits[:count])
+                torch.mm(logits[:count], weight, out=gradient[:count])
+
+    steps = {"the products alone": products, "ours, eager": ours(compiled=False)}
+    if can_compile(device):
+        steps["ours, compiled"] = ours(compiled=True)
+    steps["tuned-lens' loop"] = peer
+    for step in steps.values():
+        step()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(flags.rounds):
+        for name, step in steps.items():
+            times[name].append(seconds(step, device))
+            lens.zero_grad()
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    limit, slow = medians["the products alone"], medians["tuned-lens' loop"]
+    flops = 4 * d_model * vocab * tokens * layers
+    print(f"{layers} layers, d_model {d_model}, vocabulary {vocab:,}, {tokens:,} tokens, {device}")
+    print(f"products: {flops / limit / 1e12:.2f} TFLOP/s in bfloat16\n")
+    print("| step | seconds | share of the limit | times tuned-lens' loop |")
+    print("|---|---:|---:|---:|")
+    for name, value in medians.items():
+        print(f"| {name} | {value:.2f} | {limit / value:.0%} | {slow / value:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
