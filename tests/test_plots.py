@@ -68,7 +68,7 @@ def curve():
 def test_learning_curve_shows_every_layer_and_the_mean(curve):
     figure = plots.learning_curve(curve)
     assert lines(figure) == {(3.0, 2.0, 1.5), (1.0, 0.5, 0.4), (2.0, 1.25, 0.95)}
-    assert {text.get_text() for text in figure.axes[0].texts} == {"0", "1", "mean"}
+    assert {text.get_text() for text in figure.axes[0].texts} == {"layer 0", "1", "mean"}
     assert "40 s" in figure.axes[0].get_xlabel()
 
 

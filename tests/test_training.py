@@ -180,9 +180,14 @@ def test_resume_on_a_text_that_has_changed_is_refused(config, tmp_path, text_fil
 
 
 def test_training_that_blows_up_is_not_saved(config, tmp_path):
-    with pytest.raises(InputError, match="a smaller --lr may help"):
+    with pytest.raises(InputError, match="give a smaller --lr than 1e"):
         train(dataclasses.replace(config, lr=1e30), tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_closed_form_takes_no_budget_of_steps():
+    with pytest.raises(InputError, match="takes no steps; give --start-tokens, not --tokens"):
+        TrainConfig(fit="closed-form", tokens=1000)
 
 
 @pytest.mark.parametrize(

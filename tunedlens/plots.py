@@ -1,8 +1,8 @@
 """Figures of saved results, drawn for a paper: vector and 2x raster, readable in grey."""
 
 import io
+import itertools
 import math
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,15 +73,19 @@ def learning_curve(curve: LearningCurve) -> "Figure":
         axes.set_yscale("log")
         colors = matplotlib.colormaps["viridis"]
         n_layers = len(looks[0].kl_nats)
-        for layer in range(n_layers):
-            color = colors(0.9 * layer / max(1, n_layers - 1))
-            line = [look.kl_nats[layer] for look in looks]
-            axes.plot(tokens, line, color=color, marker=".")
-            _note_beside(axes, str(layer), (tokens[-1], line[-1]), color)
-        mean = [look.mean_kl_nats for look in looks]
-        axes.plot(tokens, mean, color="black", linestyle="--")
-        _note_beside(axes, "mean", (tokens[-1], mean[-1]), "black")
-        axes.set_xlabel(f"tokens (in all {looks[-1].seconds:.0f} s)")
+        lines = {str(i): [look.kl_nats[i] for look in looks] for i in range(n_layers)}
+        lines["mean"] = [look.mean_kl_nats for look in looks]
+        heights = _spread([math.log(line[-1]) for line in lines.values()])
+        for (name, line), height in zip(lines.items(), heights, strict=True):
+            if name == "mean":
+                style: dict[str, Any] = {"color": "black", "linestyle": "--"}
+            else:
+                color = colors(0.9 * int(name) / max(1, n_layers - 1))
+                style = {"color": color, "marker": "."}
+            axes.plot(tokens, line, **style)
+            shown = f"layer {name}" if name == "0" else name
+            _note_beside(axes, shown, (tokens[-1], math.exp(height)), style["color"])
+        axes.set_xlabel(f"tokens of steps, from the start at the left ({looks[-1].seconds:.0f} s)")
         axes.set_ylabel("held-out KL(model ‖ lens), nats")
         _plain_ticks(axes)
     return figure
@@ -137,7 +141,7 @@ def _by_layer(
         axes = figure.subplots()
         axes.set_yscale("log")
         top = _top_of_the_scale(values)
-        for column, line, style in zip(columns, values, cycle(_STYLES), strict=False):
+        for column, line, style in zip(columns, values, itertools.cycle(_STYLES), strict=False):
             shown = [value if value <= top else math.nan for value in line]
             errors = [2 * (estimate.standard_error or 0.0) for estimate in column]
             low = [max(v - e, v / 10) for v, e in zip(shown, errors, strict=True)]
@@ -148,7 +152,9 @@ def _by_layer(
                 _note(axes, f"↑ {line[0]:.0e}", (0, top), style["color"], above=False)
         if top < math.inf:
             axes.set_ylim(top=top)
-        for name, line, style in zip(evaluation.lenses, values, cycle(_STYLES), strict=False):
+        for name, line, style in zip(
+            evaluation.lenses, values, itertools.cycle(_STYLES), strict=False
+        ):
             _name_line(axes, f"{name} lens", line, values, style["color"])
         if model_line:
             own = evaluation.of_model(metric).value
@@ -208,6 +214,16 @@ def _note(axes: "Axes", text: str, at: tuple[float, float], color: str, above: b
         ha="left" if to_the_right else "right",
         va="bottom" if above else "top",
     )
+
+
+def _spread(heights: list[float]) -> list[float]:
+    """Falling heights, moved apart where names beside them would touch."""
+    gap = 0.05 * (max(heights) - min(heights))
+    order = sorted(range(len(heights)), key=lambda index: -heights[index])
+    placed = list(heights)
+    for above, below in itertools.pairwise(order):
+        placed[below] = min(placed[below], placed[above] - gap)
+    return placed
 
 
 def _note_beside(axes: "Axes", text: str, at: tuple[float, float], color: Any) -> None:

@@ -1,6 +1,7 @@
 """The loop: reads top to bottom."""
 
 import dataclasses
+import math
 import signal
 import threading
 import time
@@ -156,6 +157,11 @@ def _next_look(looks: list[int]) -> int:
 def _note(run: Run, tracker: Tracker) -> None:
     """Look at held-out text, and say what is seen."""
     look = run.look()
+    if not math.isfinite(look.mean_kl_nats):
+        raise InputError(
+            f"held-out KL is {look.mean_kl_nats} after {look.tokens:,} tokens, so the steps are "
+            f"too large; give a smaller --lr than {run.config.lr:g}"
+        )
     if run.is_main:
         seen = look.tokens + run.progress.start_tokens
         by_layer = " ".join(f"{kl:.3f}" for kl in look.kl_nats)
