@@ -14,7 +14,7 @@ from tunedlens.lens import Translator, TunedLens
 _DAMPING = 1e-4
 """Of the whitening, relative to the mean square of the inputs."""
 _AVERAGING = 2
-"""The average leans to its last third or so: weights grow as this power of the step, less 1."""
+"""In the average, a step weighs about as much as this power of its number."""
 
 
 class Steps(ABC):
