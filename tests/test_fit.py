@@ -264,11 +264,18 @@ def curve(*points):
     return LearningCurve([Look(i, tokens, 0.0, kl) for i, (tokens, kl) in enumerate(points)])
 
 
-def test_a_layer_is_flat_once_a_doubling_brings_less_than_a_hundredth():
+def test_a_layer_is_flat_once_two_looks_say_that_doubling_brings_less_than_a_hundredth():
     looks = ((0, [3.0, 3.0]), (100, [2.0, 1.0]), (150, [1.5, 0.8]), (200, [1.0, 0.991]))
-    assert curve(*looks).flat_layers() == [False, True]
-    assert curve(*looks[:3]).flat_layers() == [False, False]
+    assert curve(*looks).flat_layers() == [False, False]
+    assert curve(*looks, (300, [0.9, 0.9])).flat_layers() == [False, True]
+    assert curve(*looks, (300, [0.9, 0.7])).flat_layers() == [False, False]
 
 
 def test_a_layer_whose_kl_rises_is_flat():
-    assert curve((0, [1.0]), (10, [0.5]), (20, [0.6])).flat_layers() == [True]
+    looks = ((0, [1.0]), (10, [0.5]), (14, [0.5]), (20, [0.6]), (28, [0.6]))
+    assert curve(*looks).flat_layers() == [True]
+
+
+def test_nothing_is_flat_before_the_first_doubling():
+    assert curve((0, [1.0])).flat_layers() == [False]
+    assert curve((0, [1.0]), (10, [0.5]), (19, [0.5])).flat_layers() == [False]

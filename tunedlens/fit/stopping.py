@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 FLAT = 0.01
-"""A layer is done once doubling its tokens lowered its held-out KL by less than this share."""
+"""A layer is flat where doubling its tokens lowered its held-out KL by less than this share."""
 
 
 @dataclass
@@ -31,13 +31,19 @@ class LearningCurve:
     looks: list[Look] = field(default_factory=list)
 
     def flat_layers(self) -> list[bool]:
-        """For every layer, whether its last doubling of tokens hardly lowered its KL.
+        """For every layer, whether two looks running say that doubling hardly lowered its KL.
 
-        A layer that has been left alone stays flat, as its KL stays what it is.
+        One look alone may be misled by the noise of the steps. A layer that has been left
+        alone stays flat, as its KL stays what it is.
         """
-        last = self.looks[-1]
-        before = [look for look in self.looks if 0 < 2 * look.tokens <= last.tokens]
-        if not before:
-            return [False] * len(last.kl_nats)
-        pairs = zip(last.kl_nats, before[-1].kl_nats, strict=True)
+        last, before = self._flat_at(self.looks), self._flat_at(self.looks[:-1])
+        return [now and then for now, then in zip(last, before or last, strict=True)]
+
+    @staticmethod
+    def _flat_at(looks: list[Look]) -> list[bool]:
+        """For every layer, whether the last of these looks found it flat; none without looks."""
+        halfway = [look for look in looks if 0 < 2 * look.tokens <= looks[-1].tokens]
+        if not halfway:
+            return [False for _ in looks[-1].kl_nats] if looks else []
+        pairs = zip(looks[-1].kl_nats, halfway[-1].kl_nats, strict=True)
         return [now > (1 - FLAT) * then for now, then in pairs]
