@@ -1,17 +1,15 @@
 """How far from its end the fit stands, on the embedded GPT-2.
 
-    python benchmarks/convergence.py
+    python benchmarks/convergence.py [--times 3]
 
-Two figures for every layer, at the closed form and at the lens that the default leaves.
 The gradient norm is in the preconditioner's metric: the gradient in the evened-out inputs,
 times the error that the closed form leaves, so that it is in nats for a step as large as
 that error. Its square is the inner product of the gradients of two halves of fresh text,
-which noise does not raise. And the mean KL after the default and after several times its
-tokens says what is left to gain.
+which noise does not raise. With --times, the mean KL after several times the tokens says what
+is left to gain.
 """
 
 import argparse
-import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from tunedlens.objective import LensKL
 from tunedlens.training.settings import settled
 from tunedlens.training.states import StateReader
 
+LENS = Path(__file__).parents[1] / "checkpoints" / "embedded"
 BLOCKS = 64
 
 
@@ -44,7 +43,8 @@ def gradient_norms(lens: TunedLens, first: LeastSquares, halves: list, kl: LensK
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--times", type=int, default=3, help="tokens of the longer run")
+    parser.add_argument("--lens", type=Path, default=LENS, help="made by the default fit")
+    parser.add_argument("--times", type=int, help="also train with so many times its tokens")
     flags = parser.parse_args()
     model, accelerator = load_model(device="cpu"), Accelerator(cpu=True)
     config = settled(TrainConfig(), model, accelerator)
@@ -60,26 +60,24 @@ def main() -> None:
     kl = LensKL(model.unembedding.centred(), dtype=reader.dtype)
 
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)
-        ends = {}
-        for name, fit in (("closed form", "closed-form"), ("default", "preconditioned")):
-            train(dataclasses.replace(TrainConfig(), fit=fit), path / name)
-            lens = TunedLens.load(path / name, model)
-            ends[name] = gradient_norms(lens, first, halves, kl)
-        progress = checkpoint.read_manifest(path / "default")["progress"]
-        more = TrainConfig(tokens=flags.times * progress["tokens"])
-        train(more, path / "more")
-        further = checkpoint.read_manifest(path / "more")["progress"]["curve"]["looks"]
-    print("\n| layer | gradient norm, closed form | default | ratio |\n|---:|---:|---:|---:|")
-    for layer, (start, end) in enumerate(zip(*ends.values(), strict=True)):
-        print(f"| {layer} | {start:.4f} | {end:.4f} | {end / start:.1%} |")
-    now = progress["curve"]["looks"][-1]
-    then = further[-1]
-    before, after = (sum(look["kl_nats"]) / len(look["kl_nats"]) for look in (now, then))
-    print(
-        f"\n{now['tokens']:,} tokens: {before:.4f} nats; {then['tokens']:,} tokens: {after:.4f} "
-        f"nats, {1 - after / before:.2%} less"
-    )
+        train(TrainConfig(fit="closed-form"), Path(folder) / "closed-form")
+        start = TunedLens.load(Path(folder) / "closed-form", model)
+        end = TunedLens.load(flags.lens, model)
+        norms = [gradient_norms(lens, first, halves, kl) for lens in (start, end)]
+        print("\n| layer | gradient norm, closed form | lens | ratio |\n|---:|---:|---:|---:|")
+        for layer, (before, after) in enumerate(zip(*norms, strict=True)):
+            print(f"| {layer} | {before:.4f} | {after:.4f} | {after / before:.1%} |")
+        if not flags.times:
+            return
+        now = checkpoint.read_manifest(flags.lens)["progress"]
+        train(TrainConfig(tokens=flags.times * now["tokens"]), Path(folder) / "more")
+        then = checkpoint.read_manifest(Path(folder) / "more")["progress"]
+    means = []
+    for progress in (now, then):
+        look = progress["curve"]["looks"][-1]
+        means.append(sum(look["kl_nats"]) / len(look["kl_nats"]))
+        print(f"{look['tokens']:,} tokens: {means[-1]:.4f} nats")
+    print(f"{1 - means[1] / means[0]:.2%} less")
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ RATES = {
     "adamw": (3e-4, 1e-3, 3e-3),
 }
 LABELS = {
-    "preconditioned": "ours (default)",
+    "preconditioned": "ours, default",
     "sgd": "SGD (tuned-lens)",
-    "muon": "Muon (pull request 141)",
+    "muon": "Muon",
     "adamw": "AdamW",
 }
 
@@ -144,7 +144,7 @@ def table(curves: dict[str, list[Any]], best: dict[str, float]) -> str:
             our_tokens = statistics.median(look["model_tokens"] for look in looks)
             our_seconds = statistics.median(look["seconds"] for look in looks)
             name = (
-                f"ours, at the {what} that {LABELS[fit]} ends with: 1/{tokens / our_tokens:.1f} "
+                f"ours at the {what} that {LABELS[fit]} ends with: 1/{tokens / our_tokens:.1f} "
                 f"of its tokens, 1/{seconds / our_seconds:.1f} of its seconds"
             )
             lines.append(row(name, looks))

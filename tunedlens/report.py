@@ -108,7 +108,8 @@ def card(name: str, about: dict[str, Any], evaluation: Evaluation) -> str:
             f"A tuned lens for `{model}`, made by tunedlens {versions['tunedlens']}.",
             "",
             f"- Text: {text}, blocks of {config['corpus']['seq_len']} tokens.",
-            f"- Trained on {about['progress']['tokens']:,} tokens in "
+            f"- Fit: {config['fit']}, with {about['progress']['start_tokens']:,} tokens for the "
+            f"closed form and {about['progress']['tokens']:,} for the steps, in "
             f"{about['progress']['seconds']:.0f} s on {about['provenance']['device']} "
             f"({config['precision']}), seed {config['seed']}.",
             "- Everything else is in `config.json`; load it with `TunedLens.load`.",
