@@ -127,6 +127,10 @@ def table(curves: dict[str, list[Any]], best: dict[str, float]) -> str:
     lines.append(row("closed form", [curve[0] for curve in ours]))
     for fit, rate in best.items():
         lines.append(row(f"{LABELS[fit]}, lr {rate:g}", [curve[-1] for curve in curves[fit]]))
+    budget = min((curves[fit][0][-1]["model_tokens"] for fit in best), default=0)
+    within = [[look for look in curve if look["model_tokens"] <= budget] for curve in ours]
+    if all(within):
+        lines.append(row("ours, with no more tokens", [looks[-1] for looks in within]))
     lines.append(row(LABELS["preconditioned"], [curve[-1] for curve in ours]))
     for fit in best:
         ends = [curve[-1] for curve in curves[fit]]

@@ -43,7 +43,7 @@ def chunk_tokens(vocab_size: int, device: torch.device) -> int:
     Enough that a product is worth its reading of the unembedding and an accelerator is
     busy; more would only take memory.
     """
-    elements = 2**25 if device.type == "cpu" else 2**26
+    elements = 3 * 2**23 if device.type == "cpu" else 2**26
     return min(max(256, elements // vocab_size), 1024 if device.type == "cpu" else 8192)
 
 
