@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512_000, help="budget of the recipes")
     parser.add_argument("--evaluate-tokens", type=int, default=16_384)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="sweep two rates instead of all")
     parser.add_argument("--fits", nargs="+", default=["sgd", "muon"])
     flags = parser.parse_args()
     base = TrainConfig(
@@ -95,7 +96,8 @@ def main() -> None:
     results = Results(HERE / f"quality-{flags.name}.json", base)
     seeds, best = range(flags.seeds), {}
     for fit in flags.fits:
-        sweep = {rate: results.curve(fit, flags.tokens, rate, 0) for rate in RATES[fit]}
+        rates = RATES[fit][1:3] if flags.quick else RATES[fit]
+        sweep = {rate: results.curve(fit, flags.tokens, rate, 0) for rate in rates}
         best[fit] = min(sweep, key=lambda rate: mean(sweep[rate][-1]))
     curves = {"preconditioned": [results.curve("preconditioned", None, None, s) for s in seeds]}
     for fit, rate in best.items():

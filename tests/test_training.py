@@ -302,6 +302,17 @@ def test_stream_that_runs_out_stops_the_run_with_a_reason(config, tmp_path):
     assert checkpoint.load_state(tmp_path / "run").about["progress"]["tokens"] > 0
 
 
+def test_stream_that_runs_out_ends_a_run_without_a_budget(config, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"row {i}"}) for i in range(300)))
+    corpus = CorpusConfig(dataset=str(path), seq_len=16, streaming=True)
+    config = dataclasses.replace(config, corpus=corpus, tokens=None)
+    train(config, tmp_path / "run")
+    assert "ran out" in capsys.readouterr().out
+    progress = checkpoint.read_manifest(tmp_path / "run")["progress"]
+    assert progress["curve"]["looks"][-1]["tokens"] == progress["tokens"] > 0
+
+
 def test_a_run_in_another_thread_leaves_signals_alone(config, tmp_path):
     before = signal.getsignal(signal.SIGINT)
     thread = threading.Thread(target=train, args=(config, tmp_path / "run"))

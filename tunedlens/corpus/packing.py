@@ -24,6 +24,10 @@ _DOCUMENTS_AT_A_TIME = 16
 _NOTHING_READ = {"documents": 0, "bytes": 0, "tokens": 0}
 
 
+class TextRanOutError(InputError):
+    """There is no further batch in a stream."""
+
+
 class Batch(NamedTuple):
     """Blocks of tokens, and where to go on after them."""
 
@@ -44,7 +48,7 @@ class Corpus(Protocol):
         """Batches to train on, from the start or from where a batch left off.
 
         Raises:
-            InputError: the text ran out.
+            TextRanOutError: it did.
         """
 
     def blocks(self) -> Iterator[Int[Tensor, " seq"]]:
@@ -283,7 +287,7 @@ class StreamedCorpus:
             stream = stream[len(stream) - len(stream) % needed :]
             reader = self._documents.state_dict()
             start = {"reader": reader, "left": stream.tolist(), "batches": 0, "read": read}
-        raise InputError(
+        raise TextRanOutError(
             f"the text {self.about['dataset']} ran out: {len(stream)} tokens are left and a batch "
             f"needs {needed}; ask for fewer --tokens or give more text"
         )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tunedlens import checkpoint
 from tunedlens.config import TrainConfig, WandbMode
-from tunedlens.corpus import load_corpora
+from tunedlens.corpus import TextRanOutError, load_corpora
 from tunedlens.errors import InputError
 from tunedlens.evaluation import Evaluation
 from tunedlens.fit import LeastSquares, Preconditioned, accumulate_gradient
@@ -120,7 +120,13 @@ def _take_steps(run: Run, tracker: Tracker, stop: threading.Event) -> None:
                 break
             try:
                 batch = next(batches)
-            except InputError:
+            except TextRanOutError as error:
+                if config.tokens is None:  # no number was promised
+                    if run.is_main:
+                        say(f"{error.args[0].split(';')[0]}: the run ends here")
+                    if looks[-1].step < progress.step:
+                        _note(run, tracker)
+                    break
                 run.save()
                 raise
             kl = _gradient(run, batch.input_ids, active)
