@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int)
     parser.add_argument("--name", default="embedded")
     parser.add_argument("--tokens", type=int, default=512_000, help="budget of the recipes")
+    parser.add_argument("--most-tokens", type=int, help="of ours (default: train.py's)")
     parser.add_argument("--evaluate-tokens", type=int, default=16_384)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="sweep two rates instead of all")
@@ -92,6 +93,7 @@ def main() -> None:
         model=ModelConfig(model=flags.model),
         corpus=CorpusConfig(dataset=flags.dataset, seq_len=flags.seq_len),
         evaluate_tokens=flags.evaluate_tokens,
+        most_tokens=flags.most_tokens,
     )
     results = Results(HERE / f"quality-{flags.name}.json", base)
     seeds, best = range(flags.seeds), {}
