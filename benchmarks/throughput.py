@@ -19,7 +19,8 @@ from torch import nn
 from tunedlens import TunedLens
 from tunedlens.fit import accumulate_gradient
 from tunedlens.frozen import ModelIdentity, Unembedding
-from tunedlens.objective import LensKL, can_compile
+from tunedlens.fused import can_compile
+from tunedlens.objective import LensKL
 
 
 def seconds(step: Callable[[], object], device: torch.device) -> float:

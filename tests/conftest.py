@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from tunedlens import FrozenModel, TunedLens, embedded, load_model
+from tunedlens import Evaluation, FrozenModel, TunedLens, embedded, load_model
+from tunedlens.evaluation import MODEL, Difference, Grid, Result
 
 os.environ.setdefault("WANDB_MODE", "offline")
 torch.set_num_threads(2)
@@ -80,6 +81,52 @@ def random_lens(model, scale=0.1, seed=0):
         for parameter in lens.parameters():
             parameter.normal_(0.0, scale)
     return lens
+
+
+def make_evaluation(changed=None, grids=True):
+    """Results of two lenses on eight layers, without a model.
+
+    Args:
+        changed: other values, by lens, layer and metric.
+        grids: whether there are figures by position and by translator.
+    """
+    results, differences = [], []
+    for lens, factor in (("logit", 2.0), ("tuned", 1.0)):
+        for layer in range(8):
+            kl = factor * (8 - layer)
+            figures = {
+                "kl_nats": (kl, 0.1),
+                "cross_entropy_nats": (2 + kl, 0.2),
+                "perplexity": (10.0 * 2**kl, 2.0),
+                "bits_per_byte": (1 + kl / 4, 0.05),
+                "top1_agreement": (1 / (1 + kl), 0.01),
+                "top10_agreement": (1 / (1 + kl / 2), 0.01),
+                "bias_nats": (kl / 10, 0.01),
+                "prediction_depth": (0.1 + 0.01 * layer * factor, 0.005),
+            }
+            results += [Result(lens, layer, metric, *figure) for metric, figure in figures.items()]
+            if lens == "tuned":
+                differences.append(Difference(lens, "logit", layer, "kl_nats", -kl, 0.05))
+        results.append(Result(lens, 8, "prediction_depth", 0.2, 0.01))
+        results.append(Result(lens, None, "mean_prediction_depth", 3 + factor, 0.1))
+    results.append(Result(MODEL, 8, "perplexity", 9.5, 0.5))
+    results.append(Result(MODEL, 8, "bits_per_byte", 0.9, 0.1))
+    for index, r in enumerate(results):
+        value = (changed or {}).get((r.lens, r.layer, r.metric), r.value)
+        results[index] = Result(r.lens, r.layer, r.metric, value, r.standard_error)
+    matrix = [[1.0 + abs(i - j) for j in range(8)] for i in range(8)]
+    rows = [[8.0 - layer] + [1.0 + layer] * 20 for layer in range(8)]
+    curve = {"kl_nats": Grid(rows, [[0.1] * 21] * 8)}
+    return Evaluation(
+        results,
+        n_layers=8,
+        tokens=100,
+        text_bytes=300,
+        blocks=4,
+        differences=differences,
+        by_position={"logit": curve, "tuned": curve} if grids else {},
+        transfer={"tuned": {"kl_nats": Grid(matrix, matrix)}} if grids else {},
+    )
 
 
 def _process(rank, port, function, arguments, results):

@@ -1,5 +1,7 @@
 import csv
 import json
+import math
+import shutil
 import socket
 import subprocess
 import sys
@@ -7,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import make_gpt2
 
-from tunedlens import checkpoint
+from tunedlens import TunedLens, checkpoint, load_model, plots
 from tunedlens.cli import evaluate_command, train_command
 
 ROOT = Path(__file__).parents[1]
@@ -51,10 +54,10 @@ def test_both_commands_run_again_and_again(here, asked, capsys):
     assert "tuned KL (nats)" in out
     assert "perplexity" in out
     names = {file.name for file in (runs[1] / "evaluation").iterdir()}
-    figures = {
-        f"{name}_by_layer.{kind}" for name in ("kl", "perplexity") for kind in ("png", "svg")
+    figures = set(plots.DRAWINGS) - {"transfer", "by_position"}
+    assert names == {f"{name}.{kind}" for name in figures for kind in plots.KINDS} | {
+        *("metrics.json", "metrics.csv", "differences.csv", "report.md", "report.html"),
     }
-    assert names == figures | {"metrics.json", "metrics.csv"}
 
 
 def test_csv_and_json_hold_the_same_figures(here, asked):
@@ -93,6 +96,85 @@ def test_evaluation_refuses_to_score_what_was_trained_on(asked, text_file, capsy
     fails(evaluate_command, [*same, "--text-column", "x"], capsys, "--text-column must be None")
     text_file.write_bytes(text_file.read_bytes() + b"more")
     fails(evaluate_command, ["--lens", "run"], capsys, "has changed since")
+
+
+@pytest.fixture
+def lenses(here, asked):
+    """Two saved lenses of different kinds, for one model and text."""
+    assert train_command([*asked, "--output", "steps"]) == 0
+    one_pass = [a for a in asked if a not in ("--tokens", "640")]
+    for fit in ("closed-form", "jacobian"):
+        assert train_command([*one_pass, "--fit", fit, "--output", fit]) == 0
+    return here
+
+
+def read(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.mark.usefixtures("lenses")
+def test_all_lenses_there_are_stand_side_by_side(here, capsys):
+    names = ["unigram", "mean", "steps", "closed-form", "jacobian"]
+    flags = [flag for name in names for flag in ("--lens", name)]
+    more = ["--metrics", "all", "--by-position", "--transfer", "--tokens", "100"]
+    assert evaluate_command([*flags, *more, "--output", "out"]) == 0
+    evaluation = read(here / "out")
+    lenses = list(dict.fromkeys(result["lens"] for result in evaluation["results"]))
+    assert lenses == ["logit", "unigram", "mean", "tuned", "closed-form", "jacobian", "model"]
+    assert set(evaluation["transfer"]) == {"tuned", "closed-form", "jacobian"}
+    assert evaluation["tokens"] == 100
+    assert len(evaluation["tokens_sha256"]) == 64
+    assert evaluation["provenance"]["lenses"]["tuned"]["folder"] == "steps"
+    assert "the best token stays as it is from layer" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("lenses")
+def test_lenses_of_one_kind_are_named_apart(here):
+    flags = ["--tokens", "50", "--output", "out"]
+    (here / "steps").rename(here / "a")
+    shutil.copytree(here / "a", here / "b")
+    assert evaluate_command(["--lens", "a", "--lens", "b", "--lens", "mine=a", *flags]) == 0
+    found = {result["lens"] for result in read(here / "out")["results"]}
+    assert found == {"logit", "a", "b", "mine", "model"}
+
+
+@pytest.mark.usefixtures("lenses")
+def test_redraw_makes_the_same_report_without_a_model(here, tiny_folder):
+    evaluate_command(["--lens", "steps", "--tokens", "50", "--output", "out"])
+    before = {path.name: path.read_bytes() for path in (here / "out").iterdir()}
+    shutil.rmtree(tiny_folder)
+    for path in (here / "out").iterdir():
+        if path.name != "metrics.json":
+            path.unlink()
+    assert evaluate_command(["--redraw", "out"]) == 0
+    assert {path.name: path.read_bytes() for path in (here / "out").iterdir()} == before
+
+
+@pytest.mark.usefixtures("lenses")
+def test_bad_lenses_are_one_line(here, tokenizer, text_file, capsys):
+    make_gpt2(seed=1).save_pretrained(here / "other")
+    tokenizer.save_pretrained(here / "other")
+    lens = TunedLens.from_model(load_model(here / "other", device="cpu"))
+    lens.save(here / "foreign")
+    lens.translators[1].bias.data[0] = math.nan
+    lens.save(here / "broken")
+    (here / "mine").mkdir()
+    (here / "mine" / "thesis.txt").write_text("mine")
+    capsys.readouterr()
+    cases = [
+        (["--lens", "steps", "--lens", "foreign"], "does not fit"),
+        (["--lens", "broken", "--model", "other", "--dataset", text_file], "no number", "1.bias"),
+        (["--lens", "steps", "--lens", "steps"], "two lenses are called steps", "NAME="),
+        (["--lens", "nowhere"], "nowhere holds no lens"),
+        (["--lens", "steps", "--output", "mine"], "mine holds something else"),
+        (["--lens", "steps", "--tokens", "1e6"], "asks for 1,000,000 positions", "has 285"),
+        (["--lens", "steps", "--metrics", "some"], "invalid choice", "some"),
+        (["--redraw", "nowhere"], "nowhere holds no evaluation"),
+        (["--redraw", "mine", "--tokens", "5"], "--redraw needs no --tokens"),
+    ]
+    for flags, *expected in cases:
+        fails(evaluate_command, flags, capsys, *expected)
+    assert [path.name for path in (here / "mine").iterdir()] == ["thesis.txt"]
 
 
 def test_another_text_is_scored_whole_and_beside_the_lens_own_results(here, asked):

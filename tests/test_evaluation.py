@@ -1,13 +1,19 @@
+import collections
+import itertools
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from conftest import in_two_processes, random_lens
 
-from tunedlens import InputError, LogitLens, evaluate, load_model
+from tunedlens import ConstantLens, InputError, LogitLens, evaluate, load_model
 from tunedlens.corpus import Packer, token_bytes
 from tunedlens.evaluation import Evaluation
+from tunedlens.evaluation.tally import PER_TOKEN
+from tunedlens.fused import can_compile
 
 
 @pytest.fixture
@@ -18,34 +24,185 @@ def blocks(tokenizer):
     return stream[: 9 * 24].view(9, 24).long()
 
 
+def lenses_of(model):
+    uniform = torch.full((model.identity.vocab_size,), -math.log(model.identity.vocab_size))
+    return {
+        "logit": LogitLens.from_model(model),
+        "tuned": random_lens(model),
+        "uniform": ConstantLens(uniform, model.identity),
+    }
+
+
 def run(model, blocks, **settings):
-    lenses = {"logit": LogitLens.from_model(model), "tuned": random_lens(model)}
-    return evaluate(model, lenses, blocks, token_bytes(model.tokenizer), **settings)
+    return evaluate(model, lenses_of(model), blocks, token_bytes(model.tokenizer), **settings)
+
+
+@torch.no_grad()
+def distributions(model, lens, blocks, layer):
+    """The model's and the lens's in float64, and the true next tokens, position by position."""
+    p, q = [], []
+    for block in blocks:
+        states = model.residual_stream(block[None])
+        p.append(model.unembedding(states[-1][0, :-1]).double().softmax(-1))
+        q.append(lens(states[layer][0, :-1], layer).double().softmax(-1))
+    return torch.stack(p).numpy(), torch.stack(q).numpy(), blocks[:, 1:].numpy()
 
 
 def brute_force(model, lens, blocks, layer):
-    """Every figure in float64, one position at a time, through torch.distributions."""
-    kl, nats, agree = [], [], []
-    for block in blocks:
-        states = model.residual_stream(block[None])
-        for position in range(len(block) - 1):
-            p, q = (
-                torch.distributions.Categorical(logits=lens(states[i][0, position], i).double())
-                for i in (model.identity.n_layers, layer)
-            )
-            kl.append(torch.distributions.kl_divergence(p, q).item())
-            nats.append(-q.log_prob(block[position + 1]).item())
-            agree.append(float(p.logits.argmax() == q.logits.argmax()))
-    return {"kl_nats": kl, "cross_entropy_nats": nats, "top1_agreement": agree}
+    """Every figure of a position in float64 with numpy, one position after the other."""
+    p, q, following = distributions(model, lens, blocks, layer)
+    found = collections.defaultdict(list)
+    for model_probs, probs, true in zip(
+        p.reshape(-1, p.shape[-1]), q.reshape(-1, q.shape[-1]), following.flatten(), strict=True
+    ):
+        order = np.argsort(-probs.astype(np.float32), kind="stable")
+        best = int(model_probs.argmax())
+        mixture = (model_probs + probs) / 2
+        found["kl_nats"].append((model_probs * np.log(model_probs / probs)).sum())
+        found["reverse_kl_nats"].append((probs * np.log(probs / model_probs)).sum())
+        found["js_nats"].append(
+            sum((x * np.log(x / mixture)).sum() / 2 for x in (model_probs, probs))
+        )
+        found["cross_entropy_nats"].append(-np.log(probs[true]))
+        found["entropy_nats"].append(-(probs * np.log(probs)).sum())
+        found["top1_agreement"].append(float(order[0] == best))
+        found["top10_agreement"].append(float(best in order[:10]))
+        found["accuracy"].append(float(order[0] == true))
+        found["reciprocal_rank"].append(1 / (1 + list(order).index(true)))
+        found["model_top1_rank"].append(1 + list(order).index(best))
+        found["confidence"].append(probs.max())
+    return {metric: np.array(values) for metric, values in found.items()}
 
 
 @pytest.mark.parametrize("layer", [0, 2])
-def test_figures_equal_brute_force(tiny, blocks, layer):
+@pytest.mark.parametrize("name", ["logit", "tuned", "uniform"])
+def test_figures_equal_brute_force(tiny, blocks, layer, name):
+    blocks = blocks[:4]
+    evaluation = run(tiny, blocks, extended=True)
+    expected = brute_force(tiny, lenses_of(tiny)[name], blocks, layer)
+    assert expected.keys() == set(PER_TOKEN[True])
+    for metric, values in expected.items():
+        actual = evaluation.by_layer(name, metric)[layer].value
+        assert actual == pytest.approx(values.mean(), rel=1e-4), metric
+
+
+def test_model_has_figures_of_its_own(tiny, blocks):
+    last = tiny.identity.n_layers
+    expected = brute_force(tiny, LogitLens.from_model(tiny), blocks[:4], last)
+    evaluation = run(tiny, blocks[:4], extended=True)
+    for metric in ("cross_entropy_nats", "entropy_nats", "accuracy", "reciprocal_rank"):
+        actual = evaluation.of_model(metric).value
+        assert actual == pytest.approx(expected[metric].mean(), rel=1e-4)
+
+
+def test_uniform_lens_has_known_figures(tiny, blocks):
+    evaluation, vocab_size = run(tiny, blocks), tiny.identity.vocab_size
+    assert evaluation.is_constant("uniform")
+    assert evaluation.by_layer("uniform", "perplexity")[1].value == pytest.approx(vocab_size)
+    entropy = evaluation.by_layer("uniform", "entropy_nats")[1].value
+    assert entropy == pytest.approx(math.log(vocab_size))
+    own = evaluation.of_model("entropy_nats").value
+    kl = evaluation.by_layer("uniform", "kl_nats")[1].value
+    assert kl == pytest.approx(math.log(vocab_size) - own, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["logit", "tuned", "uniform"])
+def test_bias_is_the_divergence_of_the_mean_distributions(tiny, blocks, name):
+    p, q, _ = distributions(tiny, lenses_of(tiny)[name], blocks, 1)
+    p, q = p.mean((0, 1)), q.mean((0, 1))
+    expected = (p * np.log(p / q)).sum()
+    actual = run(tiny, blocks).by_layer(name, "bias_nats")[1].value
+    assert actual == pytest.approx(expected, rel=1e-4)
+
+
+def test_prediction_depth_is_the_layer_from_which_the_best_token_stays(tiny, blocks):
+    lens, n_layers = lenses_of(tiny)["tuned"], tiny.identity.n_layers
+    best = np.stack(
+        [distributions(tiny, lens, blocks, i)[1].argmax(-1) for i in range(n_layers + 1)]
+    )
+    depths = []
+    for tokens in best.reshape(n_layers + 1, -1).T:
+        depth = n_layers
+        while depth and tokens[depth - 1] == tokens[-1]:
+            depth -= 1
+        depths.append(depth)
     evaluation = run(tiny, blocks)
-    for name, lens in {"logit": LogitLens.from_model(tiny), "tuned": random_lens(tiny)}.items():
-        for metric, values in brute_force(tiny, lens, blocks[:9], layer).items():
-            actual = evaluation.by_layer(name, metric)[layer].value
-            assert actual == pytest.approx(sum(values) / len(values), rel=1e-4)
+    shares = [e.value for e in evaluation.by_layer("tuned", "prediction_depth")]
+    assert shares == pytest.approx([depths.count(i) / len(depths) for i in range(n_layers + 1)])
+    mean = evaluation.of_lens("tuned", "mean_prediction_depth").value
+    assert mean == pytest.approx(np.mean(depths))
+
+
+def test_calibration_error_equals_a_count_by_bins(tiny, blocks):
+    _, q, following = distributions(tiny, lenses_of(tiny)["tuned"], blocks, 1)
+    confidence, correct = q.max(-1).flatten(), (q.argmax(-1) == following).flatten()
+    bins = np.minimum((confidence.astype(np.float32) * 15).astype(int), 14)
+    gaps = [abs((confidence[bins == b] - correct[bins == b]).sum()) for b in range(15)]
+    evaluation = run(tiny, blocks, extended=True)
+    actual = evaluation.by_layer("tuned", "calibration_error")[1].value
+    assert actual == pytest.approx(sum(gaps) / len(bins), rel=1e-4)
+
+
+def test_standard_errors_agree_with_a_bootstrap_over_blocks(tiny, tokenizer):
+    text = "".join(f"naïve {i * i} 日本 def f(x):\n" + "a b " * (i % 7) for i in range(400))
+    (stream,) = Packer(tokenizer).encode([text])
+    blocks = stream[: 160 * 16].view(160, 16).long()
+    evaluation = run(tiny, blocks)
+    p, q, _ = distributions(tiny, lenses_of(tiny)["tuned"], blocks, 1)
+    picks = np.random.default_rng(0).integers(0, 160, (400, 160))
+    kl = (p * np.log(p / q)).sum(-1).mean(-1)
+    error = evaluation.by_layer("tuned", "kl_nats")[1].standard_error
+    assert error == pytest.approx(kl[picks].mean(1).std(), rel=0.15)
+
+    marginals = np.stack([p.mean(1), q.mean(1)])
+    bias = [(a * np.log(a / b)).sum() for a, b in (marginals[:, pick].mean(1) for pick in picks)]
+    error = evaluation.by_layer("tuned", "bias_nats")[1].standard_error
+    assert error == pytest.approx(np.std(bias), rel=0.4)  # 15 degrees of freedom
+
+
+def test_differences_are_paired(tiny, blocks):
+    evaluation = run(tiny, blocks, extended=True)
+    for metric in (*PER_TOKEN[True], "bits_per_byte", "bias_nats", "calibration_error"):
+        for layer, (value, error) in enumerate(evaluation.difference("tuned", "logit", metric)):
+            tuned, logit = (evaluation.by_layer(lens, metric)[layer] for lens in ("tuned", "logit"))
+            assert value == pytest.approx(tuned.value - logit.value, abs=1e-9)
+            assert error <= (tuned.standard_error + logit.standard_error) * (1 + 1e-9)
+    back = evaluation.difference("logit", "tuned", "kl_nats")[0]
+    assert back.value == -evaluation.difference("tuned", "logit", "kl_nats")[0].value
+
+
+def test_by_position_equals_brute_force(tiny, blocks):
+    expected = brute_force(tiny, lenses_of(tiny)["tuned"], blocks, 2)
+    evaluation = run(tiny, blocks, by_position=True)
+    for metric in PER_TOKEN[False]:
+        row = evaluation.by_position["tuned"][metric].values[2]
+        assert row == pytest.approx(expected[metric].reshape(9, 23).mean(0), rel=1e-4)
+
+
+def test_position_that_is_in_no_scored_block_has_no_figure(tiny, blocks):
+    row = run(tiny, blocks[:1], tokens=5, by_position=True).by_position["logit"]["kl_nats"]
+    assert None not in row.values[0][:5]
+    assert row.values[0][5:] == [None] * 18
+    assert row.standard_errors[0] == [None] * 23
+
+
+def test_transfer_uses_every_translator_at_every_layer(tiny, blocks):
+    lens = lenses_of(tiny)["tuned"]
+    evaluation = run(tiny, blocks[:3], transfer=True)
+    assert list(evaluation.transfer) == ["tuned"]
+    grid = evaluation.transfer["tuned"]["kl_nats"].values
+    for translator, layer in itertools.product(range(3), repeat=2):
+        kl = []
+        for block in blocks[:3]:
+            states = tiny.residual_stream(block[None])
+            q = lens(states[layer][0, :-1], translator).double()
+            p = tiny.unembedding(states[-1][0, :-1]).double()
+            kl.append(torch.nn.functional.kl_div(
+                q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="none"
+            ).sum(-1))  # fmt: skip
+        assert grid[translator][layer] == pytest.approx(torch.cat(kl).mean().item(), rel=1e-4)
+    own = [evaluation.by_layer("tuned", "kl_nats")[i].value for i in range(3)]
+    assert [grid[i][i] for i in range(3)] == pytest.approx(own, rel=1e-6)
 
 
 def test_perplexity_of_the_model_is_that_of_its_own_loss(tiny, blocks):
@@ -78,13 +235,27 @@ def test_text_that_has_fewer_tokens_is_scored_whole(tiny, blocks):
     assert run(tiny, blocks, tokens=10**6).tokens == 9 * 23
 
 
+def assert_alike(one, other):
+    """All figures of two evaluations, to 1e-5 (their errors to 1e-4)."""
+    for part in ("results", "differences"):
+        for a, b in zip(getattr(one, part), getattr(other, part), strict=True):
+            assert a.value == pytest.approx(b.value, rel=1e-5, abs=1e-6), a
+            assert a.standard_error == pytest.approx(b.standard_error, rel=1e-4, abs=1e-6), a
+    for part in ("by_position", "transfer"):
+        for lens, grids in getattr(one, part).items():
+            for metric, grid in grids.items():
+                values = np.array(grid.values, float)
+                expected = np.array(getattr(other, part)[lens][metric].values, float)
+                assert values == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
 def test_figures_do_not_depend_on_batch_or_chunk(tiny, blocks, monkeypatch):
-    one = run(tiny, blocks, batch_size=1)
-    monkeypatch.setattr("tunedlens.evaluation.chunk_tokens", lambda *_: 7)
-    other = run(tiny, blocks, batch_size=9)
-    for a, b in zip(one.results, other.results, strict=True):
-        assert a.value == pytest.approx(b.value, rel=1e-5, abs=1e-9)
-        assert a.standard_error == pytest.approx(b.standard_error, rel=1e-4, abs=1e-9)
+    settings = {"extended": True, "by_position": True, "transfer": True}
+    one = run(tiny, blocks, batch_size=1, **settings)
+    monkeypatch.setattr("tunedlens.evaluation.scoring.chunk_tokens", lambda *_: 7)
+    other = run(tiny, blocks, batch_size=9, **settings)
+    assert_alike(one, other)
+    assert one.tokens_sha256 == other.tokens_sha256
 
 
 def test_first_position_is_also_reported_apart(tiny, blocks):
@@ -94,23 +265,42 @@ def test_first_position_is_also_reported_apart(tiny, blocks):
 
 
 def test_evaluation_reads_back_from_json(tiny, blocks):
-    evaluation = run(tiny, blocks)
-    assert Evaluation.from_json(evaluation.to_json()) == evaluation
+    evaluation = run(tiny, blocks, by_position=True, transfer=True)
+    data = json.loads(json.dumps(evaluation.to_json(), allow_nan=False))
+    assert Evaluation.from_json(data) == evaluation
+
+
+@pytest.mark.parametrize("data", [[], {}, {"schema": 1}, {"schema": 2}])
+def test_what_is_no_evaluation_is_refused(data):
+    with pytest.raises(InputError, match=r"expected an evaluation|is damaged"):
+        Evaluation.from_json(data)
 
 
 def _evaluate_a_share(folder, blocks):
-    evaluation = run(
-        load_model(folder, device="cpu"), blocks, accelerator=Accelerator(), tokens=190
+    return run(
+        load_model(folder, device="cpu"),
+        blocks,
+        accelerator=Accelerator(),
+        tokens=190,
+        extended=True,
+        by_position=True,
+        transfer=True,
     )
-    return [(result.value, result.standard_error) for result in evaluation.results]
 
 
 def test_two_processes_give_the_figures_of_one(tiny, tiny_folder, blocks):
-    expected = run(tiny, blocks, tokens=190)
+    settings = {"extended": True, "by_position": True, "transfer": True}
+    expected = run(tiny, blocks, tokens=190, **settings)
     for share in in_two_processes(_evaluate_a_share, tiny_folder, blocks):
-        for (value, error), result in zip(share, expected.results, strict=True):
-            assert value == pytest.approx(result.value, rel=1e-5)
-            assert error == pytest.approx(result.standard_error, rel=1e-4, abs=1e-9)
+        assert share.tokens == 190
+        assert_alike(share, expected)
+
+
+def test_compiled_figures_are_those_that_are_not(tiny, blocks):
+    if not can_compile(torch.device("cpu")):
+        pytest.skip("needs a C++ compiler")
+    settings = {"extended": True, "transfer": True}
+    assert_alike(run(tiny, blocks, compiled=True, **settings), run(tiny, blocks, **settings))
 
 
 def test_nothing_to_score_is_refused(tiny, blocks):

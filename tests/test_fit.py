@@ -2,16 +2,20 @@ import pytest
 import torch
 from conftest import random_lens
 
-from tunedlens import LogitLens, TunedLens
+from tunedlens import InputError, JacobianLens, LogitLens, TunedLens
 from tunedlens.fit import (
     LearningCurve,
     LeastSquares,
     Look,
+    MeanJacobian,
     Peer,
     Preconditioned,
     accumulate_gradient,
+    mean_lens,
+    unigram_lens,
 )
 from tunedlens.fit.closed_form import RIDGES
+from tunedlens.fit.jacobian import SKIPPED_POSITIONS
 from tunedlens.fit.steps import _orthogonalised
 from tunedlens.objective import LensKL, reference_kl
 
@@ -276,3 +280,53 @@ def test_a_layer_whose_kl_rises_is_flat():
 def test_nothing_is_flat_before_the_first_doubling():
     assert curve((0, [1.0])).flat_layers() == [False]
     assert curve((0, [1.0]), (10, [0.5]), (19, [0.5])).flat_layers() == [False]
+
+
+def test_mean_jacobian_equals_every_derivative_by_itself(tiny, tokenizer):
+    ids = torch.tensor([tokenizer("def f(x):\n    return x + 1\n" * 4)["input_ids"][:24]] * 2)
+    ids[1] = ids[1].flip(0)
+    jacobian = MeanJacobian(3, 16)
+    for block in ids:
+        jacobian.add(tiny, block[None])
+    states = tiny.residual_stream(ids)
+    for layer in range(3):
+
+        def final(hidden, layer=layer):
+            for block in tiny.blocks[layer:]:
+                hidden = block(hidden)
+            return hidden
+
+        by_hand = torch.zeros(16, 16)
+        for row in range(2):
+            every = torch.autograd.functional.jacobian(final, states[layer][row, None])
+            targets = every[0, SKIPPED_POSITIONS:].sum(0)[:, 0, SKIPPED_POSITIONS:]
+            by_hand += targets.mean(1) / 2
+        assert torch.allclose(jacobian.mean[layer].float(), by_hand, rtol=1e-3, atol=1e-4)
+
+
+def test_jacobian_lens_applies_the_jacobian(tiny):
+    jacobians = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    lens = JacobianLens.from_jacobians(tiny, jacobians)
+    hidden = torch.randn(5, 16)
+    assert torch.allclose(lens.transform_hidden(hidden, 1), hidden @ jacobians[1].T, atol=1e-5)
+    assert torch.equal(lens.transform_hidden(hidden, 3), hidden)
+
+
+def test_unigram_lens_counts_the_text_and_adds_one(tiny):
+    blocks = [torch.tensor([1, 1, 2, 5]), torch.tensor([1, 7, 7, 7])]
+    probs = unigram_lens(tiny, blocks, tokens=6).log_probs.exp()
+    assert probs[[1, 2, 5, 7, 9]] * (6 + 4096) == pytest.approx([4, 2, 2, 2, 1], rel=1e-4)
+    assert probs.sum().item() == pytest.approx(1)
+
+
+def test_mean_lens_is_the_average_of_what_the_model_says(tiny):
+    blocks = torch.randint(0, 4096, (11, 12), generator=torch.Generator().manual_seed(0))
+    expected = tiny.model(blocks).logits.double().softmax(-1).flatten(0, 1)[:-4].mean(0)
+    actual = mean_lens(tiny, blocks, tokens=11 * 12 - 4).log_probs.double().exp()
+    assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("make", [unigram_lens, mean_lens])
+def test_baseline_of_no_text_is_refused(tiny, make):
+    with pytest.raises(InputError, match="no text to make a baseline from"):
+        make(tiny, [], tokens=10)

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 import torch
 
 from tunedlens import metrics
-from tunedlens.metrics import Estimate, RatioSums
+from tunedlens.metrics import Estimate, GroupSums, RatioSums, jackknife
 
 
 def distributions(kind):
@@ -77,40 +78,162 @@ def test_perplexity_carries_the_error_of_the_exponential():
     assert perplexity.standard_error == pytest.approx(spread, rel=1e-4)
 
 
+def as_numpy(logits):
+    """Probabilities in float64, made without torch's softmax."""
+    weights = np.exp(logits.numpy() - logits.numpy().max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("kind", ["random", "peaked", "shifted"])
+def test_entropy_equals_numpy(kind):
+    logits, _ = distributions(kind)
+    probs = as_numpy(logits)
+    expected = -np.where(probs > 0, probs * np.log(np.where(probs > 0, probs, 1)), 0).sum(-1)
+    actual = metrics.entropy(metrics.log_probs(logits))
+    assert actual.numpy() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_entropy_of_the_uniform_distribution_is_the_logarithm_of_the_vocabulary():
+    assert metrics.entropy(metrics.log_probs(torch.zeros(50))).item() == pytest.approx(math.log(50))
+
+
+def test_entropy_of_a_certain_distribution_is_zero():
+    certain = torch.tensor([0.0, -math.inf, -math.inf])
+    assert metrics.entropy(metrics.log_probs(certain)).item() == 0
+
+
+@pytest.mark.parametrize("kind", ["random", "peaked", "shifted"])
+def test_js_divergence_equals_numpy(kind):
+    p, q = distributions(kind)
+    a, b = as_numpy(p), as_numpy(q)
+    mixture = (a + b) / 2
+    tiny = np.finfo(float).tiny
+    expected = sum((x * np.log(np.maximum(x, tiny) / mixture)).sum(-1) / 2 for x in (a, b))
+    actual = metrics.js_divergence(metrics.log_probs(p), metrics.log_probs(q))
+    assert actual.numpy() == pytest.approx(expected, rel=1e-8, abs=1e-12)
+
+
+def test_js_divergence_of_disjoint_distributions_is_ln_2():
+    p, q = torch.tensor([0.0, -math.inf]), torch.tensor([-math.inf, 0.0])
+    assert metrics.js_divergence(p, q).item() == pytest.approx(math.log(2))
+
+
+def test_js_divergence_of_a_distribution_with_itself_is_zero():
+    p = metrics.log_probs(distributions("random")[0])
+    assert metrics.js_divergence(p, p).abs().max() < 1e-15
+
+
+def test_rank_is_the_place_in_a_stable_sort():
+    logits = torch.tensor([[1.0, 3.0, 3.0, 0.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    for row in logits:
+        order = sorted(range(5), key=lambda i: (-row[i].item(), i))
+        ranks = [metrics.rank(row[None], torch.tensor([i])).item() for i in range(5)]
+        assert ranks == [order.index(i) + 1 for i in range(5)]
+
+
 def test_ratio_sums_give_the_ratio_of_totals_not_the_mean_of_ratios():
     sums = RatioSums()
-    sums.add(torch.tensor([10.0, 1.0]), torch.tensor([10.0, 2.0]))
+    sums.add(torch.tensor([[10.0, 1.0]]), torch.tensor([10.0, 2.0]))
     assert sums.estimate().value == pytest.approx(11 / 12)
 
 
-def test_ratio_sums_error_agrees_with_a_bootstrap_over_blocks():
+@pytest.fixture
+def hard_and_easy_blocks():
+    """Nats of two lenses on 400 blocks that differ far more than their tokens do."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(50, 150, 400)
-    levels = rng.gamma(4.0, 0.5, 400)  # blocks differ far more than their tokens do
-    nats = lengths * levels
-    sums = RatioSums()
-    sums.add(torch.tensor(nats), torch.tensor(lengths))
+    levels = rng.gamma(4.0, 0.5, 400)
+    nats = np.stack([lengths * levels, lengths * (0.8 * levels + rng.normal(0, 0.05, 400))])
     picks = rng.integers(0, 400, (4000, 400))
-    bootstrap = (nats[picks].sum(1) / lengths[picks].sum(1)).std()
-    assert sums.estimate().standard_error == pytest.approx(bootstrap, rel=0.05)
+    return nats, lengths, picks
+
+
+def test_ratio_sums_error_agrees_with_a_bootstrap_over_blocks(hard_and_easy_blocks):
+    nats, lengths, picks = hard_and_easy_blocks
+    sums = RatioSums(columns=2)
+    sums.add(torch.tensor(nats), torch.tensor(lengths))
+    for column in range(2):
+        bootstrap = (nats[column, picks].sum(1) / lengths[picks].sum(1)).std()
+        assert sums.estimate(column).standard_error == pytest.approx(bootstrap, rel=0.05)
+
+
+def test_error_of_a_difference_agrees_with_a_bootstrap_that_keeps_blocks_paired(
+    hard_and_easy_blocks,
+):
+    nats, lengths, picks = hard_and_easy_blocks
+    sums = RatioSums(columns=2)
+    sums.add(torch.tensor(nats), torch.tensor(lengths))
+    value, error = sums.difference(1, 0)
+    assert value == pytest.approx((nats[1] - nats[0]).sum() / lengths.sum())
+    bootstrap = ((nats[1] - nats[0])[picks].sum(1) / lengths[picks].sum(1)).std()
+    assert error == pytest.approx(bootstrap, rel=0.05)
+    assert error < sums.estimate(1).standard_error  # what is hard for both is not noise
 
 
 def test_ratio_sums_of_parts_add_up_to_the_whole():
-    numerators, denominators = torch.rand(3, 20), torch.rand(20) + 1
-    whole, one, other = RatioSums(3), RatioSums(3), RatioSums(3)
+    numerators, denominators = torch.rand(3, 2, 20), torch.rand(20) + 1
+    whole, one, other = (RatioSums(3, columns=2) for _ in range(3))
     whole.add(numerators, denominators)
-    one.add(numerators[:, :7], denominators[:7])
-    other.add(numerators[:, 7:], denominators[7:])
+    one.add(numerators[..., :7], denominators[:7])
+    other.add(numerators[..., 7:], denominators[7:])
     one.moments += other.moments
-    assert one.estimate(1) == pytest.approx(whole.estimate(1), rel=1e-12)
+    assert one.estimate(1, 1) == pytest.approx(whole.estimate(1, 1), rel=1e-12)
+
+
+def test_estimates_are_what_estimate_gives_one_by_one():
+    sums = RatioSums(3, columns=2)
+    sums.add(torch.rand(3, 2, 20), torch.rand(20) + 1)
+    values, errors = sums.estimates()
+    for index in itertools.product(range(3), range(2)):
+        expected = sums.estimate(*index)
+        assert (values[index], errors[index]) == pytest.approx(tuple(expected), rel=1e-9)
+
+
+def test_block_with_no_denominator_is_not_counted():
+    sums, fewer = RatioSums(), RatioSums()
+    sums.add(torch.tensor([[3.0, 0.0, 5.0]]), torch.tensor([2.0, 0.0, 2.0]))
+    fewer.add(torch.tensor([[3.0, 5.0]]), torch.tensor([2.0, 2.0]))
+    assert sums.estimate() == fewer.estimate()
 
 
 def test_ratio_sums_know_no_error_when_there_is_one_block():
     sums = RatioSums()
-    sums.add(torch.tensor([3.0]), torch.tensor([2.0]))
+    sums.add(torch.tensor([[3.0]]), torch.tensor([2.0]))
     assert sums.estimate() == Estimate(1.5, None)
 
 
 def test_ratio_sums_refuse_to_report_on_nothing():
     with pytest.raises(ValueError, match="nothing was scored"):
         RatioSums().estimate()
+
+
+def test_jackknife_of_a_mean_is_its_standard_error():
+    values = torch.rand(16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sums = GroupSums()
+    sums.sums.copy_(values)
+    replicates = sums.replicates(lambda total: total / 16, range(16))
+    # Leaving one out of a total of 16 is a mean over 15.
+    without = (values.sum() - values) / 15
+    value, error = jackknife(torch.cat([replicates[:1], without]))
+    assert value == pytest.approx(values.mean().item())
+    assert error == pytest.approx(values.std().item() / 4)
+
+
+def test_jackknife_error_of_a_divergence_agrees_with_a_bootstrap():
+    rng = np.random.default_rng(0)
+    size = 20
+    means = rng.dirichlet(np.ones(size), 2)
+    # Blocks that lean this way or that, as texts do.
+    blocks = np.stack([rng.dirichlet(30 * mean, 320) for mean in means], 1)
+
+    def divergence(total):
+        p, q = (total / total.sum(-1, keepdims=True)) if total.ndim == 2 else total
+        return (p * np.log(p / q)).sum(-1)
+
+    sums = GroupSums(2, size)
+    sums.sums.index_add_(0, torch.arange(320) % 16, torch.tensor(blocks))
+    figure = lambda total: torch.tensor(divergence(total.numpy()))  # noqa: E731
+    error = jackknife(sums.replicates(figure, range(16))).standard_error
+    picks = rng.integers(0, 320, (2000, 320))
+    bootstrap = np.std([divergence(blocks[pick].sum(0)) for pick in picks])
+    assert error == pytest.approx(bootstrap, rel=0.35)  # 15 degrees of freedom

@@ -6,7 +6,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tunedlens import FrozenModel, metrics, objective
 from tunedlens.frozen import Unembedding
-from tunedlens.objective import LensKL, can_compile, reference_kl
+from tunedlens.fused import can_compile
+from tunedlens.objective import LensKL, reference_kl
 
 NORMS = {"LayerNorm": nn.LayerNorm, "RMSNorm": nn.RMSNorm, "Llama's RMSNorm": LlamaRMSNorm}
 

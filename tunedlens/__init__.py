@@ -5,25 +5,29 @@
 >>> lens = TunedLens.load("checkpoints/embedded", model)
 """
 
+from tunedlens.checkpoint import load_lens
 from tunedlens.config import CorpusConfig, EvaluateConfig, ModelConfig, TrainConfig
 from tunedlens.errors import InputError
 from tunedlens.evaluation import Evaluation, evaluate
 from tunedlens.frozen import FrozenModel, load_model
-from tunedlens.lens import Lens, LogitLens, TunedLens
+from tunedlens.lens import ConstantLens, JacobianLens, Lens, LogitLens, TunedLens
 from tunedlens.training import train
 
 __all__ = [
+    "ConstantLens",
     "CorpusConfig",
     "EvaluateConfig",
     "Evaluation",
     "FrozenModel",
     "InputError",
+    "JacobianLens",
     "Lens",
     "LogitLens",
     "ModelConfig",
     "TrainConfig",
     "TunedLens",
     "evaluate",
+    "load_lens",
     "load_model",
     "train",
 ]

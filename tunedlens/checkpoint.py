@@ -16,12 +16,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tunedlens.errors import InputError
-from tunedlens.lens import TunedLens
+from tunedlens.frozen import FrozenModel
+from tunedlens.lens import AffineLens, JacobianLens, TunedLens
 
 FORMAT = 1
+ROOT = Path("checkpoints")
+"""Where runs go that are not told otherwise."""
 MANIFEST = "config.json"
 WEIGHTS = "lens.safetensors"
 STATE = Path("state") / "state.safetensors"
+KINDS: dict[str, type[AffineLens]] = {"tuned": TunedLens, "jacobian": JacobianLens}
+"""What a manifest calls each kind of lens."""
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -72,7 +77,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
-def save_lens(lens: TunedLens, folder: Path, about: dict[str, Any] | None = None) -> None:
+def save_lens(lens: AffineLens, folder: Path, about: dict[str, Any] | None = None) -> None:
     """Write a lens: first its translators, last the manifest that vouches for them.
 
     Args:
@@ -91,7 +96,7 @@ def save_lens(lens: TunedLens, folder: Path, about: dict[str, Any] | None = None
     write(folder / WEIGHTS, weights)
     manifest = {
         "format": FORMAT,
-        "lens": "tuned",
+        "lens": kind_of(lens),
         "created": now(),
         "model": dataclasses.asdict(lens.identity),
         "lens_sha256": hashlib.sha256(weights).hexdigest(),
@@ -115,8 +120,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is damaged: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("lens") != "tuned":
-        raise InputError(f"{path} is not the manifest of a tuned lens")
+    if not isinstance(manifest, dict) or manifest.get("lens") not in KINDS:
+        raise InputError(f"{path} is not the manifest of a lens ({' or '.join(KINDS)})")
     if manifest.get("format") != FORMAT:
         raise InputError(
             f"{path} has format {manifest.get('format')}; this version reads format {FORMAT}"
@@ -127,13 +132,30 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def load_lens(lens: TunedLens, folder: Path) -> None:
-    """Fill a lens with saved translators.
+def kind_of(lens: AffineLens) -> str:
+    """What a manifest calls its kind."""
+    return next(name for name, kind in KINDS.items() if type(lens) is kind)
+
+
+def load_lens(folder: str | Path, model: FrozenModel) -> AffineLens:
+    """Read a lens of whatever kind that was saved for this model.
 
     Raises:
         InputError: there is no lens, it is damaged, or it belongs to another model.
     """
+    return KINDS[read_manifest(Path(folder))["lens"]].load(folder, model)
+
+
+def fill_lens(lens: AffineLens, folder: Path) -> None:
+    """Fill a lens with saved translators.
+
+    Raises:
+        InputError: there is no lens, it is damaged or of another kind, holds what is not a
+            number, or belongs to another model.
+    """
     manifest = read_manifest(folder)
+    if manifest["lens"] != kind_of(lens):
+        raise InputError(f"{folder} holds a {manifest['lens']} lens, not a {kind_of(lens)} lens")
     require_same_model(manifest["model"], dataclasses.asdict(lens.identity), folder)
     path = folder / WEIGHTS
     try:
@@ -143,6 +165,9 @@ def load_lens(lens: TunedLens, folder: Path) -> None:
         raise InputError(f"{path} is missing or damaged: {error}") from error
     if hashlib.sha256(weights).hexdigest() != manifest["lens_sha256"]:
         raise InputError(f"{path} is damaged: it is not the file that {MANIFEST} describes")
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise InputError(f"{path} holds values that are no number ({name}); train it again")
     lens.translators.load_state_dict(
         {name.removeprefix("resid_pre."): value for name, value in tensors.items()}
     )

@@ -13,7 +13,10 @@ from tunedlens.errors import InputError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Precision = Literal["fp32", "bf16"]
-FitName = Literal["preconditioned", "closed-form", "sgd", "adamw", "muon"]
+FitName = Literal["preconditioned", "closed-form", "jacobian", "sgd", "adamw", "muon"]
+ONE_PASS: tuple[FitName, ...] = ("closed-form", "jacobian")
+"""Fits that take no steps."""
+MetricSet = Literal["standard", "all"]
 Split = Literal["train", "validation", "all"]
 WandbMode = Literal["online", "offline", "disabled"]
 
@@ -92,7 +95,8 @@ class TrainConfig:
     fit: FitName = option(
         "preconditioned",
         "preconditioned: closed form, then our steps; closed-form: least squares alone, in one "
-        "pass; sgd, adamw, muon: recipes of others, for comparison",
+        "pass; jacobian: the mean Jacobian instead of a fit; sgd, adamw, muon: recipes of others, "
+        "for comparison",
     )
     tokens: int | None = option(
         None,
@@ -105,7 +109,7 @@ class TrainConfig:
     start_tokens: int | None = option(
         None,
         "positions of the first pass, which the closed form is made from (default: 128 for each "
-        "of d_model; for --fit closed-form 1,024)",
+        "of d_model; for --fit closed-form 1,024; for --fit jacobian 8,192 in all)",
     )
     ridge: float | None = option(
         None,
@@ -152,8 +156,8 @@ class TrainConfig:
         )
         if self.precision is not None:
             _require_choice(self, "precision", get_args(Precision))
-        if self.fit == "closed-form" and self.tokens is not None:
-            raise InputError("--fit closed-form takes no steps; give --start-tokens, not --tokens")
+        if self.fit in ONE_PASS and self.tokens is not None:
+            raise InputError(f"--fit {self.fit} takes no steps; give --start-tokens, not --tokens")
         if self.skip_first < 0:
             raise InputError(f"--skip-first must be 0 or more, got {self.skip_first}")
         if self.ridge is not None and not 0 < self.ridge < math.inf:
@@ -185,10 +189,26 @@ class EvaluateConfig:
         "side of the text to score; without it, what was held out of the text that the lens was "
         "trained on, and all of any other text",
     )
-    tokens: int = option(65_536, "positions to score, fewer if the text has fewer")
+    tokens: int | None = option(
+        None, "positions to score, exactly; without it 65,536, or all if the text has fewer"
+    )
+    metrics: MetricSet = option(
+        "standard",
+        "all: also the reverse KL, Jensen-Shannon, ranks, confidence and calibration",
+    )
+    by_position: bool = option(False, "also every figure by position in the block")
+    transfer: bool = option(
+        False, "also every layer's translator at every layer, which takes as many times as long"
+    )
     batch_size: int = option(8, "blocks in one forward pass; changes memory, not results")
+    compile: bool | None = option(
+        None,
+        "fuse what comes after the logits with torch.compile; without it, where there is a "
+        "compiler and enough to score",
+    )
 
     def __post_init__(self) -> None:
         _require_positive(self, "tokens", "batch_size")
+        _require_choice(self, "metrics", get_args(MetricSet))
         if self.split is not None:
             _require_choice(self, "split", get_args(Split))

@@ -167,33 +167,49 @@ class FrozenModel(nn.Module):
             )
         return torch.tensor([ids], device=self.device)
 
-    @torch.no_grad()
     def residual_stream(
         self,
         input_ids: Int[Tensor, "batch seq"] | str,
         attention_mask: Int[Tensor, "batch seq"] | None = None,
+        *,
+        differentiable: bool = False,
     ) -> list[Float[Tensor, "batch seq d_model"]]:
         """The n + 1 states: what enters each block, and last what the final norm sees.
 
         Indices are those of `hidden_states` in transformers, except that the last entry
         there has been through the final norm and this one has not. The model's logits are
         never computed.
+
+        Args:
+            input_ids: tokens, or one text.
+            attention_mask: 0 where there is padding.
+            differentiable: whether the later states can be differentiated in the earlier ones.
         """
         if isinstance(input_ids, str):
             input_ids = self.encode(input_ids)
         states: list[Tensor] = []
 
-        def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            states.append(args[0] if args else kwargs["hidden_states"])
+        def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if differentiable and not states:
+                hidden = hidden.detach().requires_grad_()
+                args, kwargs = (
+                    ((hidden, *args[1:]), kwargs)
+                    if args
+                    else (args, kwargs | {"hidden_states": hidden})
+                )
+            states.append(hidden)
+            return args, kwargs
 
         hooks = [
             module.register_forward_pre_hook(keep, with_kwargs=True)
             for module in (*self.blocks, self.final_norm)
         ]
         try:
-            self.model.base_model(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-            )
+            with torch.set_grad_enabled(differentiable):
+                self.model.base_model(
+                    input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+                )
         finally:
             for hook in hooks:
                 hook.remove()

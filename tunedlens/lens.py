@@ -16,20 +16,14 @@ from tunedlens.frozen import FrozenModel, ModelIdentity, Unembedding
 class Lens(nn.Module, ABC):
     """What a model of `n_layers` blocks believes at each of its `n_layers + 1` states.
 
-    State `layer` is the residual stream entering block `layer`; the last one, which is
-    is also -1, is what the final norm sees, and there every lens is the model. A lens works
-    in float32, whatever the model's dtype, until it is itself moved to another.
+    State `layer` is the residual stream entering block `layer`; the last one, also -1, is
+    what the final norm sees. A lens works in float32, whatever the model's dtype, until it
+    is itself moved to another.
     """
 
-    def __init__(self, unembedding: Unembedding, identity: ModelIdentity) -> None:
+    def __init__(self, identity: ModelIdentity) -> None:
         super().__init__()
-        self.unembedding = unembedding.shared()
         self.identity = identity
-
-    @classmethod
-    def from_model(cls, model: FrozenModel) -> Self:
-        """The lens of this model as it is before any training."""
-        return cls(model.unembedding, model.identity)
 
     @property
     def n_layers(self) -> int:
@@ -50,10 +44,36 @@ class Lens(nn.Module, ABC):
         return layer % (self.n_layers + 1)
 
     @abstractmethod
+    def forward(
+        self, hidden: Float[Tensor, "*positions d_model"], layer: int
+    ) -> Float[Tensor, "*positions vocab"]:
+        """Raw logits of the state of `layer`.
+
+        Raises:
+            InputError: there is no such layer, or the width is another model's.
+        """
+
+
+class ResidualLens(Lens):
+    """Carries a state over to what the final norm reads, and lets the model decode that.
+
+    At the last state every such lens is the model.
+    """
+
+    def __init__(self, unembedding: Unembedding, identity: ModelIdentity) -> None:
+        super().__init__(identity)
+        self.unembedding = unembedding.shared()
+
+    @classmethod
+    def from_model(cls, model: FrozenModel) -> Self:
+        """The lens of this model as it is before any training."""
+        return cls(model.unembedding, model.identity)
+
+    @abstractmethod
     def transform_hidden(
         self, hidden: Float[Tensor, "*positions d_model"], layer: int
     ) -> Float[Tensor, "*positions d_model"]:
-        """The state of `layer` carried over to what the final norm reads, in the lens's dtype.
+        """The state of `layer` as the final norm is to read it, in the lens's dtype.
 
         Raises:
             InputError: there is no such layer, or the width is another model's.
@@ -62,11 +82,6 @@ class Lens(nn.Module, ABC):
     def forward(
         self, hidden: Float[Tensor, "*positions d_model"], layer: int
     ) -> Float[Tensor, "*positions vocab"]:
-        """Raw logits of the state of `layer`; at the last state the model's own.
-
-        Raises:
-            InputError: there is no such layer, or the width is another model's.
-        """
         return self.unembedding(self.transform_hidden(hidden, layer))
 
     def _checked(self, hidden: Tensor) -> Tensor:
@@ -83,7 +98,7 @@ class Lens(nn.Module, ABC):
         return hidden.to(self.unembedding.weight.dtype)
 
 
-class LogitLens(Lens):
+class LogitLens(ResidualLens):
     """Decodes every state with the model's own final norm and unembedding.
 
     Source:
@@ -111,13 +126,10 @@ class Translator(nn.Module):
         return hidden + F.linear(hidden, self.weight, self.bias)
 
 
-class TunedLens(Lens):
+class AffineLens(ResidualLens):
     """One affine translator per layer, then the model's final norm and unembedding.
 
     Its parameters are those of the translators and nothing else.
-
-    Source:
-        Belrose et al. 2023, arXiv:2303.08112, section 3.
     """
 
     def __init__(self, unembedding: Unembedding, identity: ModelIdentity) -> None:
@@ -146,14 +158,65 @@ class TunedLens(Lens):
 
     @classmethod
     def load(cls, folder: str | Path, model: FrozenModel) -> Self:
-        """Read a lens that was saved for this model.
+        """Read a lens of this kind that was saved for this model.
 
         Raises:
-            InputError: there is no lens, it is damaged, or it belongs to another model
-                (other width, depth, vocabulary, norm or unembedding).
+            InputError: there is no lens, it is damaged or of another kind, or it belongs to
+                another model (other width, depth, vocabulary, norm or unembedding).
         """
-        from tunedlens.checkpoint import load_lens
+        from tunedlens.checkpoint import fill_lens
 
         lens = cls.from_model(model)
-        load_lens(lens, Path(folder))
+        fill_lens(lens, Path(folder))
         return lens
+
+
+class TunedLens(AffineLens):
+    """Translators fitted to what the model says in the end.
+
+    Source:
+        Belrose et al. 2023, arXiv:2303.08112, section 3.
+    """
+
+
+class JacobianLens(AffineLens):
+    """Translators that are the mean Jacobian of the final state in the layer's: J h.
+
+    Source:
+        Gurnee et al. 2026, "Verbalizable Representations Form a Global Workspace in
+        Language Models", transformer-circuits.pub/2026/workspace.
+    """
+
+    @classmethod
+    def from_jacobians(
+        cls, model: FrozenModel, jacobians: Float[Tensor, "layers d_model d_model"]
+    ) -> Self:
+        """The lens with these Jacobians, d final / d state of every layer."""
+        lens = cls.from_model(model)
+        identity = torch.eye(jacobians.shape[-1], device=jacobians.device)
+        with torch.no_grad():
+            weights = [p for p in lens.parameters() if p.ndim == 2]
+            for weight, jacobian in zip(weights, jacobians, strict=True):
+                weight.copy_(jacobian - identity)
+        return lens
+
+
+class ConstantLens(Lens):
+    """The same distribution whatever the state: what a KL is to be measured against.
+
+    Args:
+        log_probs: of every token, in nats.
+        identity: the model's.
+    """
+
+    log_probs: Float[Tensor, " vocab"]
+
+    def __init__(self, log_probs: Float[Tensor, " vocab"], identity: ModelIdentity) -> None:
+        super().__init__(identity)
+        self.register_buffer("log_probs", log_probs.float(), persistent=False)
+
+    def forward(
+        self, hidden: Float[Tensor, "*positions d_model"], layer: int
+    ) -> Float[Tensor, "*positions vocab"]:
+        self.resolve(layer)
+        return self.log_probs.expand(*hidden.shape[:-1], -1)

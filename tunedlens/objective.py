@@ -7,17 +7,15 @@ through the vocabulary, and memory is a few chunks of (tokens, vocab), whatever 
 of layers and tokens.
 """
 
-import shutil
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tunedlens.errors import first_line
 from tunedlens.frozen import Unembedding
+from tunedlens.fused import Fused, is_out_of_memory
 from tunedlens.metrics import kl_divergence
 
 
@@ -45,13 +43,6 @@ def chunk_tokens(vocab_size: int, device: torch.device) -> int:
     """
     elements = 3 * 2**23 if device.type == "cpu" else 2**26
     return min(max(256, elements // vocab_size), 1024 if device.type == "cpu" else 8192)
-
-
-def can_compile(device: torch.device) -> bool:
-    """Whether `torch.compile` has what it needs there: a C++ compiler, or Triton."""
-    if device.type == "cuda":
-        return True
-    return device.type == "cpu" and any(map(shutil.which, ("g++", "clang++", "c++")))
 
 
 class LensKL:
@@ -87,8 +78,8 @@ class LensKL:
         self._unembedding = unembedding
         self._weight = unembedding.weight.to(dtype)
         self._memory: tuple[Tensor, Tensor] | None = None
-        self._model_side = _Fused(_model_side, compiled)
-        self._lens_side = _Fused(_lens_side, compiled)
+        self._model_side = Fused(_model_side, compiled)
+        self._lens_side = Fused(_lens_side, compiled)
 
     def __call__(
         self,
@@ -119,7 +110,7 @@ class LensKL:
                 start += self.chunk
                 continue
             except RuntimeError as error:
-                if self.chunk == 1 or not _is_out_of_memory(error):
+                if self.chunk == 1 or not is_out_of_memory(error):
                     raise
             # Here the exception is gone, and with it its hold on the chunk's tensors.
             self.chunk //= 2
@@ -212,28 +203,3 @@ def _raised(logits: Tensor, bias: Tensor | None) -> Tensor:
     """In the precision of sums, with the bias that few unembeddings have."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if bias is None else logits + bias
-
-
-class _Fused:
-    """A function, compiled if that is wanted and works."""
-
-    def __init__(self, function: Callable[..., Any], compiled: bool) -> None:
-        self._plain = function
-        self._compiled = torch.compile(function, dynamic=True) if compiled else None
-
-    def __call__(self, *args: Any) -> Any:
-        if self._compiled is not None:
-            try:
-                return self._compiled(*args)
-            except Exception as error:  # a compiler fails in its own ways
-                if _is_out_of_memory(error):
-                    raise
-                self._compiled = None
-                message = f"torch.compile failed, going on without: {first_line(error)}"
-                warnings.warn(message, stacklevel=2)
-        return self._plain(*args)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # On a CPU it is a plain RuntimeError of the allocator.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from tunedlens.config import WandbMode
 from tunedlens.errors import first_line
+from tunedlens.evaluation import Evaluation
 
 WANDB_PATIENCE_SECONDS = 5
 
@@ -57,6 +58,22 @@ class Tracker:
     def summarise(self, figures: Mapping[str, float]) -> None:
         """Figures of the whole run."""
         self._try(lambda run: run.summary.update(dict(figures)))
+
+    def report(self, evaluation: Evaluation, figures: Mapping[str, Path]) -> None:
+        """An evaluation as a summary, one table, and the figures as images."""
+
+        def send(run: Any) -> None:
+            import wandb
+
+            columns: list[str | int] = ["lens", "layer", "metric", "value", "standard_error"]
+            rows = [[getattr(result, str(c)) for c in columns] for result in evaluation.results]
+            images = {f"figures/{name}": wandb.Image(str(path)) for name, path in figures.items()}
+            run.log({"metrics": wandb.Table(columns=columns, data=rows), **images})
+            for result in evaluation.results:
+                place = "" if result.layer is None else f"/{result.layer}"
+                run.summary[f"{result.metric}/{result.lens}{place}"] = result.value
+
+        self._try(send)
 
     def __enter__(self) -> Self:
         return self

@@ -6,12 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tunedlens.lens import Lens
+from tunedlens.lens import ResidualLens
 from tunedlens.objective import LensKL
 
 
 def accumulate_gradient(
-    lens: Lens,
+    lens: ResidualLens,
     states: Float[Tensor, "states tokens d_model"],
     objective: LensKL,
     *,

@@ -185,7 +185,6 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "preconditioned": Recipe(0.035, 0.8, 0.0),
-    "closed-form": Recipe(0.035, 0.8, 0.0),
     "sgd": Recipe(0.1, 0.9, 1e-3),
     "adamw": Recipe(1e-3, 0.9, 1e-3),
     "muon": Recipe(0.04, 0.95, 0.0),

@@ -20,8 +20,9 @@ from tunedlens.config import TrainConfig, WandbMode
 from tunedlens.corpus import TextRanOutError, load_corpora
 from tunedlens.errors import InputError
 from tunedlens.evaluation import Evaluation
-from tunedlens.fit import LeastSquares, Preconditioned, accumulate_gradient
+from tunedlens.fit import LeastSquares, MeanJacobian, Preconditioned, accumulate_gradient
 from tunedlens.frozen import load_configured
+from tunedlens.lens import JacobianLens
 from tunedlens.tracking import Tracker, progress_bar, say
 from tunedlens.training.run import Run
 from tunedlens.training.settings import settled
@@ -74,6 +75,8 @@ def train(
         Tracker(mode, output.name, dataclasses.asdict(config), output) as tracker,
         _stop_flag() as stop,
     ):
+        if config.fit == "jacobian":
+            return run.finish(tracker, _mean_jacobian(run, stop))
         if isinstance(run.steps, Preconditioned) and not (output / checkpoint.STATE).exists():
             _first_pass(run, run.steps)
         if config.fit != "closed-form":
@@ -101,6 +104,25 @@ def _first_pass(run: Run, steps: Preconditioned) -> None:
     else:
         ridge = config.ridge
     steps.start(sums, sums.solve(ridge), from_there=run.progress.step == 0)
+
+
+def _mean_jacobian(run: Run, stop: threading.Event) -> JacobianLens:
+    """The lens whose translators are the mean Jacobians over the first tokens of the text."""
+    config, model, accelerator = run.config, run.model, run.accelerator
+    jacobian = MeanJacobian(model.identity.n_layers, model.identity.d_model)
+    left = config.start_tokens or 0
+    batches = run.corpora.train.batches(config.batch_size or 1, config.seed)
+    with progress_bar(left, "jacobian", show=run.is_main) as bar:
+        while left > 0:
+            if stop.is_set():
+                raise KeyboardInterrupt
+            with run.reader.autocast():
+                jacobian.add(model, run.reader.share(next(batches).input_ids))
+            left -= run.tokens_per_step
+            run.progress.start_tokens += run.tokens_per_step
+            bar.update(run.tokens_per_step)
+    jacobian.reduce(accelerator)
+    return JacobianLens.from_jacobians(model, jacobian.mean.float())
 
 
 def _take_steps(run: Run, tracker: Tracker, stop: threading.Event) -> None:

@@ -9,13 +9,13 @@ from typing import Any, Self
 from accelerate import Accelerator
 
 from tunedlens import checkpoint, plots, report
-from tunedlens.config import TrainConfig
+from tunedlens.config import ONE_PASS, TrainConfig
 from tunedlens.corpus import DEFAULT_HUB_DATASET, Corpora
 from tunedlens.errors import InputError
 from tunedlens.evaluation import Evaluation
 from tunedlens.fit import LearningCurve, Look, Peer, Preconditioned, Steps
 from tunedlens.frozen import FrozenModel
-from tunedlens.lens import LogitLens, TunedLens
+from tunedlens.lens import AffineLens, LogitLens, TunedLens
 from tunedlens.objective import LensKL
 from tunedlens.tracking import Tracker, say
 from tunedlens.training.held_out import HeldOut
@@ -130,13 +130,13 @@ class Run:
         else:
             manifest = checkpoint.read_manifest(self.output)
             self.progress = Progress.from_json(manifest["progress"])
-            if (config.tokens or 0) <= self.progress.tokens or config.fit == "closed-form":
+            if (config.tokens or 0) <= self.progress.tokens or config.fit in ONE_PASS:
                 raise InputError(
                     f"{self.output} is trained on {self.progress.tokens:,} tokens already; ask for "
                     "more with --tokens"
                 )
             lens = TunedLens.from_model(self.model)
-            checkpoint.load_lens(lens, self.output)
+            checkpoint.fill_lens(lens, self.output)
             self.steps = _steps(lens, config)
             text = manifest["corpus"]["train"].get("tokens_sha256")
         if text != self.corpora.train.about.get("tokens_sha256"):
@@ -146,8 +146,13 @@ class Run:
             )
         self._started = time.monotonic() - self.progress.seconds
 
-    def finish(self, tracker: Tracker) -> Evaluation:
-        """Score the lens, write it with all that made it, and forget how to resume."""
+    def finish(self, tracker: Tracker, lens: AffineLens | None = None) -> Evaluation:
+        """Score the lens, write it with all that made it, and forget how to resume.
+
+        Args:
+            tracker: is told the figures.
+            lens: the one that was made without steps, if it was.
+        """
         looks = self.progress.curve.looks
         if isinstance(self.steps, Preconditioned) and looks:
             for layer, (first, last) in enumerate(
@@ -155,10 +160,11 @@ class Run:
             ):
                 if last > first:
                     self.steps.revert(layer)
-        lens = self.steps.result()
-        evaluation = self.held_out.score({"logit": LogitLens.from_model(self.model), "tuned": lens})
+        lens = lens or self.steps.result()
+        kind = checkpoint.kind_of(lens)
+        evaluation = self.held_out.score({"logit": LogitLens.from_model(self.model), kind: lens})
         self.progress.seconds = time.monotonic() - self._started
-        final = evaluation.by_layer("tuned", "kl_nats")
+        final = evaluation.by_layer(kind, "kl_nats")
         tracker.summarise({f"held_out/kl_nats/{i}": e.value for i, e in enumerate(final)})
         if self.is_main:
             sides = {"train": self.corpora.train, "validation": self.corpora.validation}
@@ -198,8 +204,9 @@ class Run:
                 f"{text['dropped_tokens']} tokens fill no block"
             )
         first = f"{config.start_tokens:,} tokens for the closed form"
-        if config.fit == "closed-form":
-            say(f"fit       {first}, {config.precision} products")
+        if config.fit in ONE_PASS:
+            tokens = f"{config.start_tokens:,} tokens"
+            say(f"fit       {config.fit}: {tokens}, {config.precision} products")
             return
         budget = (
             f"at most {config.most_tokens:,} tokens, until held-out KL is flat"
@@ -217,7 +224,7 @@ def _steps(lens: TunedLens, config: TrainConfig) -> Steps:
     assert config.lr is not None  # they have been settled
     assert config.momentum is not None
     assert config.weight_decay is not None
-    if config.fit in ("preconditioned", "closed-form"):
+    if config.fit in ("preconditioned", *ONE_PASS):
         return Preconditioned(lens, config.lr, config.momentum, config.weight_decay)
     return Peer(lens, config.fit, config.lr, config.momentum, config.weight_decay)
 

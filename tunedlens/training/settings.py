@@ -5,15 +5,17 @@ import dataclasses
 import torch
 from accelerate import Accelerator
 
-from tunedlens.config import Precision, TrainConfig
+from tunedlens.config import ONE_PASS, Precision, TrainConfig
 from tunedlens.corpus import with_defaults
 from tunedlens.errors import InputError
 from tunedlens.fit import RECIPES
 from tunedlens.frozen import FrozenModel
-from tunedlens.objective import can_compile
+from tunedlens.fused import can_compile
 
 _TOKENS_OF_RECIPES = 512_000
 _STEP_OF_RECIPES = 2048
+_TOKENS_OF_JACOBIAN = 8192
+"""Each takes d_model backward passes."""
 _WORTH_COMPILING = 1e10
 """Logits, over all layers and tokens, from which fusing saves more seconds than it takes."""
 
@@ -27,10 +29,10 @@ def settled(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -
     d_model, processes = model.identity.d_model, accelerator.num_processes
     config = dataclasses.replace(config, corpus=with_defaults(config.corpus, model))
     positions = trained_positions(config)
-    ours = config.fit in ("preconditioned", "closed-form")
+    ours = config.fit in ("preconditioned", *ONE_PASS)
     step = 8 * d_model if ours else _STEP_OF_RECIPES
-    first_pass = 1024 if config.fit == "closed-form" else 128
-    recipe = RECIPES[config.fit]
+    first_pass = {"closed-form": 1024 * d_model, "jacobian": _TOKENS_OF_JACOBIAN}
+    recipe = RECIPES["preconditioned" if ours else config.fit]
     tokens = config.tokens if ours else config.tokens or _TOKENS_OF_RECIPES
     most_tokens = config.most_tokens or 8192 * d_model
     logits = (tokens or most_tokens) * model.identity.vocab_size * model.identity.n_layers
@@ -42,11 +44,11 @@ def settled(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -
         config,
         tokens=tokens,
         most_tokens=most_tokens,
-        start_tokens=config.start_tokens or first_pass * d_model,
+        start_tokens=config.start_tokens or first_pass.get(config.fit, 128 * d_model),
         batch_size=config.batch_size or max(processes, round(step / positions), 1),
         precision=config.precision or fast_precision(model.device),
         compile=(
-            can_compile(model.device) and config.fit != "closed-form" and logits > _WORTH_COMPILING
+            can_compile(model.device) and config.fit not in ONE_PASS and logits > _WORTH_COMPILING
             if config.compile is None
             else config.compile
         ),

@@ -24,15 +24,24 @@ class StateReader:
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self._model, self._config, self._accelerator = model, config, accelerator
 
+    def share(self, input_ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "share seq"]:
+        """This process's blocks, on the model's device."""
+        mine = input_ids[self._accelerator.process_index :: self._accelerator.num_processes]
+        return mine.to(self._model.device)
+
+    def autocast(self) -> torch.autocast:
+        """The precision of matrix products while training."""
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self._model.device.type, self.dtype, enabled=enabled)
+
     def read(
         self, input_ids: Int[Tensor, "batch seq"]
     ) -> Iterator[Float[Tensor, "states tokens d_model"]]:
         """All states of this process's blocks, a micro-batch at a time, in float32."""
-        device, skipped = self._model.device, self._config.skip_first
-        mine = input_ids[self._accelerator.process_index :: self._accelerator.num_processes]
+        skipped, mine = self._config.skip_first, self.share(input_ids)
         if not len(mine):
             return
-        for rows in mine.to(device).split(self._config.micro_batch_size or len(mine)):
-            with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+        for rows in mine.split(self._config.micro_batch_size or len(mine)):
+            with self.autocast():
                 states = self._model.residual_stream(rows)
             yield torch.stack([state[:, skipped:].flatten(0, 1).float() for state in states])

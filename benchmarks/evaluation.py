@@ -1,0 +1,120 @@
+"""Seconds of an evaluation: ours, its floor, and tuned-lens' loop on the same text.
+
+    python benchmarks/evaluation.py                 the embedded GPT-2
+    python benchmarks/evaluation.py --gpt2          a random one of GPT-2 small's shape
+
+Two lenses, logit and tuned, at every layer, in float32. The floor is the model's own forward
+pass and the matrix products of 2 · d_model · vocab FLOPs per token, layer and lens, into
+memory that is there already. tuned-lens' loop is written after its version 0.2.0: whole
+batches, log-softmax, cross-entropy, KL, entropy, calibration and marginal probabilities of
+every layer, eagerly. Ours adds top-1, top-10, accuracy, prediction depth, and errors to
+every figure. In turns, medians of several.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from tunedlens import CorpusConfig, FrozenModel, LogitLens, TunedLens, evaluate, load_model
+from tunedlens.corpus import load_corpora, token_bytes, with_defaults
+from tunedlens.fused import can_compile
+from tunedlens.objective import chunk_tokens
+
+BLOCKS_AT_A_TIME = 8
+PEER = "tuned-lens' loop"
+
+
+def gpt2_shaped() -> FrozenModel:
+    torch.manual_seed(0)
+    return FrozenModel(GPT2LMHeadModel(GPT2Config()), load_model(device="cpu").tokenizer, "random")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gpt2", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
+    flags = parser.parse_args()
+    model = gpt2_shaped() if flags.gpt2 else load_model(device="cpu")
+    model.to(flags.device)
+    model.unembedding.to(flags.device)
+    config = with_defaults(CorpusConfig(dataset="embedded", seq_len=flags.seq_len), model)
+    count = flags.tokens // (flags.seq_len - 1)
+    blocks = list(islice(load_corpora(config, model.tokenizer).validation.sample(), count))
+    batches = torch.stack(blocks).to(flags.device).split(BLOCKS_AT_A_TIME)
+    lenses = {"logit": LogitLens.from_model(model), "tuned": TunedLens.from_model(model)}
+    sizes = token_bytes(model.tokenizer)
+    if flags.gpt2:  # a tokenizer with fewer tokens than the model
+        sizes = F.pad(sizes, (0, model.identity.vocab_size - len(sizes)))
+
+    def ours(compiled: bool) -> Callable[[], object]:
+        return lambda: evaluate(model, lenses, blocks, sizes, compiled=compiled)
+
+    @torch.no_grad()
+    def peer() -> None:
+        for ids in batches:
+            *states, final = model.residual_stream(ids)
+            final_log_probs = model.unembedding(final).log_softmax(-1)
+            final_probs, labels = final_log_probs.exp(), ids[:, 1:].flatten()
+            for lens in lenses.values():
+                for layer, hidden in enumerate(states):
+                    log_probs = lens(hidden, layer).log_softmax(-1)
+                    probs = log_probs.exp()
+                    F.cross_entropy(log_probs[:, :-1].flatten(0, 1), labels, reduction="none")
+                    (-probs * log_probs).sum(-1)
+                    (final_probs * (final_log_probs - log_probs)).sum(-1)
+                    confidence, best = probs[:, :-1].flatten(0, 1).max(-1)
+                    torch.stack([confidence, (best == labels).float()])
+                    probs.flatten(0, 1).sum(0), log_probs.flatten(0, 1).sum(0)
+
+    d_model, vocab = model.identity.d_model, model.identity.vocab_size
+    chunk = chunk_tokens(vocab, torch.device(flags.device))
+    logits = torch.empty(chunk, vocab, device=flags.device)
+
+    @torch.no_grad()
+    def floor() -> None:
+        for ids in batches:
+            states = [s.flatten(0, 1) for s in model.residual_stream(ids)]
+            for _ in lenses:
+                for hidden in states[:-1]:
+                    for part in hidden.split(chunk):
+                        torch.mm(part, model.unembedding.weight.T, out=logits[: len(part)])
+
+    runs: dict[str, Callable[[], object]] = {"floor": floor, "ours, eager": ours(compiled=False)}
+    if can_compile(torch.device(flags.device)):
+        runs["ours, compiled"] = ours(compiled=True)
+    runs[PEER] = peer
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(flags.rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if flags.device == "cuda":
+                torch.cuda.synchronize()
+            if turn:  # the first one warms up
+                times[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    tokens = count * (flags.seq_len - 1)
+    print(
+        f"{model.identity.n_layers} layers, d_model {d_model}, vocabulary {vocab:,}, {tokens:,} "
+        f"tokens, two lenses, {flags.device}\n"
+    )
+    print("| what | seconds | times the floor | tuned-lens' loop over it |")
+    print("|---|---:|---:|---:|")
+    for name, value in medians.items():
+        print(
+            f"| {name} | {value:.2f} | {value / medians['floor']:.2f} | "
+            f"{medians[PEER] / value:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

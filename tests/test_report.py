@@ -1,0 +1,109 @@
+import csv
+import re
+from html.parser import HTMLParser
+
+import pytest
+from conftest import make_evaluation
+
+from tunedlens import InputError, report
+
+
+@pytest.fixture
+def evaluation():
+    return make_evaluation()
+
+
+@pytest.fixture
+def folder(evaluation, tmp_path):
+    report.write_report(evaluation, tmp_path / "evaluation")
+    return tmp_path / "evaluation"
+
+
+def test_table_gives_every_layer_and_the_mean(evaluation):
+    rows = [line.split() for line in report.kl_table(evaluation).splitlines()]
+    assert rows[1] == ["0", *["16.00", "±", "0.10", "8.0000", "±", "0.1000"]]
+    assert rows[-1] == ["mean", "9.0000", "4.5000"]
+
+
+def test_summary_says_who_is_best_and_by_how_much(evaluation):
+    text = " ".join(report.summary(evaluation))
+    assert "tuned 4.500, logit 9.000" in text
+    assert "tuned beats logit at every layer; at layer 4 by 4.0000 ± 0.0500 nats" in text
+    assert "perplexity 9.5000 ± 0.5000" in text
+
+
+def test_report_reads_back(evaluation, folder):
+    assert report.read_evaluation(folder) == evaluation
+
+
+def test_csv_has_one_row_for_every_figure(evaluation, folder):
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    expected = [(r.lens, r.metric, r.value) for r in evaluation.results]
+    assert [(r["lens"], r["metric"], float(r["value"])) for r in rows] == expected
+    with (folder / "transfer.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    matrix = evaluation.transfer["tuned"]["kl_nats"].values
+    assert {(int(r["translator"]), int(r["layer"])): float(r["value"]) for r in rows} == {
+        (i, j): matrix[i][j] for i in range(8) for j in range(8)
+    }
+
+
+def test_report_that_is_written_again_is_the_same(folder):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    report.write_report(report.read_evaluation(folder), folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_what_an_earlier_report_had_and_this_one_has_not_is_removed(folder):
+    assert (folder / "transfer.svg").exists()
+    report.write_report(make_evaluation(grids=False), folder)
+    assert not list(folder.glob("transfer.*"))
+    assert not list(folder.glob("by_position.*"))
+
+
+class _Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.links, self.rows = [], 0
+
+    def handle_starttag(self, tag, attributes):
+        self.links += [v for name, v in attributes if name in ("src", "href")]
+        self.rows += tag == "tr"
+
+
+def test_page_needs_no_other_file(evaluation, folder):
+    text = (folder / "report.html").read_text()
+    page = _Page()
+    page.feed(text)
+    assert len(page.links) > 8
+    assert all(link.startswith("data:") for link in page.links)
+    assert not re.search(r"@import|url\(|fetch\(", text)
+    assert page.rows > 2 * evaluation.n_layers
+
+
+def test_page_escapes_what_it_is_told():
+    evaluation = make_evaluation()
+    evaluation.provenance.update(model="<script>alert(1)</script>", command="a && b < c")
+    text = report.page(evaluation, {})
+    assert "<script>alert" not in text
+    assert "a &amp;&amp; b &lt; c" in text
+
+
+def test_folder_with_something_else_is_not_overwritten(folder, tmp_path):
+    report.require_own(folder)
+    report.require_own(tmp_path / "new")
+    (tmp_path / "mine").mkdir()
+    report.require_own(tmp_path / "mine")
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds something else than an evaluation"):
+        report.require_own(tmp_path / "mine")
+
+
+def test_damaged_report_is_one_clear_error(folder):
+    (folder / "metrics.json").write_text("{")
+    with pytest.raises(InputError, match="is damaged"):
+        report.read_evaluation(folder)
+    (folder / "metrics.json").write_text('{"schema": 1}')
+    with pytest.raises(InputError, match="expected an evaluation of schema 2, got 1"):
+        report.read_evaluation(folder)

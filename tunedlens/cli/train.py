@@ -1,0 +1,76 @@
+"""`train.py`: flags in, a saved lens out."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from tunedlens import checkpoint
+from tunedlens.cli.flags import add_wandb_flag, configured, make_parser, parse
+from tunedlens.config import TrainConfig
+from tunedlens.errors import InputError
+
+INTERRUPTED = 130
+"""Exit status."""
+
+TRAIN = """Train a tuned lens: one affine translator per layer of a frozen language model.
+
+Without flags it trains on the GPT-2 and the text that ship with the package.
+
+  python train.py --model gpt2 --dataset my-texts/ --tokens 5e6
+  python train.py --resume                      the run that was interrupted last
+  python train.py --resume RUN --tokens 2e6     extend a finished run
+"""
+
+
+def train_lens(arguments: Sequence[str] | None) -> int:
+    """Train a lens as the flags say. Returns the exit status."""
+    parser = make_parser("train.py", TRAIN, TrainConfig)
+    group = parser.add_argument_group("the run")
+    group.add_argument(
+        "--output", type=Path, help="the run's folder; checkpoints/<model>-<time> by default"
+    )
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        type=Path,
+        const=checkpoint.ROOT,
+        metavar="RUN",
+        help="go on with an interrupted run (by default the last one), or extend a finished one",
+    )
+    add_wandb_flag(group)
+    flags = parse(parser, arguments)
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    from tunedlens import report
+    from tunedlens.tracking import say
+    from tunedlens.training import Interrupted, saved_config, train
+
+    main = PartialState().is_main_process
+    resume = flags.pop("resume", None)
+    output, wandb = flags.pop("output", None), flags.pop("wandb")
+    if resume is not None and output is not None:
+        raise InputError("--resume names the run's folder itself; give no --output with it")
+    if resume is None:
+        config = configured(TrainConfig, TrainConfig(), flags)
+        (name,) = broadcast_object_list([_run_name(config)])
+        output = output or checkpoint.ROOT / name
+    else:
+        output = checkpoint.newest_state(checkpoint.ROOT) if resume == checkpoint.ROOT else resume
+        config = configured(TrainConfig, saved_config(output), flags)
+    try:
+        evaluation = train(config, output, resume=resume is not None, wandb=wandb)
+    except Interrupted as interrupted:
+        if main:
+            say(f"{interrupted}; go on with: python train.py --resume {output}")
+        return INTERRUPTED
+    if main:
+        say(f"\nheld-out KL(model ‖ lens) on {evaluation.tokens:,} tokens, ± one standard error\n")
+        say(report.kl_table(evaluation))
+        say(f"\nsaved to {output}; look closer with: python evaluate.py --lens {output}")
+    return 0
+
+
+def _run_name(config: TrainConfig) -> str:
+    model = Path(config.model.model or "embedded").name
+    return f"{model}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"

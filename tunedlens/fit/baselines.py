@@ -1,0 +1,87 @@
+"""Distributions that look at no state, without which a KL has no scale."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tunedlens.errors import InputError
+from tunedlens.frozen import FrozenModel
+from tunedlens.lens import ConstantLens
+from tunedlens.objective import chunk_tokens
+
+_BLOCKS_AT_A_TIME = 8
+
+
+def unigram_lens(
+    model: FrozenModel, blocks: Iterable[Int[Tensor, " seq"]], tokens: int
+) -> ConstantLens:
+    """The frequencies of tokens in a text, with one more of each.
+
+    Args:
+        model: whose vocabulary it is.
+        blocks: the text.
+        tokens: at most so many are counted, from the start.
+
+    Raises:
+        InputError: the text is empty.
+    """
+    vocab_size = model.identity.vocab_size
+    counts = torch.zeros(vocab_size, dtype=torch.float64)
+    for block in _first(blocks, tokens):
+        counts += torch.bincount(block, minlength=vocab_size)
+    _require_text(counts)
+    return _constant((counts + 1) / (counts + 1).sum(), model)
+
+
+@torch.no_grad()
+def mean_lens(
+    model: FrozenModel, blocks: Iterable[Int[Tensor, " seq"]], tokens: int
+) -> ConstantLens:
+    """The model's own distribution, averaged over the positions of a text.
+
+    Args:
+        model: the model.
+        blocks: the text.
+        tokens: at most so many positions, from the start.
+
+    Raises:
+        InputError: the text is empty.
+    """
+    vocab_size = model.identity.vocab_size
+    sums = torch.zeros(vocab_size, dtype=torch.float64)
+    chunk = chunk_tokens(vocab_size, model.device)
+    batch: list[Tensor] = []
+
+    def flush() -> None:
+        final = model.residual_stream(torch.stack(batch).to(model.device))[-1].flatten(0, 1)
+        for part in final.split(chunk):
+            sums.add_(model.unembedding(part).softmax(-1).sum(0).double().cpu())
+        batch.clear()
+
+    for block in _first(blocks, tokens):
+        if batch and (len(batch) == _BLOCKS_AT_A_TIME or len(block) != len(batch[0])):
+            flush()
+        batch.append(block)
+    if batch:
+        flush()
+    _require_text(sums)
+    return _constant(sums / sums.sum(), model)
+
+
+def _first(blocks: Iterable[Int[Tensor, " seq"]], tokens: int) -> Iterator[Int[Tensor, " seq"]]:
+    for block in blocks:
+        if tokens <= 0:
+            return
+        yield block[:tokens]
+        tokens -= len(block)
+
+
+def _require_text(sums: Tensor) -> None:
+    if not sums.sum():
+        raise InputError("there is no text to make a baseline from; give one with some tokens")
+
+
+def _constant(probs: Tensor, model: FrozenModel) -> ConstantLens:
+    return ConstantLens(probs.log(), model.identity).to(model.device)

@@ -1,0 +1,30 @@
+"""What is measured: at a position, over a corpus, and what it is called."""
+
+from tunedlens.metrics.catalogue import METRICS, Metric
+from tunedlens.metrics.pointwise import (
+    cross_entropy,
+    entropy,
+    js_divergence,
+    kl_divergence,
+    kl_from_log_probs,
+    log_probs,
+    rank,
+)
+from tunedlens.metrics.sums import Estimate, GroupSums, RatioSums, jackknife, perplexity
+
+__all__ = [
+    "METRICS",
+    "Estimate",
+    "GroupSums",
+    "Metric",
+    "RatioSums",
+    "cross_entropy",
+    "entropy",
+    "jackknife",
+    "js_divergence",
+    "kl_divergence",
+    "kl_from_log_probs",
+    "log_probs",
+    "perplexity",
+    "rank",
+]

@@ -1,0 +1,93 @@
+"""What is measured at one position: pure functions of logits."""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def log_probs(logits: Float[Tensor, "*positions vocab"]) -> Float[Tensor, "*positions vocab"]:
+    """Logarithm of the softmax, in nats, in float32 (float64 where the logits are)."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def kl_divergence(
+    model_logits: Float[Tensor, "*positions vocab"],
+    lens_logits: Float[Tensor, "*positions vocab"],
+) -> Float[Tensor, "*positions"]:
+    """KL(model || lens) at every position, in nats.
+
+    Computed in float32, or float64 where the logits are. Zero exactly where the two agree.
+
+    Raises:
+        ValueError: the shapes differ; broadcasting would hide it.
+
+    Source:
+        Belrose et al. 2023, arXiv:2303.08112, section 3.
+    """
+    if model_logits.shape != lens_logits.shape:
+        raise ValueError(
+            f"model_logits {tuple(model_logits.shape)} and lens_logits "
+            f"{tuple(lens_logits.shape)} must have the same shape"
+        )
+    model_log_probs = log_probs(model_logits)
+    return kl_from_log_probs(model_log_probs.exp(), model_log_probs, log_probs(lens_logits))
+
+
+def kl_from_log_probs(
+    model_probs: Float[Tensor, "*positions vocab"],
+    model_log_probs: Float[Tensor, "*positions vocab"],
+    lens_log_probs: Float[Tensor, "*positions vocab"],
+) -> Float[Tensor, "*positions"]:
+    """KL(model || lens) in nats; the model's side is made once for many lenses."""
+    return _expected(model_probs, model_log_probs - lens_log_probs)
+
+
+def cross_entropy(
+    lens_log_probs: Float[Tensor, "*positions vocab"], next_ids: Int[Tensor, "*positions"]
+) -> Float[Tensor, "*positions"]:
+    """Negative log-probability of the token that really comes next, in nats."""
+    return -lens_log_probs.gather(-1, next_ids[..., None])[..., 0]
+
+
+def entropy(
+    log_probs: Float[Tensor, "*positions vocab"],
+) -> Float[Tensor, "*positions"]:
+    """Entropy of every distribution, in nats; the uniform one has ln(vocab)."""
+    return -_expected(log_probs.exp(), log_probs)
+
+
+def js_divergence(
+    log_probs: Float[Tensor, "*positions vocab"], other: Float[Tensor, "*positions vocab"]
+) -> Float[Tensor, "*positions"]:
+    """Jensen-Shannon divergence in nats, at most ln 2: each one's mean KL to their mixture.
+
+    Source:
+        Lin 1991, "Divergence measures based on the Shannon entropy".
+    """
+    mixture = torch.logaddexp(log_probs, other) - math.log(2)
+    return (
+        kl_from_log_probs(log_probs.exp(), log_probs, mixture)
+        + kl_from_log_probs(other.exp(), other, mixture)
+    ) / 2
+
+
+def rank(
+    log_probs: Float[Tensor, "*positions vocab"], ids: Int[Tensor, "*positions"]
+) -> Int[Tensor, "*positions"]:
+    """Place of one token among all, from 1, the most probable one.
+
+    Of tokens that are equally probable, the one with the lower id comes first.
+    """
+    own = log_probs.gather(-1, ids[..., None])
+    earlier = torch.arange(log_probs.shape[-1], device=ids.device) < ids[..., None]
+    before = (log_probs > own) | ((log_probs == own) & earlier)
+    return 1 + before.sum(-1)
+
+
+def _expected(
+    probs: Float[Tensor, "*positions vocab"], nats: Float[Tensor, "*positions vocab"]
+) -> Float[Tensor, "*positions"]:
+    """Mean over tokens; one that is ruled out adds nothing, whatever its nats."""
+    return (probs * nats).masked_fill(probs == 0, 0.0).sum(-1)

@@ -1,0 +1,29 @@
+"""Figures of saved results, drawn for a paper: vector and 2x raster, readable in grey."""
+
+from tunedlens.plots.by_layer import (
+    DRAWINGS,
+    Drawing,
+    agreement_by_layer,
+    by_layer,
+    by_position,
+    overview,
+    prediction_depth,
+    transfer,
+)
+from tunedlens.plots.learning import draw_learning_curve, learning_curve
+from tunedlens.plots.style import KINDS, rendered
+
+__all__ = [
+    "DRAWINGS",
+    "KINDS",
+    "Drawing",
+    "agreement_by_layer",
+    "by_layer",
+    "by_position",
+    "draw_learning_curve",
+    "learning_curve",
+    "overview",
+    "prediction_depth",
+    "rendered",
+    "transfer",
+]

@@ -1,0 +1,136 @@
+"""How every figure looks: for a paper, for the colour-blind, and in grey."""
+
+import io
+import itertools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunedlens.checkpoint import write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+KINDS = ("png", "svg", "pdf")
+MODEL_COLOR = "0.35"
+
+# Okabe and Ito's colours, which most colour-blind readers can tell apart; each lens also has
+# its own marker and dash, so that grey is enough.
+_KNOWN: dict[str, dict[str, Any]] = {
+    "logit": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
+    "tuned": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    "closed-form": {"color": "#009E73", "marker": "^", "linestyle": "-."},
+    "jacobian": {"color": "#CC79A7", "marker": "D", "linestyle": ":"},
+    "unigram": {"color": "0.45", "marker": "", "linestyle": (0, (5, 2))},
+    "mean": {"color": "0.6", "marker": "", "linestyle": (0, (1, 1))},
+}
+_OTHERS: tuple[dict[str, Any], ...] = (
+    {"color": "#56B4E9", "marker": "v", "linestyle": "-"},
+    {"color": "#E69F00", "marker": "P", "linestyle": "--"},
+    {"color": "#000000", "marker": "X", "linestyle": "-."},
+)
+_RC: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "tunedlens",
+    "pdf.fonttype": 42,
+}
+
+
+def styles(lenses: list[str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and dash of every lens: the same in every figure and report."""
+    unknown = [lens for lens in lenses if lens not in _KNOWN]
+    return _KNOWN | dict(zip(unknown, itertools.cycle(_OTHERS), strict=False))
+
+
+@contextmanager
+def new_figure(width: float, height: float) -> Iterator["Figure"]:
+    """A figure of so many inches in which everything is drawn alike."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_RC):
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
+def rendered(figure: "Figure", kind: str) -> bytes:
+    """A figure as the bytes of a PNG, SVG or PDF."""
+    import matplotlib
+
+    # Without a date, the same results give the same file.
+    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(_RC):
+        figure.savefig(buffer, format=kind, dpi=200, metadata=metadata)
+    return buffer.getvalue()
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """Write a figure as PNG, SVG and PDF beside each other.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    for kind in KINDS:
+        write(path.with_name(f"{path.name}.{kind}"), rendered(figure, kind))
+
+
+def plain_log_ticks(axes: "Axes", axis: str = "y") -> None:
+    """Numbers as a reader would say them; 1, 2, 5 where the axis spans few decades."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axes.get_ylim() if axis == "y" else axes.get_xlim()
+    few = high / low < 1000
+    ticks = axes.yaxis if axis == "y" else axes.xaxis
+    ticks.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+    ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ticks.set_minor_formatter(NullFormatter())
+
+
+def name_lines(
+    axes: "Axes",
+    ends: Mapping[str, float],
+    colors: Mapping[str, Any],
+    size: float = 8.5,
+) -> None:
+    """Write the name of every line at the right edge, moved apart where they would touch.
+
+    Call it last, when the limits of the axes are as they will stay.
+
+    Args:
+        axes: where the lines are.
+        ends: by name, the height at which each line ends.
+        colors: by name.
+        size: of the letters, in points.
+    """
+    figure: Any = axes.figure
+    figure.draw_without_rendering()  # settles where the axes are
+    to_height, to_value = axes.transData.transform, axes.transData.inverted().transform
+    low, high = (to_height((0, y))[1] for y in axes.get_ylim())
+    heights = {name: min(max(to_height((0, y))[1], low), high) for name, y in ends.items()}
+    gap = 1.25 * size * figure.dpi / 72
+    order = sorted(heights, key=lambda name: -heights[name])
+    placed = dict(heights)
+    for above, below in itertools.pairwise(order):
+        placed[below] = min(placed[below], placed[above] - gap)
+    lowest = min(placed.values(), default=low)
+    lift = max(0.0, low - lowest)
+    for name in order:
+        axes.annotate(
+            name,
+            (1, to_value((0, placed[name] + lift))[1]),
+            xycoords=axes.get_yaxis_transform(),
+            xytext=(3, 0),
+            textcoords="offset points",
+            color=colors[name],
+            va="center",
+            fontsize=size,
+            annotation_clip=False,
+        )

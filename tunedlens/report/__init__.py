@@ -1,0 +1,26 @@
+"""Results as tables, files and one page."""
+
+from tunedlens.report.card import card
+from tunedlens.report.files import (
+    figures,
+    read_evaluation,
+    require_own,
+    write_report,
+)
+from tunedlens.report.page import page
+from tunedlens.report.provenance import provenance
+from tunedlens.report.tables import kl_table, scored_text, summary, terminal_table
+
+__all__ = [
+    "card",
+    "figures",
+    "kl_table",
+    "page",
+    "provenance",
+    "read_evaluation",
+    "require_own",
+    "scored_text",
+    "summary",
+    "terminal_table",
+    "write_report",
+]
