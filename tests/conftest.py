@@ -109,6 +109,8 @@ def make_evaluation(changed=None, grids=True):
                 differences.append(Difference(lens, "logit", layer, "kl_nats", -kl, 0.05))
         results.append(Result(lens, 8, "prediction_depth", 0.2, 0.01))
         results.append(Result(lens, None, "mean_prediction_depth", 3 + factor, 0.1))
+        results.append(Result(lens, None, "kl_nats", 4.5 * factor, 0.05))
+    differences.append(Difference("tuned", "logit", None, "kl_nats", -4.5, 0.02))
     results.append(Result(MODEL, 8, "perplexity", 9.5, 0.5))
     results.append(Result(MODEL, 8, "bits_per_byte", 0.9, 0.1))
     for index, r in enumerate(results):

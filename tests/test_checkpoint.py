@@ -46,7 +46,7 @@ def test_lens_is_loaded_for_the_same_model_in_another_dtype(saved, tokenizer):
 )
 def test_lens_for_another_model_is_refused_with_what_differs(saved, tokenizer, other, difference):
     model = FrozenModel(make_gpt2(**other), tokenizer, name="other")
-    with pytest.raises(InputError, match=f"trained for tiny and does not fit other.*{difference}"):
+    with pytest.raises(InputError, match=f"made for tiny and does not fit other.*{difference}"):
         TunedLens.load(saved[1], model)
 
 

@@ -51,7 +51,7 @@ def test_both_commands_run_again_and_again(here, asked, capsys):
     newest = checkpoint.newest_lens(here / "checkpoints")
     assert newest == Path("checkpoints") / runs[1].name or newest == runs[1]
     out = capsys.readouterr().out
-    assert "tuned KL (nats)" in out
+    assert "tuned KL, nats" in out
     assert "perplexity" in out
     names = {file.name for file in (runs[1] / "evaluation").iterdir()}
     figures = set(plots.DRAWINGS) - {"transfer", "by_position"}
@@ -125,7 +125,7 @@ def test_all_lenses_there_are_stand_side_by_side(here, capsys):
     assert evaluation["tokens"] == 100
     assert len(evaluation["tokens_sha256"]) == 64
     assert evaluation["provenance"]["lenses"]["tuned"]["folder"] == "steps"
-    assert "the best token stays as it is from layer" in capsys.readouterr().out
+    assert "The best token stays as it is from a layer on" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("lenses")
@@ -164,13 +164,16 @@ def test_bad_lenses_are_one_line(here, tokenizer, text_file, capsys):
     cases = [
         (["--lens", "steps", "--lens", "foreign"], "does not fit"),
         (["--lens", "broken", "--model", "other", "--dataset", text_file], "no number", "1.bias"),
-        (["--lens", "steps", "--lens", "steps"], "two lenses are called steps", "NAME="),
+        (["--lens", "steps", "--lens", "steps"], "beside another steps", "NAME=steps"),
+        (["--lens", "mean", "--lens", "mean"], "beside another mean", "NAME=mean"),
+        (["--lens", "model=steps"], "model"),
         (["--lens", "nowhere"], "nowhere holds no lens"),
         (["--lens", "steps", "--output", "mine"], "mine holds something else"),
         (["--lens", "steps", "--tokens", "1e6"], "asks for 1,000,000 positions", "has 285"),
         (["--lens", "steps", "--metrics", "some"], "invalid choice", "some"),
         (["--redraw", "nowhere"], "nowhere holds no evaluation"),
         (["--redraw", "mine", "--tokens", "5"], "--redraw needs no --tokens"),
+        (["--redraw", "mine", "--output", "x"], "--redraw needs no --output"),
     ]
     for flags, *expected in cases:
         fails(evaluate_command, flags, capsys, *expected)

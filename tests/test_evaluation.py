@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import in_two_processes, random_lens
+from conftest import in_two_processes, make_gpt2, random_lens
 
-from tunedlens import ConstantLens, InputError, LogitLens, evaluate, load_model
+from tunedlens import ConstantLens, FrozenModel, InputError, LogitLens, evaluate, load_model
 from tunedlens.corpus import Packer, token_bytes
 from tunedlens.evaluation import Evaluation
-from tunedlens.evaluation.tally import PER_TOKEN
+from tunedlens.evaluation.tally import per_token
 from tunedlens.fused import can_compile
 
 
@@ -80,7 +80,7 @@ def test_figures_equal_brute_force(tiny, blocks, layer, name):
     blocks = blocks[:4]
     evaluation = run(tiny, blocks, extended=True)
     expected = brute_force(tiny, lenses_of(tiny)[name], blocks, layer)
-    assert expected.keys() == set(PER_TOKEN[True])
+    assert expected.keys() == set(per_token(extended=True))
     for metric, values in expected.items():
         actual = evaluation.by_layer(name, metric)[layer].value
         assert actual == pytest.approx(values.mean(), rel=1e-4), metric
@@ -97,7 +97,7 @@ def test_model_has_figures_of_its_own(tiny, blocks):
 
 def test_uniform_lens_has_known_figures(tiny, blocks):
     evaluation, vocab_size = run(tiny, blocks), tiny.identity.vocab_size
-    assert evaluation.is_constant("uniform")
+    assert evaluation.constant == ["uniform"]
     assert evaluation.by_layer("uniform", "perplexity")[1].value == pytest.approx(vocab_size)
     entropy = evaluation.by_layer("uniform", "entropy_nats")[1].value
     assert entropy == pytest.approx(math.log(vocab_size))
@@ -162,7 +162,7 @@ def test_standard_errors_agree_with_a_bootstrap_over_blocks(tiny, tokenizer):
 
 def test_differences_are_paired(tiny, blocks):
     evaluation = run(tiny, blocks, extended=True)
-    for metric in (*PER_TOKEN[True], "bits_per_byte", "bias_nats", "calibration_error"):
+    for metric in (*per_token(extended=True), "bits_per_byte", "bias_nats", "calibration_error"):
         for layer, (value, error) in enumerate(evaluation.difference("tuned", "logit", metric)):
             tuned, logit = (evaluation.by_layer(lens, metric)[layer] for lens in ("tuned", "logit"))
             assert value == pytest.approx(tuned.value - logit.value, abs=1e-9)
@@ -174,7 +174,7 @@ def test_differences_are_paired(tiny, blocks):
 def test_by_position_equals_brute_force(tiny, blocks):
     expected = brute_force(tiny, lenses_of(tiny)["tuned"], blocks, 2)
     evaluation = run(tiny, blocks, by_position=True)
-    for metric in PER_TOKEN[False]:
+    for metric in per_token(extended=False):
         row = evaluation.by_position["tuned"][metric].values[2]
         assert row == pytest.approx(expected[metric].reshape(9, 23).mean(0), rel=1e-4)
 
@@ -293,6 +293,7 @@ def test_two_processes_give_the_figures_of_one(tiny, tiny_folder, blocks):
     expected = run(tiny, blocks, tokens=190, **settings)
     for share in in_two_processes(_evaluate_a_share, tiny_folder, blocks):
         assert share.tokens == 190
+        assert share.tokens_sha256 == expected.tokens_sha256
         assert_alike(share, expected)
 
 
@@ -308,9 +309,43 @@ def test_nothing_to_score_is_refused(tiny, blocks):
         run(tiny, blocks[:0])
 
 
-def test_lens_that_gives_no_number_is_refused(tiny, blocks):
+@pytest.mark.parametrize("extended", [False, True])
+def test_lens_that_gives_no_number_is_refused(tiny, blocks, extended):
     lens = random_lens(tiny)
     with torch.no_grad():
         lens.translators[1].bias[0] = math.nan
     with pytest.raises(InputError, match="of broken at layer 1 is nan"):
-        evaluate(tiny, {"broken": lens}, blocks, token_bytes(tiny.tokenizer))
+        evaluate(tiny, {"broken": lens}, blocks, token_bytes(tiny.tokenizer), extended=extended)
+
+
+def test_lens_of_another_model_is_refused(tiny, tokenizer, blocks):
+    other = FrozenModel(make_gpt2(seed=1), tokenizer, name="other")
+    lenses = {"foreign": LogitLens.from_model(other)}
+    with pytest.raises(InputError, match="the lens foreign was made for other and does not fit"):
+        evaluate(tiny, lenses, blocks, token_bytes(tokenizer))
+
+
+def test_blocks_of_different_length_are_refused(tiny, blocks):
+    with pytest.raises(InputError, match="block 1 has 20 tokens, the first one 24"):
+        run(tiny, [blocks[0], blocks[1, :20]])
+
+
+def test_single_block_gives_figures_without_errors(tiny, blocks):
+    evaluation = run(tiny, blocks[:1], tokens=1, extended=True, by_position=True)
+    assert evaluation.tokens == 1
+    assert all(result.standard_error is None for result in evaluation.results)
+
+
+def test_mean_over_layers_has_an_error_of_its_own(tiny, blocks):
+    evaluation = run(tiny, blocks)
+    column = evaluation.by_layer("tuned", "kl_nats")
+    value, error = evaluation.of_lens("tuned", "kl_nats")
+    assert value == pytest.approx(np.mean([e.value for e in column]), rel=1e-6)
+    per_block = (
+        np.stack(
+            [brute_force(tiny, lenses_of(tiny)["tuned"], blocks, i)["kl_nats"] for i in range(3)]
+        )
+        .reshape(3, 9, 23)
+        .mean((0, 2))
+    )
+    assert error == pytest.approx(per_block.std(ddof=1) / 3, rel=1e-3)

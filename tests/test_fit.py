@@ -282,12 +282,14 @@ def test_nothing_is_flat_before_the_first_doubling():
     assert curve((0, [1.0]), (10, [0.5]), (19, [0.5])).flat_layers() == [False]
 
 
-def test_mean_jacobian_equals_every_derivative_by_itself(tiny, tokenizer):
+@pytest.mark.parametrize("targets", ["later", "same"])
+def test_mean_jacobian_equals_every_derivative_by_itself(tiny, tokenizer, targets):
     ids = torch.tensor([tokenizer("def f(x):\n    return x + 1\n" * 4)["input_ids"][:24]] * 2)
     ids[1] = ids[1].flip(0)
-    jacobian = MeanJacobian(3, 16)
-    for block in ids:
-        jacobian.add(tiny, block[None])
+    jacobian = MeanJacobian(3, 16, targets=targets)
+    for block in ids:  # random signs average out
+        for _ in range(1 if targets == "later" else 40):
+            jacobian.add(tiny, block[None])
     states = tiny.residual_stream(ids)
     for layer in range(3):
 
@@ -299,9 +301,13 @@ def test_mean_jacobian_equals_every_derivative_by_itself(tiny, tokenizer):
         by_hand = torch.zeros(16, 16)
         for row in range(2):
             every = torch.autograd.functional.jacobian(final, states[layer][row, None])
-            targets = every[0, SKIPPED_POSITIONS:].sum(0)[:, 0, SKIPPED_POSITIONS:]
-            by_hand += targets.mean(1) / 2
-        assert torch.allclose(jacobian.mean[layer].float(), by_hand, rtol=1e-3, atol=1e-4)
+            kept = every[0, SKIPPED_POSITIONS:, :, 0, SKIPPED_POSITIONS:]
+            if targets == "later":
+                by_hand += kept.sum(0).mean(1) / 2
+            else:
+                by_hand += kept.diagonal(dim1=0, dim2=2).mean(-1) / 2
+        off = (jacobian.mean[layer].float() - by_hand).norm() / by_hand.norm()
+        assert off < (1e-4 if targets == "later" else 0.1)
 
 
 def test_jacobian_lens_applies_the_jacobian(tiny):

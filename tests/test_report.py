@@ -1,4 +1,5 @@
 import csv
+import json
 import re
 from html.parser import HTMLParser
 
@@ -6,6 +7,7 @@ import pytest
 from conftest import make_evaluation
 
 from tunedlens import InputError, report
+from tunedlens.metrics import Estimate
 
 
 @pytest.fixture
@@ -21,15 +23,30 @@ def folder(evaluation, tmp_path):
 
 def test_table_gives_every_layer_and_the_mean(evaluation):
     rows = [line.split() for line in report.kl_table(evaluation).splitlines()]
-    assert rows[1] == ["0", *["16.00", "±", "0.10", "8.0000", "±", "0.1000"]]
-    assert rows[-1] == ["mean", "9.0000", "4.5000"]
+    assert rows[1] == ["0", *["16.00", "±", "0.10", "8.00", "±", "0.10"]]
+    assert rows[-1] == ["mean", *["9.000", "±", "0.050", "4.500", "±", "0.050"]]
 
 
 def test_summary_says_who_is_best_and_by_how_much(evaluation):
     text = " ".join(report.summary(evaluation))
-    assert "tuned 4.500, logit 9.000" in text
-    assert "tuned beats logit at every layer; at layer 4 by 4.0000 ± 0.0500 nats" in text
-    assert "perplexity 9.5000 ± 0.5000" in text
+    assert "tuned 4.500 ± 0.050, logit 9.000 ± 0.050" in text
+    assert "tuned beats logit by 4.500 ± 0.020 nats" in text
+    assert "two standard errors at every layer" in text
+    assert "perplexity 9.50 ± 0.50" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "said"),
+    [
+        (1.23456, 0.0123, "1.235 ± 0.012"),
+        (2e-5, 1e-6, "0.0000200 ± 0.0000010"),
+        (1234.5, 67.8, "1,234 ± 68"),
+        (1.5e15, 4e14, "1.50e+15 ± 4e+14"),
+        (3.14159, None, "3.1416"),
+    ],
+)
+def test_figures_are_said_to_the_digits_that_their_error_leaves(value, error, said):
+    assert report.tables.plus_minus(Estimate(value, error)) == said
 
 
 def test_report_reads_back(evaluation, folder):
@@ -101,8 +118,14 @@ def test_folder_with_something_else_is_not_overwritten(folder, tmp_path):
 
 
 def test_damaged_report_is_one_clear_error(folder):
+    text = (folder / "metrics.json").read_text()
     (folder / "metrics.json").write_text("{")
     with pytest.raises(InputError, match="is damaged"):
+        report.read_evaluation(folder)
+    data = json.loads(text)
+    data["results"] = data["results"][1:]
+    (folder / "metrics.json").write_text(json.dumps(data))
+    with pytest.raises(InputError, match="kl_nats of logit has 7 layers"):
         report.read_evaluation(folder)
     (folder / "metrics.json").write_text('{"schema": 1}')
     with pytest.raises(InputError, match="expected an evaluation of schema 2, got 1"):

@@ -156,7 +156,9 @@ def fill_lens(lens: AffineLens, folder: Path) -> None:
     manifest = read_manifest(folder)
     if manifest["lens"] != kind_of(lens):
         raise InputError(f"{folder} holds a {manifest['lens']} lens, not a {kind_of(lens)} lens")
-    require_same_model(manifest["model"], dataclasses.asdict(lens.identity), folder)
+    require_same_model(
+        manifest["model"], dataclasses.asdict(lens.identity), f"the lens in {folder}"
+    )
     path = folder / WEIGHTS
     try:
         weights = path.read_bytes()
@@ -173,7 +175,7 @@ def fill_lens(lens: AffineLens, folder: Path) -> None:
     )
 
 
-def require_same_model(saved: dict[str, Any], model: dict[str, Any], folder: Path) -> None:
+def require_same_model(saved: dict[str, Any], model: dict[str, Any], what: str) -> None:
     """Compare two identities, as `dataclasses.asdict` gives them.
 
     Raises:
@@ -188,7 +190,7 @@ def require_same_model(saved: dict[str, Any], model: dict[str, Any], folder: Pat
         differences = ["a final norm or an unembedding with other values"]
     if differences:
         raise InputError(
-            f"the lens in {folder} was trained for {saved.get('name')} and does not fit "
+            f"{what} was made for {saved.get('name')} and does not fit "
             f"{model['name']}: it has {'; '.join(differences)}"
         )
 

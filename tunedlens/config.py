@@ -16,6 +16,7 @@ Precision = Literal["fp32", "bf16"]
 FitName = Literal["preconditioned", "closed-form", "jacobian", "sgd", "adamw", "muon"]
 ONE_PASS: tuple[FitName, ...] = ("closed-form", "jacobian")
 """Fits that take no steps."""
+JacobianTargets = Literal["later", "same"]
 MetricSet = Literal["standard", "all"]
 Split = Literal["train", "validation", "all"]
 WandbMode = Literal["online", "offline", "disabled"]
@@ -111,6 +112,11 @@ class TrainConfig:
         "positions of the first pass, which the closed form is made from (default: 128 for each "
         "of d_model; for --fit closed-form 1,024; for --fit jacobian 8,192 in all)",
     )
+    jacobian_targets: JacobianTargets = option(
+        "later",
+        "for --fit jacobian: what a state does to the final states at its own position and all "
+        "later ones together, as published, or at the same position alone",
+    )
     ridge: float | None = option(
         None,
         "ridge of the closed form, relative to the mean square of a state; pulls towards the logit "
@@ -149,6 +155,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require_choice(self, "fit", get_args(FitName))
+        _require_choice(self, "jacobian_targets", get_args(JacobianTargets))
         _require_positive(
             self,
             *("tokens", "most_tokens", "start_tokens", "batch_size", "micro_batch_size"),

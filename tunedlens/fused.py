@@ -9,12 +9,19 @@ import torch
 
 from tunedlens.errors import first_line
 
+_LOGITS_THAT_TAKE_AS_LONG = 1e10
+
 
 def can_compile(device: torch.device) -> bool:
     """Whether `torch.compile` has what it needs there: a C++ compiler, or Triton."""
     if device.type == "cuda":
         return True
     return device.type == "cpu" and any(map(shutil.which, ("g++", "clang++", "c++")))
+
+
+def is_worth_compiling(logits: float, device: torch.device) -> bool:
+    """Whether fusing what is done to so many logits saves more seconds than it takes."""
+    return can_compile(device) and logits > _LOGITS_THAT_TAKE_AS_LONG
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,18 +33,29 @@ DEFAULT_TOKENS = 65_536
 BASELINE_TOKENS = {"unigram": 10_000_000, "mean": 65_536}
 """Positions of the training text that a baseline is made from, fewer if it has fewer."""
 
-_WORTH_COMPILING = 1e10
-"""Logits, over all rows and tokens, from which fusing saves more seconds than it takes."""
-
 
 class LensSpec(NamedTuple):
     """What `--lens` names."""
 
     name: str
     kind: str
-    """logit, unigram or mean; else the folder says."""
+    """logit, unigram, mean; or of a saved lens: tuned, closed-form, jacobian."""
     folder: Path | None = None
-    manifest: dict[str, Any] = {}  # noqa: RUF012 - never changed
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What is known of a saved lens."""
+        assert self.folder is not None
+        return checkpoint.read_manifest(self.folder)
+
+    @property
+    def trained(self) -> TrainConfig:
+        """How a saved lens was made; the defaults where its manifest does not say."""
+        from tunedlens.training import saved_config
+
+        if self.folder is None or "config" not in self.manifest:
+            return TrainConfig()
+        return saved_config(self.folder)
 
 
 def evaluate_lenses(arguments: Sequence[str] | None) -> int:
@@ -68,10 +80,10 @@ def evaluate_lenses(arguments: Sequence[str] | None) -> int:
     )
     add_wandb_flag(group)
     flags = parse(parser, arguments)
+    if "redraw" in flags:
+        return _redraw(flags.pop("redraw"), others=list(flags))
     asked, output = flags.pop("lens", None), flags.pop("output", None)
-    redraw, wandb = flags.pop("redraw", None), flags.pop("wandb")
-    if redraw is not None:
-        return _redraw(redraw, others=[*flags, *(["lens"] if asked else [])])
+    wandb = flags.pop("wandb", "disabled")
 
     from accelerate import Accelerator
 
@@ -79,34 +91,48 @@ def evaluate_lenses(arguments: Sequence[str] | None) -> int:
     from tunedlens.corpus import load_corpora, token_bytes, with_defaults
     from tunedlens.evaluation import evaluate
     from tunedlens.frozen import load_configured
+    from tunedlens.fused import is_worth_compiling
     from tunedlens.tracking import Tracker, progress_bar, say
 
     specs = _specs(asked)
     saved = [spec for spec in specs if spec.folder is not None]
-    trained = _trained(saved)
-    same_text = flags.get("dataset") in (None, trained.corpus.dataset)
+    own, same_text = _of_same_text(saved, flags.get("dataset"))
+    trained = own[0].trained if own else saved[0].trained if saved else TrainConfig()
     config = configured(EvaluateConfig, _as_trained(trained, same_text, flags), flags)
-    output = output or _output(saved, flags.get("dataset") if not same_text else None)
+    output = output or _output(saved, None if same_text else flags["dataset"])
     report.require_own(output)
     checkpoint.require_writable(output)
 
     accelerator = Accelerator()
+    is_main = accelerator.is_main_process
     model = load_configured(config.model, accelerator.device)
     loaded = {spec.name: checkpoint.load_lens(spec.folder, model) for spec in saved if spec.folder}
+    # Baselines are made from a training side, so without a lens they need one as well.
+    baselines = [spec for spec in specs if spec.kind in BASELINE_TOKENS]
+    held_out = own or (baselines and not saved)
     config = dataclasses.replace(
         config,
         corpus=with_defaults(config.corpus, model),
-        split=config.split or ("validation" if same_text and saved else "all"),
+        split=config.split or ("validation" if held_out else "all"),
     )
     corpora = load_corpora(config.corpus, model.tokenizer)
-    if same_text:
-        _require_held_out(config, corpora, saved)
+    if config.split == "validation":
+        _require_held_out(config, corpora, own)
+    elif own and is_main:
+        say(f"note: --split {config.split} scores what {own[0].folder} was trained on")
     blocks, about = _text(config, corpora)
     tokens = _tokens(config, about)
+    training = corpora
+    if baselines and saved and not own:
+        training = load_corpora(with_defaults(trained.corpus, model), model.tokenizer)
     lenses = {
-        spec.name: loaded.get(spec.name) or _unsaved(spec.kind, model, corpora) for spec in specs
+        spec.name: loaded.get(spec.name) or _unsaved(spec.kind, model, training) for spec in specs
     }
-    with progress_bar(tokens, "evaluating", show=accelerator.is_main_process) as bar:
+    logits = tokens * model.identity.vocab_size * model.identity.n_layers * len(lenses)
+    compiled = config.compile
+    if compiled is None:
+        compiled = is_worth_compiling(logits, model.device)
+    with progress_bar(tokens, "evaluating", show=is_main) as bar:
         evaluation = evaluate(
             model,
             lenses,
@@ -117,19 +143,21 @@ def evaluate_lenses(arguments: Sequence[str] | None) -> int:
             extended=config.metrics == "all",
             by_position=config.by_position,
             transfer=config.transfer,
-            compiled=_compiled(config, model, tokens, len(lenses)),
+            compiled=compiled,
             accelerator=accelerator,
             progress=bar.update,
         )
-    if not accelerator.is_main_process:
+    if not is_main:
         return 0
-    provenance = report.provenance(model) | {
-        "lenses": {
-            spec.name: {"folder": str(spec.folder), "sha256": spec.manifest["lens_sha256"]}
-            for spec in saved
-        },
+    sources = {spec.name: _source(spec, training) for spec in specs if spec.kind != "logit"}
+    arguments = [*(sys.argv[1:] if arguments is None else arguments)]
+    if asked is None:
+        arguments += ["--lens", str(saved[0].folder)]
+    provenance = report.provenance(model, ["python", "evaluate.py", *arguments]) | {
+        "lenses": sources,
         "corpus": about,
-        "config": dataclasses.asdict(config),
+        "config": dataclasses.asdict(config) | {"compile": compiled},
+        "processes": accelerator.num_processes,
     }
     evaluation = dataclasses.replace(evaluation, provenance=provenance)
     report.write_report(evaluation, output)
@@ -138,11 +166,11 @@ def evaluate_lenses(arguments: Sequence[str] | None) -> int:
     say(report.terminal_table(evaluation))
     say(f"\n{report.scored_text(evaluation)}; ± one standard error, clustered by block")
     say(f"tables, figures and report.html are in {output}")
-    if config.tokens is not None and evaluation.tokens < config.tokens:
-        raise InputError(
-            f"the text ran out after {evaluation.tokens:,} positions, --tokens asked for "
-            f"{config.tokens:,}; what was scored is in {output}"
-        )
+    if evaluation.tokens < tokens:
+        ended = f"the text ran out after {evaluation.tokens:,} of {tokens:,} positions"
+        if config.tokens is not None:
+            raise InputError(f"{ended}; what was scored is in {output}")
+        say(ended)
     return 0
 
 
@@ -166,44 +194,54 @@ def _specs(asked: list[str] | None) -> list[LensSpec]:
         InputError: there is no such lens, or two have one name.
     """
     if asked is None:
-        folder = checkpoint.newest_lens(checkpoint.ROOT)
-        asked = [str(folder)]
+        asked = [str(checkpoint.newest_lens(checkpoint.ROOT))]
     specs = [LensSpec("logit", "logit")]
     for text in asked:
-        name, _, rest = text.rpartition("=")
-        if rest in ("logit", *BASELINE_TOKENS):
-            if rest != "logit":
-                specs.append(LensSpec(name or rest, rest))
-            continue
-        folder = Path(rest)
-        manifest = checkpoint.read_manifest(folder)
-        fit = manifest.get("config", {}).get("fit")
-        kind = fit if fit == "closed-form" else manifest["lens"]
-        specs.append(LensSpec(name or kind, kind, folder, manifest))
+        given, _, rest = ("", "", text) if Path(text).is_dir() else text.rpartition("=")
+        if rest in BASELINE_TOKENS:
+            specs.append(LensSpec(given, rest))
+        elif rest != "logit":
+            specs.append(LensSpec(given, _kind(checkpoint.read_manifest(Path(rest))), Path(rest)))
+    wanted = [spec.name or spec.kind for spec in specs]
+    for index, spec in enumerate(specs):
+        if not spec.name:
+            name = spec.kind
+            if spec.folder is not None and wanted.count(name) > 1:
+                name = spec.folder.resolve().name
+            specs[index] = spec._replace(name=name)
     names = [spec.name for spec in specs]
-    specs = [
-        spec._replace(name=spec.folder.resolve().name)
-        if spec.folder and names.count(spec.name) > 1
-        else spec
-        for spec in specs
-    ]
     for spec in specs:
-        if [other.name for other in specs].count(spec.name) > 1 or spec.name == "model":
+        if names.count(spec.name) > 1 or spec.name == "model":
             raise InputError(
-                f"two lenses are called {spec.name}; name them apart: --lens NAME={spec.folder}"
+                f"a lens of its own name is needed beside another {spec.name}; name it: --lens "
+                f"NAME={spec.folder or spec.kind}"
             )
     return specs
 
 
-def _trained(saved: list[LensSpec]) -> TrainConfig:
-    """How the first of the saved lenses was made, which says what model and text are meant."""
-    from tunedlens.training import saved_config
+def _kind(manifest: dict[str, Any]) -> str:
+    """Tuned or jacobian; closed-form where the fit took no steps."""
+    fit = manifest.get("config", {}).get("fit")
+    return "closed-form" if fit == "closed-form" else manifest["lens"]
 
-    for spec in saved:
-        assert spec.folder is not None
-        if "config" in spec.manifest:
-            return saved_config(spec.folder)
-    return TrainConfig()
+
+def _of_same_text(saved: list[LensSpec], dataset: str | None) -> tuple[list[LensSpec], bool]:
+    """The lenses trained on the text that is to be scored, and whether it is a trained-on one.
+
+    Without `--dataset` it is the text of the first lens (by default, of none).
+    """
+    if dataset is None:
+        if not saved:
+            return [], True
+        dataset = saved[0].trained.corpus.dataset
+    own = [spec for spec in saved if _is_same(spec.trained.corpus.dataset, dataset)]
+    return own, bool(own)
+
+
+def _is_same(one: str | None, other: str | None) -> bool:
+    if one == other or one is None or other is None:
+        return one == other
+    return Path(one).exists() and Path(one).resolve() == Path(other).resolve()
 
 
 def _as_trained(trained: TrainConfig, same_text: bool, flags: dict[str, Any]) -> EvaluateConfig:
@@ -216,6 +254,7 @@ def _as_trained(trained: TrainConfig, same_text: bool, flags: dict[str, Any]) ->
     model = dataclasses.replace(trained.model, device=None)
     if not same_text:
         return EvaluateConfig(model=model, corpus=CorpusConfig(seq_len=trained.corpus.seq_len))
+    flags.pop("dataset", None)  # perhaps spelled in another way
     for field in dataclasses.fields(CorpusConfig):
         value = getattr(trained.corpus, field.name)
         if field.name in flags and trained.corpus.dataset and flags[field.name] != value:
@@ -232,30 +271,28 @@ def _output(saved: list[LensSpec], other_dataset: str | None) -> Path:
     return Path(name) if beside is None else beside / name
 
 
-def _require_held_out(config: EvaluateConfig, corpora: "Corpora", saved: list[LensSpec]) -> None:
-    """Make sure that what is held out now was held out from every lens.
+def _require_held_out(config: EvaluateConfig, corpora: "Corpora", own: list[LensSpec]) -> None:
+    """Make sure that what is held out now was held out from every lens trained on this text.
 
     Raises:
-        InputError: a lens was trained on another text, or the text has changed since.
+        InputError: it was cut in another way, or has changed since.
     """
     from tunedlens.corpus import EMBEDDED
 
-    if config.split != "validation":
-        return
-    now = dataclasses.asdict(config.corpus)
-    for spec in saved:
-        then = spec.manifest.get("config", {}).get("corpus", now)
-        if then != now:
+    now = dataclasses.asdict(dataclasses.replace(config.corpus, dataset=None))
+    about = corpora.validation.about
+    for spec in own:
+        corpus = spec.trained.corpus
+        if dataclasses.asdict(dataclasses.replace(corpus, dataset=None)) != now:
             raise InputError(
-                f"{spec.folder} was trained on other blocks than {saved[0].folder}, which may hold "
+                f"{spec.folder} was trained on other blocks than {own[0].folder}, which may hold "
                 "what is held out of those; give another --dataset, or --split all"
             )
         # The embedded text differs between Pythons, but a file never changes sides.
-        if config.corpus.dataset == EMBEDDED:
+        if corpus.dataset == EMBEDDED:
             continue
-        about = corpora.validation.about
-        digest = spec.manifest.get("corpus", {}).get("validation", about).get("tokens_sha256")
-        if digest != about.get("tokens_sha256"):
+        then = spec.manifest.get("corpus", {}).get("validation", about)
+        if then.get("tokens_sha256") != about.get("tokens_sha256"):
             raise InputError(
                 f"{config.corpus.dataset} has changed since {spec.folder} was trained on it, so "
                 "what is held out now may have been trained on; give another --dataset, or "
@@ -266,9 +303,13 @@ def _require_held_out(config: EvaluateConfig, corpora: "Corpora", saved: list[Le
 def _text(config: EvaluateConfig, corpora: "Corpora") -> tuple[Iterator["Tensor"], dict[str, Any]]:
     """The blocks to score, and what they were made of."""
     if config.split == "all":
-        blocks = itertools.chain(corpora.validation.sample(), corpora.train.sample())
-        sides = {"train": corpora.train.about, "validation": corpora.validation.about}
-        return blocks, sides
+        sides = {"validation": corpora.validation, "train": corpora.train}
+        # The smaller side is a fair sample of the documents; of a stream it is slow to find.
+        order = list(sides.values())
+        if corpora.train.about.get("streamed"):
+            order.reverse()
+        blocks = itertools.chain.from_iterable(side.sample() for side in order)
+        return blocks, {name: side.about for name, side in sides.items()}
     side = corpora.validation if config.split == "validation" else corpora.train
     return side.sample(), side.about
 
@@ -291,21 +332,20 @@ def _tokens(config: EvaluateConfig, about: dict[str, Any]) -> int:
     return config.tokens or min(DEFAULT_TOKENS, there)
 
 
-def _unsaved(kind: str, model: "FrozenModel", corpora: "Corpora") -> "Lens":
-    """The logit lens, or a baseline from the training text."""
+def _unsaved(kind: str, model: "FrozenModel", training: "Corpora") -> "Lens":
+    """The logit lens, or a baseline from a training text."""
     from tunedlens.fit import mean_lens, unigram_lens
     from tunedlens.lens import LogitLens
 
     if kind == "logit":
         return LogitLens.from_model(model)
     make = {"unigram": unigram_lens, "mean": mean_lens}[kind]
-    return make(model, corpora.train.sample(), BASELINE_TOKENS[kind])
+    return make(model, training.train.sample(), BASELINE_TOKENS[kind])
 
 
-def _compiled(config: EvaluateConfig, model: "FrozenModel", tokens: int, lenses: int) -> bool:
-    from tunedlens.fused import can_compile
-
-    if config.compile is not None:
-        return config.compile
-    logits = tokens * model.identity.vocab_size * model.identity.n_layers * lenses
-    return can_compile(model.device) and logits > _WORTH_COMPILING
+def _source(spec: LensSpec, training: "Corpora") -> dict[str, Any]:
+    """Where a lens comes from, for the record."""
+    if spec.folder is not None:
+        return {"folder": str(spec.folder), "sha256": spec.manifest["lens_sha256"]}
+    most = BASELINE_TOKENS[spec.kind]
+    return {"kind": spec.kind, "text": training.train.about, "tokens_at_most": most}

@@ -52,7 +52,6 @@ def add_wandb_flag(group: Any) -> None:
         "--wandb",
         nargs="?",
         const="online",
-        default="disabled",
         choices=typing.get_args(WandbMode),
         help="log to Weights & Biases; offline if it cannot be reached",
     )

@@ -48,7 +48,7 @@ def train_lens(arguments: Sequence[str] | None) -> int:
 
     main = PartialState().is_main_process
     resume = flags.pop("resume", None)
-    output, wandb = flags.pop("output", None), flags.pop("wandb")
+    output, wandb = flags.pop("output", None), flags.pop("wandb", "disabled")
     if resume is not None and output is not None:
         raise InputError("--resume names the run's folder itself; give no --output with it")
     if resume is None:

@@ -1,10 +1,11 @@
 """What an evaluation says, in memory and in `metrics.json`."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from tunedlens.errors import InputError
-from tunedlens.metrics import Estimate
+from tunedlens.metrics import METRICS, Estimate
 
 SCHEMA = 2
 MODEL = "model"
@@ -18,7 +19,7 @@ class Result:
     lens: str
     """Name of the lens, or `model`."""
     layer: int | None
-    """None for what belongs to a lens as a whole."""
+    """None for the mean over layers, or what belongs to a lens as a whole."""
     metric: str
     """One of `metrics.METRICS`."""
     value: float
@@ -32,7 +33,8 @@ class Difference:
 
     lens: str
     other: str
-    layer: int
+    layer: int | None
+    """None for the mean over layers."""
     metric: str
     value: float
     standard_error: float | None
@@ -59,8 +61,10 @@ class Evaluation:
     text_bytes: int
     """Bytes of text that the predicted tokens stand for."""
     blocks: int
-    tokens_sha256: str | None = None
-    """Of the blocks that were scored, in order; None where several processes shared them."""
+    tokens_sha256: str = ""
+    """Of the token ids (int32) that were scored, block by block."""
+    constant: list[str] = field(default_factory=list)
+    """Names of the lenses that say the same at every layer, whatever the state."""
     differences: list[Difference] = field(default_factory=list)
     """Every lens against every one before it."""
     by_position: dict[str, dict[str, Grid]] = field(default_factory=dict)
@@ -95,27 +99,36 @@ class Evaluation:
 
     def of_model(self, metric: str) -> Estimate:
         """The model's own figure."""
-        return self._single(MODEL, metric)
+        return self._single(MODEL, metric, self.n_layers)
 
     def of_lens(self, lens: str, metric: str) -> Estimate:
-        """A figure that belongs to a lens as a whole."""
-        return self._single(lens, metric)
-
-    def is_constant(self, lens: str) -> bool:
-        """Whether a lens says the same at every layer, as a baseline does."""
-        return self.n_layers > 1 and len(set(self.by_layer(lens, "kl_nats"))) == 1
+        """The mean of a figure over layers, or one that belongs to a lens as a whole."""
+        return self._single(lens, metric, None)
 
     def difference(self, lens: str, other: str, metric: str) -> list[Estimate]:
         """One lens less another, for every layer."""
+        return self._difference(lens, other, metric, lambda layer: layer is not None)
+
+    def mean_difference(self, lens: str, other: str, metric: str) -> Estimate:
+        """One lens less another, in the mean over layers."""
+        return self._difference(lens, other, metric, lambda layer: layer is None)[0]
+
+    def _difference(
+        self, lens: str, other: str, metric: str, wanted: Callable[[int | None], bool]
+    ) -> list[Estimate]:
         for sign, pair in ((1.0, (lens, other)), (-1.0, (other, lens))):
-            found = [d for d in self.differences if (d.lens, d.other, d.metric) == (*pair, metric)]
+            found = [
+                Estimate(sign * d.value, d.standard_error)
+                for d in self.differences
+                if (d.lens, d.other, d.metric) == (*pair, metric) and wanted(d.layer)
+            ]
             if found:
-                return [Estimate(sign * d.value, d.standard_error) for d in found]
+                return found
         raise InputError(f"there is no difference of {lens} and {other} in {metric}")
 
-    def _single(self, lens: str, metric: str) -> Estimate:
+    def _single(self, lens: str, metric: str, layer: int | None) -> Estimate:
         for r in self.results:
-            if (r.lens, r.metric) == (lens, metric):
+            if (r.lens, r.metric, r.layer) == (lens, metric, layer):
                 return Estimate(r.value, r.standard_error)
         raise InputError(f"there is no {metric} of {lens} in these results")
 
@@ -146,6 +159,19 @@ class Evaluation:
             }
             results = [Result(**result) for result in data["results"]]
             differences = [Difference(**difference) for difference in data["differences"]]
-            return cls(**fields | grids | {"results": results, "differences": differences})
-        except (AttributeError, KeyError, TypeError) as error:
+            found = cls(**fields | grids | {"results": results, "differences": differences})
+            found._require_whole()
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"the evaluation is damaged: {error}") from error
+        return found
+
+    def _require_whole(self) -> None:
+        if not self.lenses:
+            raise ValueError("it has no lens")
+        for metric in self.metrics:
+            if metric not in METRICS:
+                raise ValueError(f"nothing is known of {metric}")
+            for lens in self.lenses:
+                count = len(self.by_layer(lens, metric))
+                if count != self.n_layers + (metric == "prediction_depth"):
+                    raise ValueError(f"{metric} of {lens} has {count} layers")

@@ -1,9 +1,10 @@
 """One pass over a corpus: the model once, every lens and layer beside it."""
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
@@ -12,13 +13,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tunedlens import metrics
+from tunedlens.checkpoint import require_same_model
+from tunedlens.errors import InputError
 from tunedlens.evaluation.results import Evaluation
-from tunedlens.evaluation.tally import PER_TOKEN, Tally
+from tunedlens.evaluation.tally import Tally, per_token
 from tunedlens.frozen import FrozenModel
 from tunedlens.fused import Fused
 from tunedlens.lens import AffineLens, ConstantLens, Lens, ResidualLens
-from tunedlens.metrics.sums import GROUPS
+from tunedlens.metrics import GROUPS, GroupSums
 from tunedlens.objective import chunk_tokens
+
+_OF_TRANSFER = ("kl_nats", "cross_entropy_nats")
 
 
 def evaluate(
@@ -41,48 +46,51 @@ def evaluate(
     Args:
         model: what the lenses are compared with.
         lenses: by name.
-        blocks: the text; each process scores its share of them.
+        blocks: the text, all of one length; each process scores its share of them.
         token_bytes: bytes of text that each token stands for.
         tokens: positions to score in all; fewer if the text has fewer, all by default.
         batch_size: blocks in one forward pass.
         extended: all metrics that there are, not only the standard ones.
-        by_position: also every figure by position in the block.
+        by_position: also the figures of a position, and bits per byte, by position in the block.
         transfer: also every translator at every layer, for lenses that have any.
         compiled: fuse what comes after the logits with `torch.compile`.
         accelerator: adds up the shares of several processes.
         progress: told how many positions were just scored.
 
     Raises:
-        InputError: there is nothing to score, or a figure is not finite.
+        InputError: there is nothing to score, blocks differ in length, a lens belongs to
+            another model, or a figure is not finite.
     """
-    scorer = _Scorer(model, lenses, extended=extended, transfer=transfer, compiled=compiled)
+    for name, lens in lenses.items():
+        identity = dataclasses.asdict(lens.identity)
+        require_same_model(identity, dataclasses.asdict(model.identity), f"the lens {name}")
+    blocks = iter(blocks)
+    first = list(islice(blocks, 1))
+    names = per_token(extended)
+    scorer = _Scorer(model, lenses, names, transfer=transfer, compiled=compiled)
     tally = Tally(
         list(lenses),
         scorer.rows,
-        model.identity,
-        extended=extended,
+        names,
+        scorer.distributions,
         transferred=scorer.transferred,
-        device=model.device,
+        positions=len(first[0]) - 1 if by_position and first else None,
     )
     digest = hashlib.sha256()
-    share = _share(blocks, tokens, accelerator)
+    share = _share(chain(first, blocks), tokens, accelerator, digest.update)
     while batch := list(islice(share, batch_size)):
         input_ids = torch.stack([block.ids for block in batch])
         counts = torch.tensor([block.scored for block in batch])
         scored = torch.arange(input_ids.shape[1] - 1) < counts[:, None]
         groups = torch.tensor([block.number % GROUPS for block in batch])
-        for block in batch:
-            digest.update(block.ids[: block.scored + 1].int().numpy().tobytes())
-        if by_position:
-            tally.watch_positions(scored.shape[1])
-        figures = scorer.score(input_ids.to(model.device), scored, groups, tally)
-        tally.add(figures, scored, token_bytes[input_ids[:, 1:]], groups)
+        figures, transferred = scorer.score(input_ids.to(model.device), scored, groups)
+        tally.add(figures, transferred, scored, token_bytes[input_ids[:, 1:]], groups)
         if progress is not None:
             progress(int(counts.sum()))
-    alone = accelerator is None or accelerator.num_processes == 1
-    if accelerator is not None and not alone:
+    if accelerator is not None and accelerator.num_processes > 1:
         tally.reduce(accelerator)
-    return tally.evaluation(digest.hexdigest() if alone else None)
+    constant = [name for name, lens in lenses.items() if isinstance(lens, ConstantLens)]
+    return tally.evaluation(constant, digest.hexdigest())
 
 
 class _Block(NamedTuple):
@@ -94,18 +102,32 @@ class _Block(NamedTuple):
 
 
 def _share(
-    blocks: Iterable[Int[Tensor, " seq"]], tokens: int | None, accelerator: Accelerator | None
+    blocks: Iterable[Int[Tensor, " seq"]],
+    tokens: int | None,
+    accelerator: Accelerator | None,
+    digest: Callable[[bytes], object],
 ) -> Iterator[_Block]:
-    """This process's blocks."""
+    """This process's blocks; the digest is told of all that are scored.
+
+    Raises:
+        InputError: blocks differ in length.
+    """
     index, processes = (
         (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     )
-    left = math.inf if tokens is None else tokens
+    left, length = math.inf if tokens is None else tokens, None
     for number, block in enumerate(blocks):
         if left <= 0:
             return
+        length = length or len(block)
+        if len(block) != length:
+            raise InputError(
+                f"blocks must have one length: block {number} has {len(block)} tokens, the first "
+                f"one {length}"
+            )
         count = int(min(len(block) - 1, left))
         left -= count
+        digest(block[: count + 1].int().cpu().numpy().tobytes())
         if number % processes == index:
             yield _Block(block, count, number)
 
@@ -120,7 +142,7 @@ class _Scorer:
     Args:
         model: the frozen model.
         lenses: by name.
-        extended: all figures of a position that there are.
+        names: of the figures of a position.
         transfer: also use every translator at every layer.
         compiled: fuse what comes after the logits.
     """
@@ -129,20 +151,19 @@ class _Scorer:
         self,
         model: FrozenModel,
         lenses: Mapping[str, Lens],
+        names: tuple[str, ...],
         *,
-        extended: bool,
         transfer: bool,
         compiled: bool,
     ) -> None:
-        self._model, self._lenses, self._extended = model, list(lenses.values()), extended
+        self._model, self._names = model, names
         self._unembedding = model.unembedding.centred()
         self._figures = Fused(_figures, compiled)
-        self._pair = Fused(_kl_and_cross_entropy, compiled)
         n_layers = model.identity.n_layers
         self._decodings: list[tuple[Lens, int]] = []
         self.rows: list[list[int]] = []
         """For every lens and last the model: the row of each layer."""
-        for lens in self._lenses:
+        for lens in lenses.values():
             own = 1 if isinstance(lens, ConstantLens) else n_layers
             first = len(self._decodings)
             self.rows.append([first + min(layer, own - 1) for layer in range(n_layers)])
@@ -152,6 +173,11 @@ class _Scorer:
             name for name, lens in lenses.items() if transfer and isinstance(lens, AffineLens)
         ]
         self._transferred = [lenses[name] for name in self.transferred]
+        # Apple's GPUs have no float64.
+        where = "cpu" if model.device.type == "mps" else model.device
+        shape = (len(self._decodings) + 1, model.identity.vocab_size)
+        self.distributions = GroupSums(*shape, device=where)
+        """Of the probabilities of every row, over what was scored so far."""
 
     @torch.no_grad()
     def score(
@@ -159,57 +185,48 @@ class _Scorer:
         input_ids: Int[Tensor, "batch seq"],
         scored: Bool[Tensor, "batch positions"],
         groups: Int[Tensor, " batch"],
-        tally: Tally,
-    ) -> Float[Tensor, "metrics rows batch positions"]:
-        """Figures at every position, on the CPU; sums over them of whole distributions."""
+    ) -> tuple[
+        Float[Tensor, "metrics rows batch positions"],
+        Float[Tensor, "2 translators layers lenses batch"],
+    ]:
+        """Figures at every position, and for transfer their sums, on the CPU."""
         *states, final = (
             state[:, :-1].flatten(0, 1) for state in self._model.residual_stream(input_ids)
         )
-        next_ids = input_ids[:, 1:].flatten()
-        membership = torch.zeros(GROUPS, len(next_ids), device=final.device)
-        group_of_token = groups[:, None].expand_as(scored).flatten().to(final.device)
-        membership[group_of_token, torch.arange(len(next_ids))] = scored.flatten().float().to(final)
-
-        names = PER_TOKEN[self._extended]
-        figures = final.new_empty(
-            (len(names), len(self._decodings) + 1, len(next_ids)), dtype=torch.float32
+        next_ids, n_layers = input_ids[:, 1:].flatten(), len(states)
+        shape = (len(self._names), len(self._decodings) + 1, len(next_ids))
+        figures = final.new_empty(shape, dtype=torch.float32)
+        transfer = torch.zeros(
+            2, n_layers, n_layers, len(self._transferred), len(scored), dtype=torch.float64
         )
-        transfer = final.new_empty(
-            (2, len(states), len(states), len(self._transferred), len(next_ids)),
-            dtype=torch.float32,
-        )
+        # Which scored tokens are in which block, and in which group.
+        in_block = torch.block_diag(*scored.double().unbind())
+        in_group = torch.zeros(GROUPS, len(next_ids)).index_add_(0, groups, in_block.float())
+        in_group = in_group.to(final.device)
         chunk = chunk_tokens(self._model.identity.vocab_size, final.device)
-        for part in _slices(len(next_ids), chunk):
+        for start in range(0, len(next_ids), chunk):
+            part = slice(start, start + chunk)
             model_logits = self._unembedding(final[part])
-            model_log_probs = metrics.log_probs(model_logits)
-            model_probs = model_log_probs.exp()
-            model_side = (
-                model_probs,
-                model_log_probs,
-                model_log_probs.argmax(-1),
-                next_ids[part],
-            )
+            log_probs = metrics.log_probs(model_logits)
+            model = (log_probs.exp(), log_probs, log_probs.argmax(-1), next_ids[part])
             for row, decoding in enumerate([*self._decodings, None]):
                 logits = (
                     model_logits
                     if decoding is None
                     else self._logits(*decoding, states[decoding[1]][part])
                 )
-                figures[:, row, part], probs = self._figures(logits, *model_side, self._extended)
-                tally.distributions.sums[:, row] += (membership[:, part] @ probs).to(
-                    tally.distributions.sums
-                )
+                found, probs = self._figures(logits, *model, self._names)
+                figures[:, row, part] = found
+                sums = in_group[:, part].to(probs) @ probs
+                self.distributions.sums[:, row] += sums.to(self.distributions.sums)
             for column, lens in enumerate(self._transferred):
-                for translator in range(len(states)):
+                for translator in range(n_layers):
                     for layer, hidden in enumerate(states):
                         logits = self._logits(lens, translator, hidden[part])
-                        transfer[:, translator, layer, column, part] = self._pair(
-                            logits, *model_side
-                        )
-        by_block = scored.shape
-        if self._transferred:
-            tally.add_transfer(transfer.cpu().unflatten(-1, by_block), scored)
-        return figures.cpu().unflatten(-1, by_block)
+                        found, _ = self._figures(logits, *model, _OF_TRANSFER)
+                        sums = found.double().cpu() @ in_block[:, part].mT
+                        transfer[:, translator, layer, column] += sums
+        return figures.cpu().unflatten(-1, scored.shape), transfer
 
     def _logits(self, lens: Lens, layer: int, hidden: Tensor) -> Float[Tensor, "tokens vocab"]:
         """Up to one constant per position."""
@@ -218,50 +235,36 @@ class _Scorer:
         return lens(hidden, layer)
 
 
-def _slices(length: int, size: int) -> Iterator[slice]:
-    for start in range(0, length, size):
-        yield slice(start, min(start + size, length))
-
-
 def _figures(
     logits: Float[Tensor, "tokens vocab"],
     model_probs: Float[Tensor, "tokens vocab"],
     model_log_probs: Float[Tensor, "tokens vocab"],
     model_top1: Int[Tensor, " tokens"],
     next_ids: Int[Tensor, " tokens"],
-    extended: bool,
+    names: tuple[str, ...],
 ) -> tuple[Float[Tensor, "metrics tokens"], Float[Tensor, "tokens vocab"]]:
-    """What `PER_TOKEN` lists, and the probabilities."""
+    """The figures of these names at every position, and the probabilities."""
     log_probs = metrics.log_probs(logits)
     probs = log_probs.exp()
-    model_rank = metrics.rank(log_probs, model_top1)
-    next_rank = metrics.rank(log_probs, next_ids)
-    found = [
-        metrics.kl_from_log_probs(model_probs, model_log_probs, log_probs),
-        metrics.cross_entropy(log_probs, next_ids),
-        metrics.entropy(log_probs),
-        (model_rank == 1).float(),
-        (model_rank <= 10).float(),
-        (next_rank == 1).float(),
-    ]
-    if extended:
-        found += [
-            metrics.kl_from_log_probs(probs, log_probs, model_log_probs),
-            metrics.js_divergence(log_probs, model_log_probs),
-            1 / next_rank.float(),
-            model_rank.float(),
-            probs.amax(-1),
-        ]
-    return torch.stack(found), probs
-
-
-def _kl_and_cross_entropy(
-    logits: Float[Tensor, "tokens vocab"],
-    model_probs: Float[Tensor, "tokens vocab"],
-    model_log_probs: Float[Tensor, "tokens vocab"],
-    model_top1: Int[Tensor, " tokens"],  # noqa: ARG001 - as `_figures`
-    next_ids: Int[Tensor, " tokens"],
-) -> Float[Tensor, "2 tokens"]:
-    log_probs = metrics.log_probs(logits)
-    kl = metrics.kl_from_log_probs(model_probs, model_log_probs, log_probs)
-    return torch.stack([kl, metrics.cross_entropy(log_probs, next_ids)])
+    found = {
+        "kl_nats": metrics.kl_from_log_probs(model_probs, model_log_probs, log_probs),
+        "cross_entropy_nats": metrics.cross_entropy(log_probs, next_ids),
+    }
+    if "entropy_nats" in names:
+        model_rank = metrics.rank(log_probs, model_top1)
+        next_rank = metrics.rank(log_probs, next_ids)
+        found |= {
+            "entropy_nats": metrics.entropy(log_probs),
+            "top1_agreement": (model_rank == 1).float(),
+            "top10_agreement": (model_rank <= 10).float(),
+            "accuracy": (next_rank == 1).float(),
+        }
+    if "js_nats" in names:
+        found |= {
+            "reverse_kl_nats": metrics.kl_from_log_probs(probs, log_probs, model_log_probs),
+            "js_nats": metrics.js_divergence(log_probs, model_log_probs),
+            "reciprocal_rank": 1 / next_rank.float(),
+            "model_top1_rank": model_rank.float(),
+            "confidence": probs.amax(-1),
+        }
+    return torch.stack([found[name] for name in names]), probs

@@ -10,8 +10,15 @@ from torch import Tensor
 
 from tunedlens.errors import InputError
 from tunedlens.evaluation.results import MODEL, Difference, Evaluation, Grid, Result
-from tunedlens.frozen import ModelIdentity
-from tunedlens.metrics import Estimate, GroupSums, RatioSums, jackknife, perplexity
+from tunedlens.metrics import (
+    METRICS,
+    Estimate,
+    GroupSums,
+    RatioSums,
+    estimates,
+    jackknife,
+    perplexity,
+)
 
 _STANDARD = (
     "kl_nats",
@@ -22,113 +29,101 @@ _STANDARD = (
     "accuracy",
 )
 _EXTENDED = ("reverse_kl_nats", "js_nats", "reciprocal_rank", "model_top1_rank", "confidence")
-PER_TOKEN = {False: _STANDARD, True: _STANDARD + _EXTENDED}
-"""Figures of a position, standard or all."""
-
-_KL, _CROSS_ENTROPY, _TOP1, _ACCURACY = (
-    _STANDARD.index(name)
-    for name in ("kl_nats", "cross_entropy_nats", "top1_agreement", "accuracy")
-)
-_OF_MODEL = {
-    *("cross_entropy_nats", "perplexity", "bits_per_byte", "entropy_nats", "accuracy"),
-    *("reciprocal_rank", "confidence", "calibration_error"),
-}
-"""Figures that the model has by itself."""
 
 BINS = 15
 """Of confidence, all of one width."""
 
 
+def per_token(extended: bool) -> tuple[str, ...]:
+    """Names of the figures of a position: the standard ones, or all that there are."""
+    return _STANDARD + _EXTENDED if extended else _STANDARD
+
+
 class Tally:
     """Adds up figures by block; its columns are the lenses and, last, the model itself.
+
+    What is said of layers is also said of their mean, which has the last place among them.
 
     Args:
         names: of the lenses.
         rows: for every column, where the figures of each layer stand in what is added.
-        model: the model.
-        extended: whether all figures of a position are added.
+        metrics: names of the figures of a position, as they stand in what is added.
+        distributions: sums of the probabilities of every row.
         transferred: names of the lenses whose translators are used at every layer.
-        device: where sums of whole distributions are kept.
+        positions: how many there are in a block, if each is to be told apart.
     """
 
     def __init__(
         self,
         names: list[str],
         rows: list[list[int]],
-        model: ModelIdentity,
+        metrics: tuple[str, ...],
+        distributions: GroupSums,
         *,
-        extended: bool,
         transferred: list[str],
-        device: torch.device,
+        positions: int | None,
     ) -> None:
-        self._names, self._rows, self._transferred = names, torch.tensor(rows), transferred
-        self._n_layers, self._metrics, self._extended = (
-            model.n_layers,
-            PER_TOKEN[extended],
-            extended,
-        )
-        n_layers, columns, n_rows = model.n_layers, len(names) + 1, int(self._rows.max()) + 1
-        self._per_token = RatioSums(len(self._metrics), n_layers, columns=columns)
-        self._bits = RatioSums(n_layers, columns=columns)
-        self._first = RatioSums(n_layers, columns=columns)
+        self._names, self._rows, self._metrics = names, torch.tensor(rows), metrics
+        self._transferred = transferred
+        self._n_layers = n_layers = len(rows[0])
+        columns, n_rows = len(rows), distributions.sums.shape[1]
+        self._per_token = RatioSums(len(metrics), n_layers + 1, columns=columns)
+        self._bits = RatioSums(n_layers + 1, columns=columns)
+        self._first = RatioSums(n_layers + 1, columns=columns)
         self._depth = RatioSums(n_layers + 1, columns=columns)
         self._mean_depth = RatioSums(columns=columns)
         self._group_tokens = GroupSums()
-        # Apple's GPUs have no float64.
-        where = "cpu" if device.type == "mps" else device
-        self.distributions = GroupSums(n_rows, model.vocab_size, device=where)
-        """Of probabilities, by row."""
-        self._calibration = GroupSums(n_rows, BINS, 3)
-        self._transfer = RatioSums(2, n_layers, n_layers, columns=max(1, len(transferred)))
-        self._positions: tuple[RatioSums, RatioSums] | None = None
-
-    def watch_positions(self, count: int) -> None:
-        """Keep sums for every position in the block as well."""
-        if self._positions is None:
-            shape, columns = (self._n_layers, count), len(self._names) + 1
-            self._positions = (
-                RatioSums(len(self._metrics), *shape, columns=columns),
-                RatioSums(*shape, columns=columns),
-            )
+        self._distributions = distributions
+        self._calibration = GroupSums(n_rows, BINS, 3) if "confidence" in metrics else None
+        self._transfer = RatioSums(2, n_layers, n_layers, columns=len(transferred))
+        self._positions = self._position_bits = None
+        if positions is not None:
+            self._positions = RatioSums(len(metrics), n_layers, positions, columns=columns)
+            self._position_bits = RatioSums(n_layers, positions, columns=columns)
 
     def add(
         self,
         figures: Float[Tensor, "metrics rows batch positions"],
+        transfer: Float[Tensor, "2 translators layers lenses batch"],
         scored: Bool[Tensor, "batch positions"],
         text_bytes: Int[Tensor, "batch positions"],
         groups: Int[Tensor, " batch"],
     ) -> None:
-        """Count the figures of further blocks where they are scored."""
+        """Count further blocks.
+
+        Args:
+            figures: of every position; they count where it is scored.
+            transfer: summed KL and cross-entropy of every translator at every layer.
+            scored: which positions are.
+            text_bytes: that the predicted tokens stand for.
+            groups: of the jackknife.
+        """
+        figures = torch.where(scored, figures.double(), 0.0)
         counts, text_bytes = scored.sum(-1), text_bytes * scored
-        full = (figures.double() * scored)[:, self._rows]
-        # metrics, columns, layers, batch, positions: columns go before what is added up over.
-        by_layer = full.transpose(1, 2)
-        self._per_token.add(by_layer.sum(-1), counts)
-        bits = by_layer[_CROSS_ENTROPY] / math.log(2)
+        by_layer = figures[:, self._rows].transpose(1, 2)  # columns last but batch, positions
+        with_mean = torch.cat([by_layer, by_layer.mean(1, keepdim=True)], 1)
+        bits = with_mean[self._metrics.index("cross_entropy_nats")] / math.log(2)
+        kl, agreed = (self._metrics.index(name) for name in ("kl_nats", "top1_agreement"))
+        self._per_token.add(with_mean.sum(-1), counts)
         self._bits.add(bits.sum(-1), text_bytes.sum(-1))
-        self._first.add(by_layer[_KL, ..., 0], scored[:, 0])
+        self._first.add(with_mean[kl, ..., 0], scored[:, 0])
+        self._transfer.add(transfer, counts)
         self._group_tokens.sums.index_add_(0, groups, counts.double())
-        self._add_depths(full[_TOP1] > 0, scored, counts)
-        if self._extended:
-            self._add_calibration(figures, scored, groups)
-        if self._positions is not None:
-            per_token, position_bits = self._positions
-            # The longest block comes first; a shorter one leaves its last positions alone.
-            missing = per_token.moments.shape[2] - scored.shape[1]
-            by_position = torch.nn.functional.pad(by_layer, (0, missing)).movedim(-1, 2)
-            there = torch.nn.functional.pad(scored, (0, missing)).T
-            bytes_there = torch.nn.functional.pad(text_bytes, (0, missing)).T
-            per_token.add(by_position, there)
-            position_bits.add(by_position[_CROSS_ENTROPY] / math.log(2), bytes_there)
+        self._add_depths(by_layer[agreed] > 0, scored, counts)
+        if self._calibration is not None:
+            self._add_calibration(self._calibration, figures, scored, groups)
+        if self._positions is not None and self._position_bits is not None:
+            self._positions.add(by_layer.movedim(-1, 2), scored.T)
+            self._position_bits.add(bits[:-1].movedim(-1, 1), text_bytes.T)
 
     def _add_depths(
         self,
-        agree: Bool[Tensor, "columns layers batch positions"],
+        agrees: Bool[Tensor, "layers columns batch positions"],
         scored: Bool[Tensor, "batch positions"],
         counts: Int[Tensor, " batch"],
     ) -> None:
         # Where the best token no longer changes it is the model's.
-        unchanged = agree.flip(1).long().cumprod(1).sum(1)
+        unchanged = agrees.flip(0).long().cumprod(0).sum(0)
         depth = self._n_layers - unchanged
         shares = torch.nn.functional.one_hot(depth, self._n_layers + 1) * scored[..., None]
         self._depth.add(shares.sum(2).movedim(-1, 0), counts)
@@ -136,60 +131,55 @@ class Tally:
 
     def _add_calibration(
         self,
+        sums: GroupSums,
         figures: Float[Tensor, "metrics rows batch positions"],
         scored: Bool[Tensor, "batch positions"],
         groups: Int[Tensor, " batch"],
     ) -> None:
-        confidence = figures[self._metrics.index("confidence")].double()
-        correct = figures[_ACCURACY].double()
-        values = torch.stack([confidence, correct, torch.ones_like(correct)], -1)
-        values *= scored[..., None]
-        bins = (confidence * BINS).long().clamp(max=BINS - 1)
-        n_rows = len(bins)
-        row = torch.arange(n_rows)[:, None, None]
-        index = (groups[:, None] * n_rows + row) * BINS + bins
-        flat = self._calibration.sums.view(-1, 3)
-        flat.index_add_(0, index.flatten(), values.flatten(0, 2))
-
-    def add_transfer(
-        self,
-        figures: Float[Tensor, "2 translators layers lenses batch positions"],
-        scored: Bool[Tensor, "batch positions"],
-    ) -> None:
-        """Count KL and cross-entropy of every translator at every layer."""
-        self._transfer.add((figures.double() * scored).sum(-1), scored.sum(-1))
+        confidence = figures[self._metrics.index("confidence")]
+        correct = figures[self._metrics.index("accuracy")]
+        values = torch.stack([confidence, correct, scored.double().expand_as(correct)], -1)
+        # What is not a number is said of the figures themselves, later.
+        bins = (confidence.nan_to_num() * BINS).long().clamp(0, BINS - 1)
+        rows = torch.arange(len(bins))[:, None, None]
+        index = (groups[:, None] * len(bins) + rows) * BINS + bins
+        sums.sums.view(-1, 3).index_add_(0, index.flatten(), values.flatten(0, 2))
 
     def reduce(self, accelerator: Accelerator) -> None:
         """Add up the sums of all processes, in each of them."""
-        ratios = [self._per_token, self._bits, self._first, self._depth, self._mean_depth]
-        ratios += [self._transfer, *(self._positions or ())]
-        for part in ratios:
+        for part in (value for value in vars(self).values() if isinstance(value, RatioSums)):
             moments = part.moments.to(accelerator.device)
             part.moments = accelerator.reduce(moments, "sum").cpu()
-        for group in (self._group_tokens, self.distributions, self._calibration):
-            there = group.sums.device
-            group.sums = accelerator.reduce(group.sums.to(accelerator.device), "sum").to(there)
+        for group in (value for value in vars(self).values() if isinstance(value, GroupSums)):
+            sums = group.sums.to(accelerator.device)
+            group.sums = accelerator.reduce(sums, "sum").to(group.sums.device)
 
-    def evaluation(self, tokens_sha256: str | None) -> Evaluation:
+    def evaluation(self, constant: list[str], tokens_sha256: str) -> Evaluation:
         """The figures.
+
+        Args:
+            constant: names of the lenses that are the same at every layer.
+            tokens_sha256: of what was scored.
 
         Raises:
             InputError: there is nothing to score, or a figure is not finite.
         """
-        tokens = float(self._mean_depth.denominator)
-        text_bytes = float(self._bits.denominator[0])
+        tokens, text_bytes = float(self._mean_depth.denominator), float(self._bits.denominator[0])
         if not tokens or not text_bytes:
             raise InputError(
                 f"there is nothing to score: {tokens:.0f} tokens for {text_bytes:.0f} bytes of "
                 "text; give more text or --tokens, or a smaller --seq-len"
             )
-        estimates = _Estimates(self)
-        results = list(estimates.results())
-        for result in results:
-            if not math.isfinite(result.value):
+        replicates = self._replicates()
+        results = list(self._results(replicates))
+        differences = list(self._differences(replicates))
+        figures: list[Result | Difference] = [*results, *differences]
+        for figure in figures:
+            if not math.isfinite(figure.value):
+                layer = "" if figure.layer is None else f" at layer {figure.layer}"
                 raise InputError(
-                    f"{result.metric} of {result.lens} at layer {result.layer} is {result.value}; "
-                    "where it is being trained, a smaller --lr may help"
+                    f"{figure.metric} of {figure.lens}{layer} is {figure.value}; where it is "
+                    "being trained, a smaller --lr may help"
                 )
         return Evaluation(
             results=results,
@@ -198,98 +188,111 @@ class Tally:
             text_bytes=round(text_bytes),
             blocks=round(float(self._mean_depth.blocks)),
             tokens_sha256=tokens_sha256,
-            differences=list(estimates.differences()),
+            constant=constant,
+            differences=differences,
             by_position=self._position_grids(),
             transfer=self._transfer_grids(),
         )
 
+    def _results(self, replicates: dict[str, Tensor]) -> Iterator[Result]:
+        n_layers = self._n_layers
+        columns = torch.eye(len(self._names) + 1, dtype=torch.float64)
+        figures = self._by_layer(columns, replicates)
+        depths = _rows(*self._depth.estimates())
+        mean_depths = _rows(*self._mean_depth.estimates())[0]
+        for column, lens in enumerate(self._names):
+            for layer in (*range(n_layers), None):
+                for metric, found in figures.items():
+                    estimate = found[-1 if layer is None else layer][column]
+                    yield Result(lens, layer, metric, *estimate)
+                    if metric == "cross_entropy_nats" and layer is not None:
+                        yield Result(lens, layer, "perplexity", *perplexity(estimate))
+            for layer, shares in enumerate(depths):
+                yield Result(lens, layer, "prediction_depth", *shares[column])
+            yield Result(lens, None, "mean_prediction_depth", *mean_depths[column])
+        for metric, found in figures.items():
+            if METRICS[metric].of_model:
+                yield Result(MODEL, n_layers, metric, *found[0][-1])
+                if metric == "cross_entropy_nats":
+                    yield Result(MODEL, n_layers, "perplexity", *perplexity(found[0][-1]))
+
+    def _differences(self, replicates: dict[str, Tensor]) -> Iterator[Difference]:
+        names = self._names
+        pairs = [(i, j) for i in range(len(names)) for j in range(i)]
+        if not pairs:
+            return
+        contrasts = torch.zeros(len(pairs), len(names) + 1, dtype=torch.float64)
+        for row, (column, other) in enumerate(pairs):
+            contrasts[row, column], contrasts[row, other] = 1, -1
+        figures = self._by_layer(contrasts, replicates)
+        depths = _rows(*self._mean_depth.estimates(contrasts))[0]
+        for row, (column, other) in enumerate(pairs):
+            for layer in (*range(self._n_layers), None):
+                for metric, found in figures.items():
+                    estimate = found[-1 if layer is None else layer][row]
+                    yield Difference(names[column], names[other], layer, metric, *estimate)
+            depth = depths[row]
+            yield Difference(names[column], names[other], None, "mean_prediction_depth", *depth)
+
+    def _by_layer(
+        self, contrasts: Float[Tensor, "figures columns"], replicates: dict[str, Tensor]
+    ) -> dict[str, list[list[Estimate]]]:
+        """By metric: for every layer and last their mean, the figure of each contrast."""
+        values, errors = self._per_token.estimates(contrasts)
+        found = {
+            metric: _rows(*pair)
+            for metric, *pair in zip(self._metrics, values, errors, strict=True)
+        }
+        found["bits_per_byte"] = _rows(*self._bits.estimates(contrasts))
+        found["kl_nats_position_0"] = _rows(*self._first.estimates(contrasts))
+        for metric, parts in replicates.items():
+            found[metric] = _rows(*jackknife(parts @ contrasts.mT))
+        return found
+
+    def _replicates(self) -> dict[str, Float[Tensor, "replicates layers columns"]]:
+        """Of the figures that are no ratio, by metric."""
+        used = [group for group, count in enumerate(self._group_tokens.sums.tolist()) if count]
+        found = {"bias_nats": self._distributions.replicates(_bias, used)}
+        if self._calibration is not None:
+            found["calibration_error"] = self._calibration.replicates(_gap, used)
+        by_layer = {metric: parts[:, self._rows].mT for metric, parts in found.items()}
+        return {
+            metric: torch.cat([parts, parts.mean(1, keepdim=True)], 1)
+            for metric, parts in by_layer.items()
+        }
+
     def _position_grids(self) -> dict[str, dict[str, Grid]]:
-        if self._positions is None:
+        if self._positions is None or self._position_bits is None:
             return {}
-        per_token, bits = (part.estimates() for part in self._positions)
+        figures, bits = self._positions.estimates(), self._position_bits.estimates()
         grids: dict[str, dict[str, Grid]] = {}
         for column, lens in enumerate([*self._names, MODEL]):
             layers = 1 if lens == MODEL else self._n_layers
             grids[lens] = {
-                metric: _grid(*(part[index, :layers, :, column] for part in per_token))
+                metric: _grid(*(part[index, :layers, :, column] for part in figures))
                 for index, metric in enumerate(self._metrics)
-                if lens != MODEL or metric in _OF_MODEL
+                if lens != MODEL or METRICS[metric].of_model
             }
             grids[lens]["bits_per_byte"] = _grid(*(part[:layers, :, column] for part in bits))
         return grids
 
     def _transfer_grids(self) -> dict[str, dict[str, Grid]]:
-        estimates = self._transfer.estimates()
+        figures = self._transfer.estimates()
         return {
             lens: {
-                metric: _grid(*(part[index, ..., column] for part in estimates))
+                metric: _grid(*(part[index, ..., column] for part in figures))
                 for index, metric in enumerate(("kl_nats", "cross_entropy_nats"))
             }
             for column, lens in enumerate(self._transferred)
         }
 
 
-class _Estimates:
-    """Figures and differences from the sums of a tally."""
-
-    def __init__(self, tally: Tally) -> None:
-        self._tally = tally
-        used = [group for group, count in enumerate(tally._group_tokens.sums.tolist()) if count]
-        self._grouped = {"bias_nats": tally.distributions.replicates(_bias, used)}
-        if tally._extended:
-            self._grouped["calibration_error"] = tally._calibration.replicates(_gap, used)
-
-    def results(self) -> Iterator[Result]:
-        tally = self._tally
-        for column, lens in enumerate([*tally._names, MODEL]):
-            if lens == MODEL:
-                for metric, estimate in self._layer(column, 0):
-                    if metric in _OF_MODEL:
-                        yield Result(lens, tally._n_layers, metric, *estimate)
-                return
-            for layer in range(tally._n_layers):
-                for metric, estimate in self._layer(column, layer):
-                    yield Result(lens, layer, metric, *estimate)
-            for layer in range(tally._n_layers + 1):
-                share = tally._depth.estimate(layer, column)
-                yield Result(lens, layer, "prediction_depth", *share)
-            yield Result(lens, None, "mean_prediction_depth", *tally._mean_depth.estimate(column))
-
-    def differences(self) -> Iterator[Difference]:
-        tally = self._tally
-        for column, lens in enumerate(tally._names):
-            for other_column, other in enumerate(tally._names[:column]):
-                for layer in range(tally._n_layers):
-                    for metric, sums, index in self._ratios(layer):
-                        estimate = sums.difference(*index, column, other_column)
-                        yield Difference(lens, other, layer, metric, *estimate)
-                    for metric, replicates in self._grouped.items():
-                        mine, others = (
-                            replicates[:, tally._rows[c, layer]] for c in (column, other_column)
-                        )
-                        yield Difference(lens, other, layer, metric, *jackknife(mine - others))
-
-    def _layer(self, column: int, layer: int) -> Iterator[tuple[str, Estimate]]:
-        for metric, sums, index in self._ratios(layer):
-            estimate = sums.estimate(*index, column)
-            yield metric, estimate
-            if metric == "cross_entropy_nats":
-                yield "perplexity", perplexity(estimate)
-        for metric, replicates in self._grouped.items():
-            yield metric, jackknife(replicates[:, self._tally._rows[column, layer]])
-
-    def _ratios(self, layer: int) -> Iterator[tuple[str, RatioSums, tuple[int, ...]]]:
-        for index, metric in enumerate(self._tally._metrics):
-            yield metric, self._tally._per_token, (index, layer)
-        yield "bits_per_byte", self._tally._bits, (layer,)
-        yield "kl_nats_position_0", self._tally._first, (layer,)
-
-
 def _bias(sums: Float[Tensor, "rows vocab"]) -> Float[Tensor, " rows"]:
     """KL of the model's mean distribution, the last row, to each row's, in nats."""
     means = sums / sums.sum(-1, keepdim=True)
-    model = means[-1]
-    return torch.special.xlogy(model, model / means).sum(-1)
+    # A token to which a lens gives less than a float can hold has at least the least of them.
+    nats = means[-1].log() - means.clamp_min(torch.finfo(torch.float32).tiny).log()
+    return torch.where(means[-1] > 0, means[-1] * nats, 0.0).sum(-1)
 
 
 def _gap(sums: Float[Tensor, "rows bins 3"]) -> Float[Tensor, " rows"]:
@@ -302,10 +305,15 @@ def _gap(sums: Float[Tensor, "rows bins 3"]) -> Float[Tensor, " rows"]:
     return (confidence - correct).abs().sum(-1) / tokens.sum(-1)
 
 
+def _rows(values: Float[Tensor, "..."], errors: Float[Tensor, "..."]) -> list[list[Estimate]]:
+    """Estimates of the last dimension, for every place in the others."""
+    found, width = estimates(values, errors), values.shape[-1]
+    return [found[start : start + width] for start in range(0, len(found), max(1, width))]
+
+
 def _grid(values: Float[Tensor, "rows columns"], errors: Float[Tensor, "rows columns"]) -> Grid:
-    return Grid(
-        *([[_number(x) for x in row] for row in part.tolist()] for part in (values, errors))
-    )
+    rows = [[[_number(x) for x in row] for row in part.tolist()] for part in (values, errors)]
+    return Grid(*rows)
 
 
 def _number(value: float) -> float | None:

@@ -3,12 +3,13 @@
 from tunedlens.fit.baselines import mean_lens, unigram_lens
 from tunedlens.fit.closed_form import LeastSquares
 from tunedlens.fit.gradient import accumulate_gradient
-from tunedlens.fit.jacobian import MeanJacobian
+from tunedlens.fit.jacobian import SKIPPED_POSITIONS, MeanJacobian
 from tunedlens.fit.steps import RECIPES, Peer, Preconditioned, Recipe, Steps, evening
 from tunedlens.fit.stopping import LearningCurve, Look
 
 __all__ = [
     "RECIPES",
+    "SKIPPED_POSITIONS",
     "LearningCurve",
     "LeastSquares",
     "Look",

@@ -10,9 +10,18 @@ from tunedlens.metrics.pointwise import (
     log_probs,
     rank,
 )
-from tunedlens.metrics.sums import Estimate, GroupSums, RatioSums, jackknife, perplexity
+from tunedlens.metrics.sums import (
+    GROUPS,
+    Estimate,
+    GroupSums,
+    RatioSums,
+    estimates,
+    jackknife,
+    perplexity,
+)
 
 __all__ = [
+    "GROUPS",
     "METRICS",
     "Estimate",
     "GroupSums",
@@ -20,6 +29,7 @@ __all__ = [
     "RatioSums",
     "cross_entropy",
     "entropy",
+    "estimates",
     "jackknife",
     "js_divergence",
     "kl_divergence",

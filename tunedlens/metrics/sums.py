@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+_LARGEST_EXPONENT = 700.0
+
 
 class Estimate(NamedTuple):
     """A figure for a whole corpus, and how far off it may be."""
@@ -22,10 +24,16 @@ class Estimate(NamedTuple):
 
 
 def perplexity(cross_entropy_nats: Estimate) -> Estimate:
-    """`exp` of the mean cross-entropy; its error to first order."""
-    value = math.exp(min(cross_entropy_nats.value, 709.0))
+    """`exp` of the mean cross-entropy, as far as a float goes; its error to first order."""
+    value = math.exp(min(cross_entropy_nats.value, _LARGEST_EXPONENT))
     error = cross_entropy_nats.standard_error
     return Estimate(value, None if error is None else value * error)
+
+
+def estimates(values: Float[Tensor, "..."], errors: Float[Tensor, "..."]) -> list[Estimate]:
+    """One for each pair of figures; an error that is no number is none."""
+    pairs = zip(values.flatten().tolist(), errors.flatten().tolist(), strict=True)
+    return [Estimate(value, error if math.isfinite(error) else None) for value, error in pairs]
 
 
 class RatioSums:
@@ -33,8 +41,8 @@ class RatioSums:
 
     Kept are, for the vector of a block's numerators (one column a lens), its denominator
     and 1, the sums over blocks of all products of two of them. They give each column's
-    ratio, and any difference of two columns on the same blocks, with the standard error of
-    a ratio estimator clustered by block.
+    ratio, and that of any difference of columns on the same blocks, with the standard error
+    of a ratio estimator clustered by block.
 
     Args:
         shape: of figures with their own sums (metrics, layers).
@@ -52,11 +60,11 @@ class RatioSums:
         numerators: Float[Tensor, "*shape columns blocks"],
         denominators: Float[Tensor, "*#shape blocks"],
     ) -> None:
-        """Count further blocks; one with a denominator of 0 is not there."""
-        numerators = numerators.double()
+        """Count further blocks; one with a denominator of 0 is left out."""
         shape = (*numerators.shape[:-2], 1, numerators.shape[-1])
         denominators = denominators.double()[..., None, :].expand(shape)
-        vectors = torch.cat([numerators, denominators, (denominators > 0).double()], -2)
+        there = (denominators > 0).double()
+        vectors = torch.cat([numerators.double() * there, denominators, there], -2)
         self.moments += vectors @ vectors.mT
 
     @property
@@ -69,52 +77,37 @@ class RatioSums:
         """How many blocks were counted."""
         return self.moments[..., -1, -1]
 
-    def estimate(self, *index: int) -> Estimate:
-        """The figure of one column, given by shape and column.
+    def estimates(
+        self, contrasts: Float[Tensor, "figures columns"] | None = None
+    ) -> tuple[Float[Tensor, "*shape figures"], Float[Tensor, "*shape figures"]]:
+        """Values and standard errors.
 
-        Raises:
-            ValueError: no block was counted.
+        Args:
+            contrasts: rows are weights of the columns: (1, -1) is the first less the second.
+                By default every column by itself.
+
+        Returns:
+            NaN where nothing was counted; no error where a single block was.
         """
-        *shape, column = index or (0,)
-        return self._estimate(tuple(shape), {column: 1.0})
-
-    def difference(self, *index: int) -> Estimate:
-        """The figure of one column less that of another, given by shape and both columns.
-
-        Raises:
-            ValueError: no block was counted.
-        """
-        *shape, column, other = index
-        return self._estimate(tuple(shape), {column: 1.0, other: -1.0})
-
-    def estimates(self) -> tuple[Float[Tensor, "*shape columns"], Float[Tensor, "*shape columns"]]:
-        """Values and standard errors of all; NaN where nothing was counted."""
-        m, n = self.moments, self.denominator[..., None]
-        values = m[..., :-2, -1] / n
-        squares = m.diagonal(dim1=-2, dim2=-1)[..., :-2]
-        crossed = m[..., :-2, -2]
-        spread = squares - 2 * values * crossed + values.square() * m[..., -2, -2, None]
-        blocks = self.blocks[..., None]
-        return values, (spread.clamp(min=0) * blocks / (blocks - 1)).sqrt() / n
-
-    def _estimate(self, index: tuple[int, ...], weights: dict[int, float]) -> Estimate:
-        moments = self.moments[index]
-        contrast = torch.zeros(len(moments), dtype=torch.float64)
-        for column, weight in weights.items():
-            contrast[column] = weight
-        total, n, blocks = (
-            float(contrast @ moments[:, -1]),
-            float(moments[-2, -1]),
-            float(moments[-1, -1]),
+        columns = self.moments.shape[-1] - 2
+        if contrasts is None:
+            contrasts = torch.eye(columns)
+        n = self.denominator[..., None]
+        values = (self.moments[..., :-2, -1] @ contrasts.double().mT) / n
+        # Of a block's numerator and denominator: what is left of the one when the ratio times
+        # the other is taken away.
+        shape = (*values.shape, columns)
+        residual = torch.cat(
+            [
+                contrasts.double().expand(shape),
+                -values[..., None],
+                torch.zeros_like(values)[..., None],
+            ],
+            -1,
         )
-        if not n:
-            raise ValueError("nothing was scored, so there is no figure to report")
-        value = total / n
-        if blocks < 2:
-            return Estimate(value, None)
-        contrast[-2] = -value
-        spread = max(0.0, float(contrast @ moments @ contrast))
-        return Estimate(value, math.sqrt(spread * blocks / (blocks - 1)) / n)
+        spread = ((residual @ self.moments) * residual).sum(-1).clamp(min=0)
+        blocks = self.blocks[..., None]
+        return values, (spread * blocks / (blocks - 1)).sqrt() / n
 
 
 GROUPS = 16
@@ -127,9 +120,6 @@ class GroupSums:
     Args:
         shape: of the sums of one group.
         device: where they are kept.
-
-    Source:
-        Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 11.
     """
 
     def __init__(self, *shape: int, device: torch.device | str = "cpu") -> None:
@@ -139,15 +129,23 @@ class GroupSums:
         self, figure: Callable[[Tensor], Tensor], used: Sequence[int]
     ) -> Float[Tensor, "replicates ..."]:
         """The figure of all groups, then of all but each one of those that were used."""
-        total = self.sums.sum(0)
-        without = [figure(total - self.sums[group]).cpu() for group in used if len(used) > 1]
-        return torch.stack([figure(total).cpu(), *without])
+        used = list(used)
+        # Added up anew: taking a group from the total would leave nothing but rounding where
+        # all of a token's probability is in that group.
+        parts = [used, *([other for other in used if other != group] for group in used)]
+        return torch.stack([figure(self.sums[part].sum(0)).cpu() for part in parts if part])
 
 
-def jackknife(replicates: Float[Tensor, " replicates"]) -> Estimate:
-    """A figure and its standard error, from what `GroupSums.replicates` gives."""
-    value, without = float(replicates[0]), replicates[1:]
+def jackknife(
+    replicates: Float[Tensor, "replicates ..."],
+) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+    """Figures and their standard errors, from what `GroupSums.replicates` gives.
+
+    Source:
+        Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 11.
+    """
+    value, without = replicates[0], replicates[1:]
     if len(without) < 2:
-        return Estimate(value, None)
-    spread = (without - without.mean()).square().mean() * (len(without) - 1)
-    return Estimate(value, float(spread.sqrt()))
+        return value, torch.full_like(value, math.nan)
+    spread = (without - without.mean(0)).square().mean(0) * (len(without) - 1)
+    return value, spread.sqrt()

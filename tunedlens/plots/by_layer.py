@@ -25,18 +25,21 @@ def by_layer(evaluation: Evaluation, metric: str) -> "Figure":
     out, with its value.
     """
     with new_figure(5.0, 3.2) as figure:
-        draw_by_layer(figure.subplots(), evaluation, metric)
+        name_lines(*draw_by_layer(figure.subplots(), evaluation, metric))
     return figure
 
 
 def agreement_by_layer(evaluation: Evaluation) -> "Figure":
     """How often a lens and the model agree on the best token: among the best one, or ten."""
     with new_figure(8.6, 3.2) as figure:
-        for axes, metric in zip(
-            figure.subplots(1, 2, sharey=True), ("top1_agreement", "top10_agreement"), strict=True
-        ):
-            draw_by_layer(axes, evaluation, metric)
-            axes.set_ylim(0, 1.02)
+        left, right = figure.subplots(1, 2, sharey=True)
+        lines = [
+            draw_by_layer(left, evaluation, "top1_agreement"),
+            draw_by_layer(right, evaluation, "top10_agreement"),
+        ]
+        left.set_ylim(0, 1.02)
+        for drawn in lines:
+            name_lines(*drawn)
     return figure
 
 
@@ -81,34 +84,31 @@ def by_position(evaluation: Evaluation) -> "Figure":
     n_layers = evaluation.n_layers
     layers = sorted({round(i * (n_layers - 1) / 3) for i in range(4)})
     lenses = [lens for lens in evaluation.lenses if lens in evaluation.by_position]
-    look = styles(lenses)
+    look = styles(evaluation.lenses)
     with new_figure(2.3 * len(layers) + 1.0, 2.8) as figure:
         grid = figure.subplots(1, len(layers), squeeze=False, sharey=True)[0]
+        ends = {}
         for axes, layer in zip(grid, layers, strict=True):
             axes.set_yscale("log")
             for lens in lenses:
                 row = evaluation.by_position[lens]["kl_nats"]
+                values, errors = row.values[layer], row.standard_errors[layer]
                 style = look[lens] | {"marker": ""}
-                points = _averaged(row.values[layer], row.standard_errors[layer])
-                x, y, error = zip(*points, strict=True)
-                axes.plot(x, y, **style)
-                low = [max(v - 2 * e, v / 10) for v, e in zip(y, error, strict=True)]
-                high = [v + 2 * e for v, e in zip(y, error, strict=True)]
-                axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
-                first = row.values[layer][0]
-                if first:
-                    axes.plot(
-                        [0], [first], color=style["color"], marker=look[lens]["marker"] or "_"
-                    )
+                if points := _averaged(values, errors):
+                    x, y, error = zip(*points, strict=True)
+                    axes.plot(x, y, **style)
+                    low = [max(v - 2 * e, v / 10) for v, e in zip(y, error, strict=True)]
+                    high = [v + 2 * e for v, e in zip(y, error, strict=True)]
+                    axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
+                    ends[lens] = y[-1]
+                if values[0]:
+                    mark = look[lens]["marker"] or "_"
+                    axes.plot([0], [values[0]], color=style["color"], marker=mark)
             axes.set_title(f"layer {layer}", fontsize=9)
             axes.set_xlabel("position in the block")
         grid[0].set_ylabel(METRICS["kl_nats"].title)
         for axes in grid:
             plain_log_ticks(axes)
-        ends = {}
-        for lens in lenses:
-            row = evaluation.by_position[lens]["kl_nats"]
-            ends[lens] = _averaged(row.values[layers[-1]], row.standard_errors[layers[-1]])[-1][1]
         name_lines(grid[-1], ends, {lens: look[lens]["color"] for lens in lenses})
     return figure
 
@@ -117,10 +117,14 @@ def overview(evaluation: Evaluation) -> "Figure":
     """KL, perplexity, top-1 agreement and prediction depth, two by two."""
     with new_figure(9.2, 6.2) as figure:
         (kl, perplexity), (agreement, depth) = figure.subplots(2, 2)
-        draw_by_layer(kl, evaluation, "kl_nats")
-        draw_by_layer(perplexity, evaluation, "perplexity")
-        draw_by_layer(agreement, evaluation, "top1_agreement")
+        lines = [
+            draw_by_layer(kl, evaluation, "kl_nats"),
+            draw_by_layer(perplexity, evaluation, "perplexity"),
+            draw_by_layer(agreement, evaluation, "top1_agreement"),
+        ]
         draw_prediction_depth(depth, evaluation)
+        for drawn in lines:
+            name_lines(*drawn)
     return figure
 
 
@@ -148,12 +152,12 @@ DRAWINGS = {
     "bits_per_byte_by_layer": Drawing(
         _of("bits_per_byte"), f"Cross-entropy in bits per byte of text; {_BAND}"
     ),
+    "bias_by_layer": Drawing(
+        _of("bias_nats"), f"KL between the mean distributions of model and lens; {_BAND}"
+    ),
     "agreement_by_layer": Drawing(
         agreement_by_layer,
         f"How often the model's best token is the lens's best, and among its best ten; {_BAND}",
-    ),
-    "bias_by_layer": Drawing(
-        _of("bias_nats"), f"KL between the mean distributions of model and lens; {_BAND}"
     ),
     "prediction_depth": Drawing(
         prediction_depth, "From which layer on the best token no longer changes"
@@ -172,8 +176,10 @@ DRAWINGS = {
 """Every figure of a report, by the name of its files."""
 
 
-def draw_by_layer(axes: "Axes", evaluation: Evaluation, metric: str) -> None:
-    """Lines, bands and names of one metric on axes that are there."""
+def draw_by_layer(
+    axes: "Axes", evaluation: Evaluation, metric: str
+) -> tuple["Axes", dict[str, float], dict[str, Any]]:
+    """Lines and bands of one metric on axes that are there; returns what names the lines."""
     shown, lenses = METRICS[metric], evaluation.lenses
     look, layers = styles(lenses), list(range(evaluation.n_layers))
     columns = {lens: evaluation.by_layer(lens, metric) for lens in lenses}
@@ -209,14 +215,14 @@ def draw_by_layer(axes: "Axes", evaluation: Evaluation, metric: str) -> None:
     axes.set_xticks(layers[:: max(1, len(layers) // 12)])
     if shown.is_log:
         plain_log_ticks(axes)
-    name_lines(axes, ends, colors)
+    return axes, ends, colors
 
 
 def draw_prediction_depth(axes: "Axes", evaluation: Evaluation) -> None:
     """Share of tokens by the layer from which their best token no longer changes."""
-    lenses = [lens for lens in evaluation.lenses if not evaluation.is_constant(lens)]
-    look, layers = styles(lenses), list(range(evaluation.n_layers + 1))
-    width = 0.8 / len(lenses)
+    lenses = [lens for lens in evaluation.lenses if lens not in evaluation.constant]
+    look, layers = styles(evaluation.lenses), list(range(evaluation.n_layers + 1))
+    width = 0.8 / max(1, len(lenses))
     for index, lens in enumerate(lenses):
         column = evaluation.by_layer(lens, "prediction_depth")
         axes.bar(
@@ -271,10 +277,10 @@ def _averaged(
     run = max(1, -(-(len(values) - 1) // 64))
     points = []
     for start in range(1, len(values), run):
-        part = [v for v in values[start : start + run] if v is not None]
-        # Positions of one block are not independent, so their errors are not made smaller.
-        spread = [e or 0.0 for e in errors[start : start + run]]
-        if part:
-            middle = start + (len(part) - 1) / 2
-            points.append((middle, sum(part) / len(part), sum(spread) / len(spread)))
+        pairs = zip(values[start : start + run], errors[start : start + run], strict=True)
+        there = [(value, error or 0.0) for value, error in pairs if value is not None]
+        if there:
+            # Positions of one block are not independent, so their errors are not made smaller.
+            value, error = (sum(part) / len(there) for part in zip(*there, strict=True))
+            points.append((start + (len(there) - 1) / 2, value, error))
     return points

@@ -26,11 +26,9 @@ _KNOWN: dict[str, dict[str, Any]] = {
     "unigram": {"color": "0.45", "marker": "", "linestyle": (0, (5, 2))},
     "mean": {"color": "0.6", "marker": "", "linestyle": (0, (1, 1))},
 }
-_OTHERS: tuple[dict[str, Any], ...] = (
-    {"color": "#56B4E9", "marker": "v", "linestyle": "-"},
-    {"color": "#E69F00", "marker": "P", "linestyle": "--"},
-    {"color": "#000000", "marker": "X", "linestyle": "-."},
-)
+_COLORS = ("#56B4E9", "#E69F00", "#000000", "#7A4FBF")
+_MARKERS = ("v", "P", "X", "*", "h")
+_DASHES = ("-", "--", "-.")
 _RC: Any = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -45,9 +43,14 @@ _RC: Any = {
 
 
 def styles(lenses: list[str]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and dash of every lens: the same in every figure and report."""
+    """Colour, marker and dash of every lens of an evaluation, each combination once."""
     unknown = [lens for lens in lenses if lens not in _KNOWN]
-    return _KNOWN | dict(zip(unknown, itertools.cycle(_OTHERS), strict=False))
+    others = zip(*map(itertools.cycle, (_COLORS, _MARKERS, _DASHES)), strict=True)
+    keys = ("color", "marker", "linestyle")
+    return _KNOWN | {
+        lens: dict(zip(keys, other, strict=True))
+        for lens, other in zip(unknown, others)  # noqa: B905
+    }
 
 
 @contextmanager

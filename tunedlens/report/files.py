@@ -10,7 +10,7 @@ from typing import Any
 from tunedlens import plots
 from tunedlens.checkpoint import write, write_json
 from tunedlens.errors import InputError
-from tunedlens.evaluation import Evaluation
+from tunedlens.evaluation import MODEL, Evaluation
 from tunedlens.report.page import page
 from tunedlens.report.tables import (
     difference_rows,
@@ -53,7 +53,7 @@ def write_report(evaluation: Evaluation, folder: Path) -> None:
     ):
         if grids:
             header = ("lens", *first, "metric", "value", "standard_error")
-            _write_csv(folder / name, header, _grid_rows(grids))
+            _write_csv(folder / name, header, _grid_rows(grids, evaluation.n_layers))
         else:
             (folder / name).unlink(missing_ok=True)
     pictures = {}
@@ -73,13 +73,13 @@ def write_report(evaluation: Evaluation, folder: Path) -> None:
     write(folder / REPORT_HTML, page(evaluation, pictures))
 
 
-def read_evaluation(folder: Path) -> Evaluation:
+def read_evaluation(folder: str | Path) -> Evaluation:
     """What `write_report` wrote.
 
     Raises:
         InputError: there is no evaluation in the folder, or it is damaged.
     """
-    path = folder / METRICS_JSON
+    path = Path(folder) / METRICS_JSON
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -107,15 +107,21 @@ def require_own(folder: Path) -> None:
         InputError: the folder holds something else.
     """
     try:
-        if not folder.is_dir() or not any(folder.iterdir()):
-            return
-        ours = "schema" in json.loads((folder / METRICS_JSON).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        ours = False
-    if not ours:
+        names = {path.name for path in folder.iterdir()}
+        known = {METRICS_JSON, METRICS_CSV, DIFFERENCES_CSV, *GRIDS_CSV, REPORT_MD, REPORT_HTML}
+        known |= {f"{name}.{kind}" for name in plots.DRAWINGS for kind in plots.KINDS}
+        other = sorted(names - known - {"wandb"})
+        if names and not other:
+            data = json.loads((folder / METRICS_JSON).read_text(encoding="utf-8"))
+            other = [] if isinstance(data, dict) and "results" in data else [METRICS_JSON]
+    except (FileNotFoundError, NotADirectoryError):
+        return  # writing says what is wrong, if anything is
+    except (OSError, ValueError):
+        other = [METRICS_JSON]
+    if other:
         raise InputError(
-            f"{folder} holds something else than an evaluation; give --output an empty or new "
-            "folder"
+            f"{folder} holds something else than an evaluation ({other[0]}); give --output an "
+            "empty or new folder"
         )
 
 
@@ -123,14 +129,15 @@ def _row(columns: tuple[str, ...]) -> Any:
     return lambda figure: [getattr(figure, column) for column in columns]
 
 
-def _grid_rows(grids: dict[str, Any]) -> Iterable[list[Any]]:
+def _grid_rows(grids: dict[str, Any], n_layers: int) -> Iterable[list[Any]]:
     for lens, metrics in grids.items():
+        first = n_layers if lens == MODEL else 0
         for metric, grid in metrics.items():
             for i, (values, errors) in enumerate(
                 zip(grid.values, grid.standard_errors, strict=True)
             ):
                 for j, (value, error) in enumerate(zip(values, errors, strict=True)):
-                    yield [lens, i, j, metric, value, error]
+                    yield [lens, first + i, j, metric, value, error]
 
 
 def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[list[Any]]) -> None:

@@ -28,7 +28,7 @@ h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .25rem; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; }
 p.about, figcaption, dt { color: var(--soft); }
 figure { margin: 0; }
-figure img { width: 100%; height: auto; background: #fff; border: 1px solid var(--line);
+figure img { max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line);
   border-radius: 6px; padding: .5rem; }
 figcaption { font-size: .875rem; margin-top: .35rem; }
 .figures { display: grid; gap: 1.5rem;
@@ -73,7 +73,7 @@ for (const table of document.querySelectorAll("table")) {
 }
 """
 
-_WIDE = ("overview", "agreement_by_layer", "transfer", "by_position")
+_WIDE = ("overview", "agreement_by_layer", "by_position")
 
 
 def page(evaluation: Evaluation, pictures: dict[str, bytes]) -> str:

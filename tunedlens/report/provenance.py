@@ -1,8 +1,10 @@
 """Where figures come from."""
 
 import platform
+import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,18 @@ from tunedlens.frozen import FrozenModel
 _VERSIONED = ("tunedlens", "torch", "transformers", "tokenizers", "accelerate")
 
 
-def provenance(model: FrozenModel) -> dict[str, Any]:
-    """Where figures come from: versions, commit, device, dtype, model, time, command."""
+def provenance(model: FrozenModel, command: Sequence[str] | None = None) -> dict[str, Any]:
+    """Where figures come from: versions, commit, device, dtype, model, time, command.
+
+    Args:
+        model: what was looked into.
+        command: that was run; by default this process's own.
+    """
+    command = command or ["python", Path(sys.argv[0]).name, *sys.argv[1:]]
     identity = model.identity
     return {
         "created": now(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(command),
         "model": identity.name,
         "revision": identity.revision,
         "fingerprint": identity.fingerprint,

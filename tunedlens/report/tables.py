@@ -1,5 +1,7 @@
 """Results as tables: rows of text, plain or in Markdown, and sentences."""
 
+import math
+
 from tunedlens.evaluation import MODEL, Evaluation
 from tunedlens.metrics import METRICS, Estimate
 
@@ -24,14 +26,14 @@ Rows = list[list[str]]
 
 def kl_rows(evaluation: Evaluation) -> Rows:
     """Layers down, lenses across: the KL, and its mean over layers."""
-    columns = [evaluation.by_layer(lens, "kl_nats") for lens in evaluation.lenses]
+    lenses = evaluation.lenses
+    columns = [evaluation.by_layer(lens, "kl_nats") for lens in lenses]
     rows = [
         [str(layer), *(plus_minus(column[layer]) for column in columns)]
         for layer in range(evaluation.n_layers)
     ]
-    means = [sum(e.value for e in column) / len(column) for column in columns]
-    header = ["layer", *(f"{lens} KL (nats)" for lens in evaluation.lenses)]
-    return [header, *rows, ["mean", *(f"{mean:.4f}" for mean in means)]]
+    means = [plus_minus(evaluation.of_lens(lens, "kl_nats")) for lens in lenses]
+    return [["layer", *(f"{lens} KL, nats" for lens in lenses)], *rows, ["mean", *means]]
 
 
 def metric_rows(evaluation: Evaluation, metrics: list[str] | None = None) -> Rows:
@@ -41,7 +43,7 @@ def metric_rows(evaluation: Evaluation, metrics: list[str] | None = None) -> Row
         evaluation: the results.
         metrics: names; all that there are by default.
     """
-    metrics = [m for m in metrics or evaluation.metrics if m != "prediction_depth"]
+    metrics = metrics or evaluation.metrics
     columns = {
         (lens, metric): evaluation.by_layer(lens, metric)
         for lens in evaluation.lenses
@@ -52,28 +54,33 @@ def metric_rows(evaluation: Evaluation, metrics: list[str] | None = None) -> Row
     def row(layer: int, lens: str, name: str) -> list[str]:
         return [name, lens, *(plus_minus(columns[lens, metric][layer]) for metric in metrics)]
 
-    constant = [lens for lens in evaluation.lenses if evaluation.is_constant(lens)]
+    varied = [lens for lens in evaluation.lenses if lens not in evaluation.constant]
     for layer in range(evaluation.n_layers):
-        rows += [row(layer, lens, str(layer)) for lens in evaluation.lenses if lens not in constant]
-    rows += [row(0, lens, "any") for lens in constant]
-    agrees = {"kl_nats": "0", "bias_nats": "0", "top1_agreement": "1", "top10_agreement": "1"}
-    own = [agrees.get(metric, "") for metric in metrics]
-    for index, metric in enumerate(metrics):
-        if any((r.lens, r.metric) == (MODEL, metric) for r in evaluation.results):
-            own[index] = plus_minus(evaluation.of_model(metric))
-    return [*rows, [str(evaluation.n_layers), MODEL, *own]]
+        rows += [row(layer, lens, str(layer)) for lens in varied]
+    rows += [row(0, lens, "any") for lens in evaluation.constant]
+    own = {r.metric for r in evaluation.results if r.lens == MODEL}
+    last = [str(evaluation.n_layers), MODEL]
+    for metric in metrics:
+        known = METRICS[metric].where_lens_is_model
+        if metric in own:
+            last.append(plus_minus(evaluation.of_model(metric)))
+        else:
+            last.append("" if known is None else f"{known:g}")
+    return [*rows, last]
 
 
 def difference_rows(evaluation: Evaluation, metric: str = "kl_nats") -> Rows:
     """Layers down, pairs of lenses across: one less the other, with the error of that."""
     pairs = list(dict.fromkeys((d.lens, d.other) for d in evaluation.differences))
     columns = [evaluation.difference(*pair, metric) for pair in pairs]
+    means = [plus_minus(evaluation.mean_difference(*pair, metric)) for pair in pairs]
     return [
         ["layer", *(f"{lens} − {other}" for lens, other in pairs)],
         *(
             [str(layer), *(plus_minus(column[layer]) for column in columns)]
             for layer in range(evaluation.n_layers)
         ),
+        ["mean", *means],
     ]
 
 
@@ -90,34 +97,27 @@ def terminal_table(evaluation: Evaluation) -> str:
 
 def summary(evaluation: Evaluation) -> list[str]:
     """The results in a few sentences."""
-    lenses = [lens for lens in evaluation.lenses if not evaluation.is_constant(lens)]
-    means = {
-        lens: sum(e.value for e in evaluation.by_layer(lens, "kl_nats")) / evaluation.n_layers
-        for lens in evaluation.lenses
-    }
-    ranked = sorted(means, key=lambda lens: means[lens])
-    sentences = [
-        "Mean KL(model ‖ lens) over layers, in nats: "
-        + ", ".join(f"{lens} {means[lens]:.3f}" for lens in ranked)
-        + "."
-    ]
-    best = next(lens for lens in ranked if lens in lenses)
-    middle = evaluation.n_layers // 2
-    for other in [lens for lens in lenses if lens != best]:
+    means = {lens: evaluation.of_lens(lens, "kl_nats") for lens in evaluation.lenses}
+    ranked = sorted(means, key=lambda lens: means[lens].value)
+    varied = [lens for lens in ranked if lens not in evaluation.constant]
+    every = ", ".join(f"{lens} {plus_minus(means[lens])}" for lens in ranked)
+    sentences = [f"Mean KL(model ‖ lens) over layers, in nats: {every}."]
+    for other in varied[1:]:
+        best = varied[0]
         column = evaluation.difference(other, best, "kl_nats")
-        below = [e.value > 2 * (e.standard_error or 0.0) for e in column]
-        where = (
-            "at every layer"
-            if all(below)
-            else f"at {sum(below)} of {evaluation.n_layers} layers (by two standard errors)"
-        )
+        sure = sum(e.value > 2 * (e.standard_error or math.inf) for e in column)
+        where = "every layer" if sure == len(column) else f"{sure} of {len(column)} layers"
+        mean = plus_minus(evaluation.mean_difference(other, best, "kl_nats"))
         sentences.append(
-            f"{best} beats {other} {where}; at layer {middle} by {plus_minus(column[middle])} nats."
+            f"{best} beats {other} by {mean} nats on average, and by more than two standard "
+            f"errors at {where}."
         )
-    depth = evaluation.of_lens(best, "mean_prediction_depth")
+    depths = ", ".join(
+        f"{lens} {plus_minus(evaluation.of_lens(lens, 'mean_prediction_depth'))}" for lens in varied
+    )
     sentences.append(
-        f"Read with {best}, the best token stays as it is from layer {plus_minus(depth, 2)} of "
-        f"{evaluation.n_layers} on, on average."
+        f"The best token stays as it is from a layer on, on average (of {evaluation.n_layers}): "
+        f"{depths}."
     )
     perplexity, bits = (evaluation.of_model(m) for m in ("perplexity", "bits_per_byte"))
     sentences.append(
@@ -130,7 +130,7 @@ def scored_text(evaluation: Evaluation) -> str:
     """How much of what text was scored."""
     config = evaluation.provenance.get("config", {})
     dataset = config.get("corpus", {}).get("dataset", "text")
-    side = {"validation": "held out", "train": "trained on", "all": "all of it"}
+    side = {"validation": "held out", "train": "trained on"}
     kept = f" ({side[config['split']]})" if config.get("split") in side else ""
     return (
         f"{evaluation.tokens:,} positions, {evaluation.text_bytes:,} bytes of {dataset}{kept}, "
@@ -138,14 +138,15 @@ def scored_text(evaluation: Evaluation) -> str:
     )
 
 
-def plus_minus(estimate: Estimate, digits: int | None = None) -> str:
-    """A figure with its standard error, to the digits that the error leaves."""
+def plus_minus(estimate: Estimate) -> str:
+    """A figure with its standard error, to the two digits of the error that mean something."""
     value, error = estimate
-    if error is None or abs(value) > 1e5:
-        return f"{value:.4g}"
-    if digits is None:
-        digits = 4 if abs(value) < 10 else 2 if abs(value) < 1000 else 0
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
+    if not error:
+        return f"{value:.5g}"
+    if abs(value) >= 1e6:
+        return f"{value:.2e} ± {error:.0e}"
+    digits = min(max(0, 1 - math.floor(math.log10(error))), 8)
+    return f"{value:,.{digits}f} ± {error:,.{digits}f}"
 
 
 def aligned(rows: Rows) -> str:

@@ -20,7 +20,13 @@ from tunedlens.config import TrainConfig, WandbMode
 from tunedlens.corpus import TextRanOutError, load_corpora
 from tunedlens.errors import InputError
 from tunedlens.evaluation import Evaluation
-from tunedlens.fit import LeastSquares, MeanJacobian, Preconditioned, accumulate_gradient
+from tunedlens.fit import (
+    SKIPPED_POSITIONS,
+    LeastSquares,
+    MeanJacobian,
+    Preconditioned,
+    accumulate_gradient,
+)
 from tunedlens.frozen import load_configured
 from tunedlens.lens import JacobianLens
 from tunedlens.tracking import Tracker, progress_bar, say
@@ -60,6 +66,7 @@ def train(
     Raises:
         InputError: something that was asked for cannot be had.
         Interrupted: after Ctrl-C or SIGTERM; what was done is saved.
+        KeyboardInterrupt: the same, in a fit that takes no steps: there is nothing to save.
     """
     _require_usable(output, resume)
     accelerator = Accelerator()
@@ -109,15 +116,23 @@ def _first_pass(run: Run, steps: Preconditioned) -> None:
 def _mean_jacobian(run: Run, stop: threading.Event) -> JacobianLens:
     """The lens whose translators are the mean Jacobians over the first tokens of the text."""
     config, model, accelerator = run.config, run.model, run.accelerator
-    jacobian = MeanJacobian(model.identity.n_layers, model.identity.d_model)
+    jacobian = MeanJacobian(
+        model.identity.n_layers,
+        model.identity.d_model,
+        targets=config.jacobian_targets,
+        skipped=max(SKIPPED_POSITIONS, config.skip_first),
+        seed=config.seed,
+    )
     left = config.start_tokens or 0
     batches = run.corpora.train.batches(config.batch_size or 1, config.seed)
     with progress_bar(left, "jacobian", show=run.is_main) as bar:
         while left > 0:
             if stop.is_set():
                 raise KeyboardInterrupt
-            with run.reader.autocast():
-                jacobian.add(model, run.reader.share(next(batches).input_ids))
+            share = run.reader.share(next(batches).input_ids)
+            for blocks in share.split(config.micro_batch_size or len(share)):
+                with run.reader.autocast():
+                    jacobian.add(model, blocks)
             left -= run.tokens_per_step
             run.progress.start_tokens += run.tokens_per_step
             bar.update(run.tokens_per_step)

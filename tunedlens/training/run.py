@@ -122,7 +122,7 @@ class Run:
         if (self.output / checkpoint.STATE).is_file():
             tensors, about = checkpoint.load_state(self.output)
             identity = dataclasses.asdict(self.model.identity)
-            checkpoint.require_same_model(about["model"], identity, self.output)
+            checkpoint.require_same_model(about["model"], identity, f"the lens in {self.output}")
             self.steps.load_state(tensors)
             self.objective.chunk = about["chunk"]
             self.progress = Progress.from_json(about["progress"])

@@ -10,14 +10,12 @@ from tunedlens.corpus import with_defaults
 from tunedlens.errors import InputError
 from tunedlens.fit import RECIPES
 from tunedlens.frozen import FrozenModel
-from tunedlens.fused import can_compile
+from tunedlens.fused import is_worth_compiling
 
 _TOKENS_OF_RECIPES = 512_000
 _STEP_OF_RECIPES = 2048
 _TOKENS_OF_JACOBIAN = 8192
 """Each takes d_model backward passes."""
-_WORTH_COMPILING = 1e10
-"""Logits, over all layers and tokens, from which fusing saves more seconds than it takes."""
 
 
 def settled(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -> TrainConfig:
@@ -48,7 +46,7 @@ def settled(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -
         batch_size=config.batch_size or max(processes, round(step / positions), 1),
         precision=config.precision or fast_precision(model.device),
         compile=(
-            can_compile(model.device) and config.fit not in ONE_PASS and logits > _WORTH_COMPILING
+            config.fit not in ONE_PASS and is_worth_compiling(logits, model.device)
             if config.compile is None
             else config.compile
         ),

@@ -1,0 +1,85 @@
+"""Our KL and cross-entropy beside those computed with tuned-lens' own lens objects.
+
+    pip install tuned-lens==0.2.0      (in an environment of its own)
+    python benchmarks/tuned_lens_figures.py [--tokens 8176]
+
+On the embedded model, with the translators of checkpoints/embedded put into tuned-lens'
+`TunedLens`. Its figures are made the plain way from its log-probabilities, in float64: KL to
+the model and cross-entropy of the next token at the same positions, summed and divided once.
+Beside them stands what its `eval` command would print: the mean of every figure, whatever its
+unit, times the factor from nats to bits per byte, with the KL also at each block's last
+position, which the cross-entropy has not.
+"""
+
+import argparse
+import math
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tuned_lens.nn.lenses import LogitLens as PeerLogitLens
+from tuned_lens.nn.lenses import TunedLens as PeerTunedLens
+
+from tunedlens import CorpusConfig, LogitLens, TunedLens, evaluate, load_model
+from tunedlens.corpus import load_corpora, token_bytes, with_defaults
+
+LENS = Path(__file__).parents[1] / "checkpoints" / "embedded"
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=8176)
+    flags = parser.parse_args()
+    model = load_model(device="cpu")
+    ours = {"logit": LogitLens.from_model(model), "tuned": TunedLens.load(LENS, model)}
+    peer = {
+        "logit": PeerLogitLens.from_model(model.model),
+        "tuned": PeerTunedLens.from_model(model.model),
+    }
+    for theirs, translator in zip(peer["tuned"], ours["tuned"].translators, strict=True):
+        theirs.weight.copy_(translator.weight)
+        theirs.bias.copy_(translator.bias)
+
+    corpora = load_corpora(with_defaults(CorpusConfig(), model), model.tokenizer)
+    blocks = list(islice(corpora.validation.sample(), flags.tokens // 511))
+    evaluation = evaluate(model, ours, blocks, token_bytes(model.tokenizer))
+    n_layers = model.identity.n_layers
+    shape = (2, n_layers)
+    kl, cross_entropy, their_kl = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
+    for block in blocks:
+        output = model.model(block[None], output_hidden_states=True)
+        final = output.logits[0].double().log_softmax(-1)
+        for row, lens in enumerate(peer.values()):
+            for layer, hidden in enumerate(output.hidden_states[:-1]):
+                log_probs = lens(hidden, layer)[0].double().log_softmax(-1)
+                nats = (final.exp() * (final - log_probs)).sum(-1)
+                kl[row, layer] += nats[:-1].sum()
+                their_kl[row, layer] += nats.mean()
+                cross_entropy[row, layer] += F.nll_loss(log_probs[:-1], block[1:], reduction="sum")
+    kl, cross_entropy = kl / evaluation.tokens, cross_entropy / evaluation.tokens
+    bits_per_nat_of_text = evaluation.tokens / evaluation.text_bytes / math.log(2)
+    their_kl *= bits_per_nat_of_text / len(blocks)
+    print(
+        "| lens | layer | KL, ours | KL, its lens | CE, ours | CE, its lens | its command: KL |\n"
+        "|---|---:|---:|---:|---:|---:|---:|"
+    )
+    largest = 0.0
+    for row, name in enumerate(peer):
+        for layer in range(n_layers):
+            found = [
+                evaluation.by_layer(name, metric)[layer].value
+                for metric in ("kl_nats", "cross_entropy_nats")
+            ]
+            expected = [float(kl[row, layer]), float(cross_entropy[row, layer])]
+            largest = max(largest, *(abs(a / b - 1) for a, b in zip(found, expected, strict=True)))
+            print(
+                f"| {name} | {layer} | {found[0]:.5f} | {expected[0]:.5f} | {found[1]:.5f} | "
+                f"{expected[1]:.5f} | {their_kl[row, layer]:.5f} |"
+            )
+    print(f"\nlargest relative difference {largest:.1e} over {evaluation.tokens:,} positions")
+
+
+if __name__ == "__main__":
+    main()
