@@ -215,15 +215,15 @@ class _Scorer:
                     if decoding is None
                     else self._logits(*decoding, states[decoding[1]][part])
                 )
-                found, probs = self._figures(logits, *model, self._names)
+                found, weights, total = self._figures(logits, *model, self._names)
                 figures[:, row, part] = found
-                sums = in_group[:, part].to(probs) @ probs
+                sums = (in_group[:, part].to(total) / total) @ weights
                 self.distributions.sums[:, row] += sums.to(self.distributions.sums)
             for column, lens in enumerate(self._transferred):
                 for translator in range(n_layers):
                     for layer, hidden in enumerate(states):
                         logits = self._logits(lens, translator, hidden[part])
-                        found, _ = self._figures(logits, *model, _OF_TRANSFER)
+                        found, *_ = self._figures(logits, *model, _OF_TRANSFER)
                         sums = found.double().cpu() @ in_block[:, part].mT
                         transfer[:, translator, layer, column] += sums
         return figures.cpu().unflatten(-1, scored.shape), transfer
@@ -242,29 +242,40 @@ def _figures(
     model_top1: Int[Tensor, " tokens"],
     next_ids: Int[Tensor, " tokens"],
     names: tuple[str, ...],
-) -> tuple[Float[Tensor, "metrics tokens"], Float[Tensor, "tokens vocab"]]:
-    """The figures of these names at every position, and the probabilities."""
-    log_probs = metrics.log_probs(logits)
-    probs = log_probs.exp()
+) -> tuple[
+    Float[Tensor, "metrics tokens"], Float[Tensor, "tokens vocab"], Float[Tensor, " tokens"]
+]:
+    """The figures of these names at every position; probabilities, and what to divide them by.
+
+    The standard figures take one exponential for each logit: log q is the logit, less the
+    largest, less the logarithm of the total, which is one number for all of a position.
+    """
+    shifted = logits - logits.amax(-1, keepdim=True)
+    weights = shifted.exp()
+    total = weights.sum(-1)
+    log_total = total.log()
     found = {
-        "kl_nats": metrics.kl_from_log_probs(model_probs, model_log_probs, log_probs),
-        "cross_entropy_nats": metrics.cross_entropy(log_probs, next_ids),
+        "kl_nats": (model_probs * (model_log_probs - shifted)).sum(-1) + log_total,
+        "cross_entropy_nats": log_total - shifted.gather(-1, next_ids[:, None])[:, 0],
     }
     if "entropy_nats" in names:
-        model_rank = metrics.rank(log_probs, model_top1)
-        next_rank = metrics.rank(log_probs, next_ids)
+        model_rank = metrics.rank(shifted, model_top1)
+        next_rank = metrics.rank(shifted, next_ids)
         found |= {
-            "entropy_nats": metrics.entropy(log_probs),
+            "entropy_nats": log_total - (weights * shifted).sum(-1) / total,
             "top1_agreement": (model_rank == 1).float(),
             "top10_agreement": (model_rank <= 10).float(),
             "accuracy": (next_rank == 1).float(),
         }
     if "js_nats" in names:
+        log_probs = shifted - log_total[:, None]
         found |= {
-            "reverse_kl_nats": metrics.kl_from_log_probs(probs, log_probs, model_log_probs),
+            "reverse_kl_nats": metrics.kl_from_log_probs(
+                log_probs.exp(), log_probs, model_log_probs
+            ),
             "js_nats": metrics.js_divergence(log_probs, model_log_probs),
             "reciprocal_rank": 1 / next_rank.float(),
             "model_top1_rank": model_rank.float(),
-            "confidence": probs.amax(-1),
+            "confidence": 1 / total,
         }
-    return torch.stack([found[name] for name in names]), probs
+    return torch.stack([found[name] for name in names]), weights, total

@@ -84,4 +84,6 @@ def _require_text(sums: Tensor) -> None:
 
 
 def _constant(probs: Tensor, model: FrozenModel) -> ConstantLens:
-    return ConstantLens(probs.log(), model.identity).to(model.device)
+    # What the model gives less than a float can hold has at least the least of them.
+    least = torch.finfo(torch.float32).tiny
+    return ConstantLens(probs.clamp_min(least).log(), model.identity).to(model.device)
