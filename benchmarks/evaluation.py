@@ -6,9 +6,9 @@
 Two lenses, logit and tuned, at every layer, in float32. The floor is the model's own forward
 pass and the matrix products of 2 · d_model · vocab FLOPs per token, layer and lens, into
 memory that is there already. tuned-lens' loop is written after its version 0.2.0: whole
-batches, log-softmax, cross-entropy, KL, entropy, calibration and marginal probabilities of
-every layer, eagerly. Ours adds top-1, top-10, accuracy, prediction depth, and errors to
-every figure. In turns, medians of several.
+batches, log-softmax, cross-entropy, entropy and KL of every layer, eagerly. Ours adds top-1
+and top-10 agreement, accuracy, bias, prediction depth, and errors to every figure. In turns,
+medians of several.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpt2", action="store_true")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     flags = parser.parse_args()
@@ -71,9 +71,6 @@ def main() -> None:
                     F.cross_entropy(log_probs[:, :-1].flatten(0, 1), labels, reduction="none")
                     (-probs * log_probs).sum(-1)
                     (final_probs * (final_log_probs - log_probs)).sum(-1)
-                    confidence, best = probs[:, :-1].flatten(0, 1).max(-1)
-                    torch.stack([confidence, (best == labels).float()])
-                    probs.flatten(0, 1).sum(0), log_probs.flatten(0, 1).sum(0)
 
     d_model, vocab = model.identity.d_model, model.identity.vocab_size
     chunk = chunk_tokens(vocab, torch.device(flags.device))

@@ -157,7 +157,9 @@ class _Scorer:
         compiled: bool,
     ) -> None:
         self._model, self._names = model, names
-        self._unembedding = model.unembedding.centred()
+        self._unembedding = unembedding = model.unembedding.centred()
+        self._parts = (unembedding.norm, unembedding.weight, unembedding.bias)
+        self._memory = unembedding.weight.new_empty(0, len(unembedding.weight))
         self._figures = Fused(_figures, compiled)
         n_layers = model.identity.n_layers
         self._decodings: list[tuple[Lens, int]] = []
@@ -206,33 +208,39 @@ class _Scorer:
         chunk = chunk_tokens(self._model.identity.vocab_size, final.device)
         for start in range(0, len(next_ids), chunk):
             part = slice(start, start + chunk)
-            model_logits = self._unembedding(final[part])
-            log_probs = metrics.log_probs(model_logits)
+            log_probs = metrics.log_probs(self._unembedding(final[part]))
             model = (log_probs.exp(), log_probs, log_probs.argmax(-1), next_ids[part])
             for row, decoding in enumerate([*self._decodings, None]):
-                logits = (
-                    model_logits
-                    if decoding is None
-                    else self._logits(*decoding, states[decoding[1]][part])
-                )
-                found, weights, total = self._figures(logits, *model, self._names)
-                figures[:, row, part] = found
-                sums = (in_group[:, part].to(total) / total) @ weights
+                if decoding is None:
+                    logits = self._buffer(len(log_probs)).copy_(log_probs)
+                else:
+                    logits = self._logits(*decoding, states[decoding[1]][part])
+                figures[:, row, part], total = self._figures(logits, *model, self._names)
+                sums = (in_group[:, part].to(total) / total) @ logits  # by now weights
                 self.distributions.sums[:, row] += sums.to(self.distributions.sums)
             for column, lens in enumerate(self._transferred):
                 for translator in range(n_layers):
                     for layer, hidden in enumerate(states):
                         logits = self._logits(lens, translator, hidden[part])
-                        found, *_ = self._figures(logits, *model, _OF_TRANSFER)
+                        found, _ = self._figures(logits, *model, _OF_TRANSFER)
                         sums = found.double().cpu() @ in_block[:, part].mT
                         transfer[:, translator, layer, column] += sums
         return figures.cpu().unflatten(-1, scored.shape), transfer
 
     def _logits(self, lens: Lens, layer: int, hidden: Tensor) -> Float[Tensor, "tokens vocab"]:
-        """Up to one constant per position."""
-        if isinstance(lens, ResidualLens):
-            return self._unembedding(lens.transform_hidden(hidden, layer))
-        return lens(hidden, layer)
+        """Up to one constant per position; in the buffer."""
+        logits, (norm, weight, bias) = self._buffer(len(hidden)), self._parts
+        if not isinstance(lens, ResidualLens):
+            return logits.copy_(lens(hidden, layer))
+        normed = norm(lens.transform_hidden(hidden, layer).to(weight.dtype))
+        torch.mm(normed, weight.T, out=logits)
+        return logits if bias is None else logits.add_(bias)
+
+    def _buffer(self, tokens: int) -> Float[Tensor, "tokens vocab"]:
+        """The same memory every time: on a CPU, new memory costs as much as the softmax."""
+        if len(self._memory) < tokens:
+            self._memory = self._parts[1].new_empty(tokens, len(self._parts[1]))
+        return self._memory[:tokens]
 
 
 def _figures(
@@ -242,13 +250,12 @@ def _figures(
     model_top1: Int[Tensor, " tokens"],
     next_ids: Int[Tensor, " tokens"],
     names: tuple[str, ...],
-) -> tuple[
-    Float[Tensor, "metrics tokens"], Float[Tensor, "tokens vocab"], Float[Tensor, " tokens"]
-]:
-    """The figures of these names at every position; probabilities, and what to divide them by.
+) -> tuple[Float[Tensor, "metrics tokens"], Float[Tensor, " tokens"]]:
+    """The figures of these names at every position; turns logits into weights.
 
-    The standard figures take one exponential for each logit: log q is the logit, less the
-    largest, less the logarithm of the total, which is one number for all of a position.
+    Probabilities are weights over their total, which is returned as well. The standard
+    figures take one exponential for each logit: log q is the logit, less the largest, less the
+    logarithm of the total, which is one number for all of a position.
     """
     shifted = logits - logits.amax(-1, keepdim=True)
     weights = shifted.exp()
@@ -278,4 +285,5 @@ def _figures(
             "model_top1_rank": model_rank.float(),
             "confidence": 1 / total,
         }
-    return torch.stack([found[name] for name in names]), weights, total
+    logits.copy_(weights)
+    return torch.stack([found[name] for name in names]), total
