@@ -1,6 +1,8 @@
 import csv
 import json
 import math
+import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -126,6 +128,42 @@ def test_all_lenses_there_are_stand_side_by_side(here, capsys):
     assert len(evaluation["tokens_sha256"]) == 64
     assert evaluation["provenance"]["lenses"]["tuned"]["folder"] == "steps"
     assert "The best token stays as it is from a layer on" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("lenses")
+def test_text_of_any_lens_is_scored_where_it_was_held_out(here, asked, text_file):
+    other = here / "other.txt"
+    other.write_text("another text, all of it\n" * 200)
+    flags = [str(other) if flag == str(text_file) else flag for flag in asked]
+    assert train_command([*flags, "--output", "second"]) == 0
+    spelled = os.path.relpath(text_file)
+    both = ["--lens", "second", "--lens", "steps", "--dataset", spelled, "--tokens", "50"]
+    assert evaluate_command([*both, "--output", "out"]) == 0
+    about = read(here / "out")["provenance"]
+    assert about["config"]["split"] == "validation"
+    held_out = checkpoint.read_manifest(here / "steps")["corpus"]["validation"]
+    assert about["corpus"]["tokens_sha256"] == held_out["tokens_sha256"]
+
+
+@pytest.mark.usefixtures("lenses")
+def test_baseline_is_made_from_the_training_text_whatever_is_scored(here, text_file):
+    (here / "other.txt").write_text("another text, all of it\n" * 40)
+    flags = ["--lens", "steps", "--lens", "unigram", "--dataset", "other.txt"]
+    assert evaluate_command([*flags, "--output", "out"]) == 0
+    about = read(here / "out")["provenance"]["lenses"]["unigram"]
+    assert about["text"]["dataset"] == str(text_file)
+
+
+@pytest.mark.usefixtures("lenses")
+def test_report_names_a_command_that_gives_the_same_figures(here):
+    (here / "checkpoints").mkdir()
+    (here / "steps").rename(here / "checkpoints" / "a run")
+    assert evaluate_command(["--tokens", "50", "--output", "out"]) == 0
+    first = read(here / "out")
+    command = shlex.split(first["provenance"]["command"])
+    assert command[:2] == ["python", "evaluate.py"]
+    assert evaluate_command(command[2:]) == 0
+    assert read(here / "out")["results"] == first["results"]
 
 
 @pytest.mark.usefixtures("lenses")

@@ -123,12 +123,14 @@ def name_lines(
     placed = dict(heights)
     for above, below in itertools.pairwise(order):
         placed[below] = min(placed[below], placed[above] - gap)
-    lowest = min(placed.values(), default=low)
-    lift = max(0.0, low - lowest)
+    floor = low
+    for name in reversed(order):  # back up from the lower edge, as far as need be
+        placed[name] = max(placed[name], floor)
+        floor = placed[name] + gap
     for name in order:
         axes.annotate(
             name,
-            (1, to_value((0, placed[name] + lift))[1]),
+            (1, to_value((0, placed[name]))[1]),
             xycoords=axes.get_yaxis_transform(),
             xytext=(3, 0),
             textcoords="offset points",
