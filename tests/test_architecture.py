@@ -20,6 +20,7 @@ ORDER = (
     "fused",
     "objective",
     "fit",
+    "trajectory",
     "evaluation",
     "tracking",
     "plots",

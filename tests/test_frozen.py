@@ -202,3 +202,45 @@ def test_name_that_no_path_can_have_is_refused(name):
 @pytest.mark.network
 def test_gpt2_from_the_hub_passes_the_self_check():
     assert load_model("gpt2").identity.n_layers == 12
+
+
+def test_sites_equal_hooks_written_by_hand(tiny):
+    ids = torch.tensor([[5, 7, 11, 13]])
+    sites, blocks, kept = tiny.sites(ids), tiny.model.transformer.h, {}
+
+    def keep(name):
+        def hook(_module, args, output):
+            kept[name] = (args[0], output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(keep((name, layer)))
+        for layer, block in enumerate(blocks)
+        for name, module in (
+            ("block", block),
+            ("attn", block.attn),
+            ("ln_2", block.ln_2),
+            ("mlp", block.mlp),
+        )
+    ]
+    tiny.model(ids)
+    for handle in handles:
+        handle.remove()
+    for layer in range(3):
+        for site, name, end in (
+            ("resid_pre", "block", 0),
+            ("resid_mid", "ln_2", 0),
+            ("resid_post", "block", 1),
+            ("attn_out", "attn", 1),
+            ("mlp_out", "mlp", 1),
+        ):
+            assert torch.allclose(sites[site][layer], kept[name, layer][end], atol=1e-5), site
+
+
+def test_sites_of_a_block_that_does_not_add_its_terms_are_refused(tiny):
+    tiny.blocks[1].register_forward_hook(lambda _m, _a, output: output * 1.5)
+    with pytest.raises(
+        InputError, match="block 1 of tiny is not its input plus attention plus MLP"
+    ):
+        tiny.sites(torch.tensor([[5, 7]]))

@@ -12,6 +12,7 @@ from tunedlens.evaluation import Evaluation, evaluate
 from tunedlens.frozen import FrozenModel, load_model
 from tunedlens.lens import ConstantLens, JacobianLens, Lens, LogitLens, TunedLens
 from tunedlens.training import train
+from tunedlens.trajectory import Trajectory, trajectory
 
 __all__ = [
     "ConstantLens",
@@ -25,9 +26,11 @@ __all__ = [
     "LogitLens",
     "ModelConfig",
     "TrainConfig",
+    "Trajectory",
     "TunedLens",
     "evaluate",
     "load_lens",
     "load_model",
     "train",
+    "trajectory",
 ]

@@ -18,6 +18,10 @@ from tunedlens import embedded
 from tunedlens.config import ModelConfig
 from tunedlens.errors import InputError, first_line
 
+SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+"""Where a block can be looked into: the stream entering it, between attention and MLP and
+leaving it, and the two terms that are added to it."""
+
 EMBEDDED = "embedded"
 """As a model's name: the GPT-2 that ships with the package."""
 
@@ -216,6 +220,51 @@ class FrozenModel(nn.Module):
         return states
 
     @torch.no_grad()
+    def sites(
+        self,
+        input_ids: Int[Tensor, "batch seq"] | str,
+        attention_mask: Int[Tensor, "batch seq"] | None = None,
+    ) -> dict[str, list[Float[Tensor, "batch seq d_model"]]]:
+        """The residual stream and its terms in every block, by the names of `SITES`.
+
+        Raises:
+            InputError: a block is not its input plus attention plus MLP, one after the other.
+        """
+        if isinstance(input_ids, str):
+            input_ids = self.encode(input_ids)
+        outputs: dict[str, list[Tensor]] = {"attn_out": [], "mlp_out": []}
+
+        def keep(site: str) -> Any:
+            # Attention returns a tuple, an MLP a tensor.
+            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+                outputs[site].append(output[0] if isinstance(output, tuple) else output)
+
+            return hook
+
+        parts = [_find_attention_and_mlp(block) for block in self.blocks]
+        hooks = [
+            part.register_forward_hook(keep(site))
+            for pair in parts
+            for site, part in zip(outputs, pair, strict=True)
+        ]
+        try:
+            states = self.residual_stream(input_ids, attention_mask)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        before, after = states[:-1], states[1:]
+        middle = [h + term for h, term in zip(before, outputs["attn_out"], strict=True)]
+        for layer, (h, term, end) in enumerate(zip(middle, outputs["mlp_out"], after, strict=True)):
+            tolerance = 16 * torch.finfo(end.dtype).eps * end.abs().max()
+            if not (h + term - end).abs().max() <= tolerance:
+                raise InputError(
+                    f"block {layer} of {self.name} is not its input plus attention plus MLP, one "
+                    "after the other, so it has no stream between them; ask for resid_pre and "
+                    "resid_post"
+                )
+        return {"resid_pre": before, "resid_mid": middle, "resid_post": after} | outputs
+
+    @torch.no_grad()
     def _check_unembedding(self) -> None:
         """Decode the last state and compare it with the model's own logits."""
         generator = torch.Generator().manual_seed(0)
@@ -358,6 +407,28 @@ def _find_blocks_and_final_norm(model: PreTrainedModel) -> tuple[nn.ModuleList, 
         f"{type(model).__name__}: found no list of {n_layers} blocks with a final norm beside "
         "it and an unembedding; this architecture is not supported"
     )
+
+
+def _find_attention_and_mlp(block: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """By name, as there is no other sign of them.
+
+    Raises:
+        InputError: there are none.
+    """
+    found = []
+    for names in (("attn", "attention"), ("mlp", "feed_forward", "ffn")):
+        parts = [
+            child
+            for name, child in block.named_children()
+            if any(part in name for part in names) and "norm" not in name and "ln" not in name
+        ]
+        if len(parts) != 1:
+            raise InputError(
+                f"{type(block).__name__}: found no {names[0]} in the block; sites within a block "
+                "are not supported for this architecture"
+            )
+        found += parts
+    return found[0], found[1]
 
 
 def _is_norm(module: nn.Module, d_model: int) -> bool:
