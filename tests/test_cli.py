@@ -314,6 +314,17 @@ def test_installed_command_is_the_same():
         assert "--model" in text
 
 
+@pytest.mark.usefixtures("lenses")
+def test_evaluation_goes_to_wandb_with_its_table_and_figures(here):
+    flags = ["--lens", "steps", "--tokens", "50", "--output", "out", "--wandb", "offline"]
+    assert evaluate_command(flags) == 0
+    (media,) = (here / "out").glob("wandb/offline-run-*/files/media")
+    (table,) = media.rglob("metrics*.table.json")
+    assert len(json.loads(table.read_text())["data"]) == len(read(here / "out")["results"])
+    assert len(list(media.rglob("*.png"))) == len(plots.DRAWINGS) - 2
+    assert evaluate_command(flags) == 0  # what wandb left is ours as well
+
+
 def run_with_wandb(asked, output, capsys):
     started = time.monotonic()
     assert train_command([*asked, "--wandb", "--output", output]) == 0
