@@ -12,6 +12,7 @@ ORDER = (
     "errors",
     "config",
     "embedded",
+    "tokens",
     "frozen",
     "corpus",
     "lens",
@@ -29,7 +30,7 @@ ORDER = (
     "cli",
 )
 HOMES = {"wandb": "tracking", "matplotlib": "plots", "datasets": "corpus"}
-CONVENIENCES = {("lens", "checkpoint")}
+CONVENIENCES = {("lens", "checkpoint"), ("trajectory", "plots")}
 """A method for the user's comfort that imports a later module inside itself."""
 
 SCRIPTS = {PACKAGE / "embedded" / "pretrain.py"}

@@ -1,11 +1,13 @@
 import re
 
+import numpy as np
 import pytest
 from conftest import make_evaluation
 
-from tunedlens import Evaluation, plots
+from tunedlens import Evaluation, InputError, plots, trajectory
 from tunedlens.fit import LearningCurve, Look
 from tunedlens.metrics import METRICS
+from tunedlens.tokens import shown
 
 
 @pytest.fixture
@@ -127,3 +129,78 @@ def test_learning_curve_shows_every_layer_and_the_mean(curve):
 def test_learning_curve_of_a_single_look_is_not_drawn(curve, tmp_path):
     plots.draw_learning_curve(LearningCurve(curve.looks[:1]), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def read(tiny):
+    return trajectory(tiny, None, "def f(x):\n    return $x$\n")
+
+
+def cells(figure):
+    return {
+        tuple(map(round, text.get_position())): text.get_text() for text in figure.axes[0].texts
+    }
+
+
+def test_heatmap_says_the_best_token_of_every_cell(read, tokenizer):
+    figure, reading = read.heatmap(), read.readings["logit"]
+    found = cells(figure)
+    assert len(found) == len(reading.rows) * len(read.tokens)
+    for (column, row), word in found.items():
+        best = shown(tokenizer, int(reading.top_ids[row, column, 0]))
+        assert word.rstrip("…").replace("\\$", "$") in best
+
+
+@pytest.mark.parametrize("metric", ["probability", "log_prob", "logit", "kl_nats", "entropy_nats"])
+def test_heatmap_is_coloured_by_what_its_bar_says(read, metric):
+    reading = read.readings["logit"]
+    figure = read.heatmap(metric)
+    top = reading.top_log_probs[..., 0]
+    expected = {
+        "probability": top.exp(),
+        "log_prob": top,
+        "logit": reading.top_logits[..., 0],
+        "kl_nats": reading.kl_nats,
+        "entropy_nats": reading.entropy_nats,
+    }[metric]
+    image, bar = figure.axes[0].images[0], figure.axes[-1]
+    assert np.allclose(image.get_array(), expected.numpy(), atol=1e-5)
+    assert metric.split("_")[0] in bar.get_ylabel().lower().replace("log prob", "log")
+
+
+def test_heatmap_of_ranks_is_that_of_the_models_best_token_from_1(read):
+    figure = read.heatmap("rank")
+    values = figure.axes[0].images[0].get_array()
+    assert (values[-1] == 1).all()
+    assert figure.axes[0].images[0].norm.vmin == 1
+
+
+def test_position_0_keeps_out_of_the_limits_of_the_colours(read):
+    read.readings["logit"].kl_nats[0, 0] = 1e6
+    assert read.heatmap("kl_nats").axes[0].images[0].norm.vmax < 1e5
+
+
+def test_slice_and_stride_keep_the_last_layer(read):
+    axes = read.heatmap(positions=slice(2, 5), layer_stride=2).axes[0]
+    assert axes.images[0].get_array().shape == (3, 3)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "2", "model"]
+
+
+def test_dollars_are_not_read_as_mathematics(read):
+    figure = read.heatmap()
+    plots.rendered(figure, "png")
+    assert r"\$" in {label.get_text() for label in figure.axes[0].get_xticklabels()}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"metric": "loss"}, "metric must be one of probability"),
+        ({"lens": "tuned"}, "lens must be one of logit"),
+        ({"of": "zebra crossing"}, "tokens"),
+        ({"positions": slice(99, 100)}, "there is no position"),
+    ],
+)
+def test_heatmap_that_cannot_be_drawn_is_refused(read, options, words):
+    with pytest.raises(InputError, match=words):
+        read.heatmap(**options)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -38,8 +38,8 @@ class Reading:
     top_ids: Int[Tensor, "rows positions k"]
     """The best tokens, the best one first."""
     top_log_probs: Float[Tensor, "rows positions k"]
-    top_logits: Float[Tensor, "rows positions k"]
-    """Raw: the model's own at its last row."""
+    log_total: Float[Tensor, "rows positions"]
+    """Logarithm of the total of exp(logit): added to a log probability, it is the raw logit."""
     entropy_nats: Float[Tensor, "rows positions"]
     kl_nats: Float[Tensor, "rows positions"]
     """KL(model ‖ lens), the model at the same position."""
@@ -50,6 +50,11 @@ class Reading:
     tracked_log_probs: Float[Tensor, "rows positions tracked"]
     """Of `Trajectory.tracked_ids`; NaN where there are fewer."""
     tracked_ranks: Int[Tensor, "rows positions tracked"]
+
+    @property
+    def top_logits(self) -> Float[Tensor, "rows positions k"]:
+        """Raw logits of the best tokens; at the last row the model's own."""
+        return self.top_log_probs + self.log_total[..., None]
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,36 @@ class Trajectory:
     """Tokens that are followed through the layers at each position; -1 where there are fewer."""
     model: FrozenModel
     """Whose text and tokens these are."""
+
+    def reading(self, lens: str | None = None) -> Reading:
+        """Of one lens; by default the first.
+
+        Raises:
+            InputError: there is no such lens.
+        """
+        lens = next(iter(self.readings)) if lens is None else lens
+        if lens not in self.readings:
+            raise InputError(f"lens must be one of {', '.join(self.readings)}; got {lens!r}")
+        return self.readings[lens]
+
+    def tracked_places(self, token: str | int) -> Int[Tensor, " positions"]:
+        """Where a token stands among those that are tracked at each position.
+
+        Raises:
+            InputError: it was not tracked at every position, or is several tokens.
+        """
+        is_it = self.tracked_ids == _single_id(self.model, token)
+        if not is_it.any(-1).all():
+            raise InputError(
+                f"{token!r} was not tracked at every position; give it as `track` to trajectory"
+            )
+        return is_it.int().argmax(-1)
+
+    def heatmap(self, metric: str = "probability", lens: str | None = None, **options: Any) -> Any:
+        """A figure of the best token of every layer and position; see `plots.heatmap`."""
+        from tunedlens.plots import heatmap
+
+        return heatmap(self, metric, lens, **options)
 
     def to_dataframe(self) -> "DataFrame":
         """Tidy: one row for every lens, site, layer and position."""
@@ -107,10 +142,7 @@ class Trajectory:
         """
         import pandas as pd
 
-        lens = next(iter(self.readings)) if lens is None else lens
-        if lens not in self.readings:
-            raise InputError(f"lens must be one of {', '.join(self.readings)}; got {lens!r}")
-        reading, count = self.readings[lens], len(self.tokens)
+        reading, count = self.reading(lens), len(self.tokens)
         if not -count <= position < count:
             raise InputError(f"position must be between {-count} and {count - 1}, got {position}")
         if not 1 <= k <= reading.top_ids.shape[-1]:
@@ -136,20 +168,14 @@ class Trajectory:
         """
         import pandas as pd
 
-        lens = next(iter(self.readings)) if lens is None else lens
-        reading = self.readings[lens]
+        reading = self.reading(lens)
         columns: dict[str, list[float]] = {}
         for token in tokens:
-            token_id = _single_id(self.model, token)
-            at = self.tracked_ids == token_id
-            if not at.any(-1).all():
-                raise InputError(
-                    f"{token!r} was not tracked at every position; give it as `track` to trajectory"
-                )
-            place = at.int().argmax(-1)
-            index = place[None, :, None].expand(len(reading.rows), -1, 1)
+            places = self.tracked_places(token)[None, :, None]
+            index = places.expand(len(reading.rows), -1, 1)
             found = reading.tracked_log_probs.gather(-1, index)[..., 0].exp()
-            columns[_word(self.model, token_id)] = found.flatten().tolist()
+            name = token if isinstance(token, str) else _word(self.model, token)
+            columns[name] = found.flatten().tolist()
         keys = [(*row, position) for row in reading.rows for position in range(len(self.tokens))]
         index = pd.MultiIndex.from_tuples(keys, names=["site", "layer", "position"])
         return pd.DataFrame(columns, index=index)
@@ -312,7 +338,7 @@ def _read(
         rows=rows,
         top_ids=top.indices.cpu(),
         top_log_probs=top.values.cpu(),
-        top_logits=logits.gather(-1, top.indices).cpu(),
+        log_total=logits.logsumexp(-1).cpu(),
         entropy_nats=metrics.entropy(log_probs).cpu(),
         kl_nats=metrics.kl_from_log_probs(model_log_probs.exp(), model_log_probs, log_probs).cpu(),
         next_log_prob=log_probs.gather(-1, next_ids[..., None])[..., 0].cpu(),
@@ -340,7 +366,7 @@ def _joined(rows: list[Row], parts: list[Reading], width: int) -> Reading:
         rows=rows,
         top_ids=cat("top_ids"),
         top_log_probs=cat("top_log_probs"),
-        top_logits=cat("top_logits"),
+        log_total=cat("log_total"),
         entropy_nats=cat("entropy_nats"),
         kl_nats=cat("kl_nats"),
         next_log_prob=cat("next_log_prob"),

@@ -1,0 +1,41 @@
+"""Tokens as a reader should see them: nothing invisible, nothing invented."""
+
+from functools import cache
+
+from transformers import PreTrainedTokenizerBase
+
+_VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"})
+_REPLACED = "\ufffd"
+
+
+def shown(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
+    """A token with its white space visible; bytes that are no whole character in hexadecimal.
+
+    An id that stands for no token is `#id`.
+    """
+    text = str(tokenizer.decode([token_id]))
+    if _REPLACED in text:
+        name = tokenizer.convert_ids_to_tokens(token_id)
+        letters = _bytes_of_letters()
+        if isinstance(name, str) and all(letter in letters for letter in name):
+            return "⟨" + " ".join(f"{letters[letter]:02x}" for letter in name) + "⟩"
+    if not text:
+        return f"#{token_id}"
+    return "".join(
+        letter if letter.isprintable() else f"⟨{letter.encode().hex(' ')}⟩"
+        for letter in text.translate(_VISIBLE)
+    )
+
+
+@cache
+def _bytes_of_letters() -> dict[str, int]:
+    """The byte that each letter of a byte-level vocabulary stands for.
+
+    Printable bytes stand for themselves, the others follow in order from 256 on.
+
+    Source:
+        Radford et al. 2019, GPT-2's encoder.
+    """
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
