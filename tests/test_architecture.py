@@ -30,7 +30,7 @@ ORDER = (
     "cli",
 )
 HOMES = {"wandb": "tracking", "matplotlib": "plots", "datasets": "corpus"}
-CONVENIENCES = {("lens", "checkpoint"), ("trajectory", "plots")}
+CONVENIENCES = {("lens", "checkpoint"), ("trajectory", "plots"), ("trajectory", "report")}
 """A method for the user's comfort that imports a later module inside itself."""
 
 SCRIPTS = {PACKAGE / "embedded" / "pretrain.py"}

@@ -1,11 +1,12 @@
-"""The report's page in a real browser."""
+"""The pages that we write, in a real browser."""
 
 import shutil
 
 import pytest
-from conftest import make_evaluation
+from conftest import make_evaluation, make_gpt2, random_lens
 
-from tunedlens import report
+from tunedlens import FrozenModel, LogitLens, report, trajectory
+from tunedlens.tokens import shown
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
@@ -21,33 +22,44 @@ def browser():
 
 
 @pytest.fixture
-def opened(browser, tmp_path):
-    """The page, and what it asked for or complained of."""
+def open_page(browser, tmp_path):
+    """Opens a file; says what it asked for or complained of, itself included."""
+    pages = []
+
+    def visit(name):
+        page, heard = browser.new_page(), []
+        pages.append(page)
+        page.on("request", lambda request: heard.append(request.url))
+        page.on("console", lambda message: heard.append(message.text))
+        page.on("pageerror", lambda error: heard.append(str(error)))
+        page.goto((tmp_path / name).as_uri())
+        return page, [text for text in heard if not text.startswith("data:")]
+
+    yield visit
+    for page in pages:
+        page.close()
+
+
+@pytest.fixture
+def opened(open_page, tmp_path):
     report.write_report(make_evaluation(), tmp_path)
-    page, heard = browser.new_page(), []
-    page.on("request", lambda request: heard.append(request.url))
-    page.on("console", lambda message: heard.append(message.text))
-    page.on("pageerror", lambda error: heard.append(str(error)))
-    address = (tmp_path / "report.html").as_uri()
-    page.goto(address)
-    yield page, heard, address
-    page.close()
+    return open_page("report.html")
 
 
 def test_page_asks_for_nothing_and_complains_of_nothing(opened):
-    _, heard, address = opened
-    assert [text for text in heard if not text.startswith("data:")] == [address]
+    page, heard = opened
+    assert heard == [page.url]
 
 
 def test_pictures_are_drawn(opened):
-    page, *_ = opened
+    page, _ = opened
     widths = page.eval_on_selector_all("img", "images => images.map((i) => i.naturalWidth)")
     assert len(widths) > 8
     assert min(widths) > 100
 
 
 def test_heading_sorts_by_number_and_back(opened):
-    page, *_ = opened
+    page, _ = opened
     column = "rows => rows.map((row) => parseFloat(row.cells[2].textContent))"
     for is_falling in (False, True):
         page.locator("table").first.locator("th button").nth(2).click()
@@ -57,6 +69,108 @@ def test_heading_sorts_by_number_and_back(opened):
 
 @pytest.mark.parametrize("width", [1280, 375])
 def test_page_is_no_wider_than_the_screen(opened, width):
-    page, *_ = opened
+    page, _ = opened
     page.set_viewport_size({"width": width, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+TEXT = "import os\n\ndef f(x):\n    return $x$  # </script><script>alert(1)</script> é\n"
+
+
+@pytest.fixture
+def read(tiny_many_positions):
+    model = tiny_many_positions
+    lenses = {"tuned": random_lens(model), "logit": LogitLens.from_model(model)}
+    return trajectory(model, lenses, TEXT)
+
+
+@pytest.fixture
+def tiny_many_positions(tokenizer):
+    return FrozenModel(make_gpt2(n_positions=64), tokenizer, name="tiny")
+
+
+@pytest.fixture
+def explorer(read, open_page, tmp_path):
+    (tmp_path / "explorer.html").write_text(read.to_html())
+    return open_page("explorer.html")
+
+
+def cell(page, row, position):
+    return page.locator(f"td[data-row='{row}'][data-position='{position}']")
+
+
+def test_explorer_asks_for_nothing_and_complains_of_nothing(explorer):
+    page, heard = explorer
+    cell(page, 1, 3).click()
+    page.select_option("#lens", label="tuned − logit")
+    assert heard == [page.url]
+
+
+def test_explorer_says_the_best_token_of_every_cell(explorer, read, tokenizer):
+    page, _ = explorer
+    best = read.readings["tuned"].top_ids[..., 0]
+    for row, position in ((0, 0), (2, 5), (3, len(read.tokens) - 1)):
+        expected = shown(tokenizer, int(best[row, position]))
+        assert cell(page, row, position).text_content() == expected
+    assert page.locator("#map td").count() == best.numel()
+
+
+def test_explorer_colours_by_the_figure_and_lens_that_are_chosen(explorer, read):
+    page, _ = explorer
+    tuned, logit = (read.readings[name].kl_nats[1, 4].item() for name in ("tuned", "logit"))
+    for lens, expected in (("tuned", tuned), ("logit", logit), ("tuned − logit", tuned - logit)):
+        page.select_option("#lens", label=lens)
+        page.select_option("#metric", "kl_nats")
+        found = float(cell(page, 1, 4).get_attribute("data-value"))
+        assert found == pytest.approx(expected, abs=2e-4)
+
+
+def test_explorer_shows_the_best_tokens_of_what_is_pointed_at(explorer, read, tokenizer):
+    page, _ = explorer
+    cell(page, 2, 3).hover()
+    lines = page.locator("#tip tr").all_inner_texts()[1:]
+    reading = read.readings["tuned"]
+    assert len(lines) == 10
+    for place, line in enumerate(lines):
+        word, probability, logit, rank = line.split("\t")
+        assert word == shown(tokenizer, int(reading.top_ids[2, 3, place]))
+        expected = reading.top_log_probs[2, 3, place].exp().item()
+        assert float(probability) == pytest.approx(expected, abs=6e-4)
+        assert float(logit) == pytest.approx(reading.top_logits[2, 3, place].item(), abs=6e-3)
+        assert int(rank) == place + 1
+
+
+def test_explorer_follows_a_token_that_is_clicked_until_it_is_clicked_again(explorer, read):
+    page, _ = explorer
+    cell(page, 1, 6).click()
+    token = int(read.readings["tuned"].top_ids[1, 6, 0])
+    place = read.tracked_ids[6].tolist().index(token)
+    for name, reading in read.readings.items():
+        points = page.locator(f"polyline[data-lens={name}]").get_attribute("data-points")
+        expected = reading.tracked_log_probs[:, 6, place].exp().tolist()
+        assert [float(point) for point in points.split()] == pytest.approx(
+            expected, rel=1e-3, abs=1e-6
+        )
+    cell(page, 1, 6).click()
+    assert not page.locator("#pins figure").count()
+
+
+def test_explorer_is_moved_through_with_the_keyboard(explorer):
+    page, _ = explorer
+    cell(page, 1, 2).focus()
+    for key in ("ArrowUp", "ArrowRight", "Enter"):
+        page.keyboard.press(key)
+    focused = page.evaluate("({...document.activeElement.dataset})")
+    assert (focused["row"], focused["position"]) == ("2", "3")
+    assert page.locator("#pins figure").count() == 1
+
+
+@pytest.mark.parametrize("width", [1280, 375])
+def test_explorer_is_no_wider_than_the_screen_and_keeps_its_headers(explorer, width):
+    page, _ = explorer
+    page.set_viewport_size({"width": width, "height": 700})
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    head = page.locator("#map tbody th").first
+    before = head.bounding_box()["x"]
+    page.evaluate("document.getElementById('map').scrollLeft = 300")
+    assert head.bounding_box()["x"] == before

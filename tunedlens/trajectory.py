@@ -101,6 +101,12 @@ class Trajectory:
 
         return heatmap(self, metric, lens, **options)
 
+    def to_html(self) -> str:
+        """A page to explore, with everything in it; see `report.explorer`."""
+        from tunedlens.report import explorer
+
+        return explorer(self)
+
     def to_dataframe(self) -> "DataFrame":
         """Tidy: one row for every lens, site, layer and position."""
         import pandas as pd

@@ -1,6 +1,7 @@
 """Results as tables, files and one page."""
 
 from tunedlens.report.card import card
+from tunedlens.report.explorer import explorer
 from tunedlens.report.files import (
     figures,
     read_evaluation,
@@ -13,6 +14,7 @@ from tunedlens.report.tables import kl_table, scored_text, summary, terminal_tab
 
 __all__ = [
     "card",
+    "explorer",
     "figures",
     "kl_table",
     "page",
