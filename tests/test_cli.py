@@ -177,6 +177,51 @@ def test_lenses_of_one_kind_are_named_apart(here):
 
 
 @pytest.mark.usefixtures("lenses")
+def test_prompt_is_shown_through_the_layers_of_saved_lenses(here, capsys):
+    (here / "prompts.txt").write_text("def f\\n\nx = 1\n")
+    flags = ["--lens", "steps", "--prompt", "a <b>", "--prompt-file", "prompts.txt"]
+    for _ in range(2):
+        assert evaluate_command([*flags, "--output", "out"]) == 0
+    names = {path.name for path in (here / "out").iterdir()}
+    pictures = {
+        f"prompt-{n}-{lens}-1.{kind}"
+        for n in (1, 2, 3)
+        for lens in ("logit", "tuned")
+        for kind in plots.KINDS
+    }
+    assert names == pictures | {f"prompt-{n}.{kind}" for n in (1, 2, 3) for kind in ("csv", "html")}
+    assert "prompt-2: 'def f\\n'" in capsys.readouterr().out
+    with (here / "out" / "prompt-3.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["lens"] for row in rows} == {"logit", "tuned"}
+
+
+def test_prompt_without_any_lens_gives_the_logit_lens(here, tiny_folder):
+    assert evaluate_command(["--prompt", "x = 1", "--model", str(tiny_folder)]) == 0
+    assert (here / "prompts" / "prompt-1.html").exists()
+    assert not list((here / "prompts").glob("*tuned*"))
+
+
+@pytest.mark.usefixtures("lenses")
+def test_bad_prompts_are_one_line_and_leave_nothing(here, capsys):
+    (here / "empty.txt").write_text("\n")
+    (here / "mine").mkdir()
+    (here / "mine" / "thesis.txt").write_text("mine")
+    capsys.readouterr()
+    for flags, *expected in [
+        (["--prompt", ""], "has no tokens"),
+        (["--prompt", "fine", "--prompt", "a b c " * 40], "reads at most 32"),
+        (["--prompt", "x", "--tokens", "5"], "needs no --tokens"),
+        (["--prompt-file", "nowhere.txt"], "cannot read --prompt-file nowhere.txt"),
+        (["--prompt-file", "empty.txt"], "has no prompt"),
+        (["--prompt", "x", "--output", "mine"], "holds something else than prompts"),
+        (["--prompt", "x", "--lens", "unigram"], "the same of every prompt"),
+    ]:
+        fails(evaluate_command, ["--lens", "steps", *flags], capsys, *expected)
+    assert not (here / "steps" / "prompts").exists()
+
+
+@pytest.mark.usefixtures("lenses")
 def test_redraw_makes_the_same_report_without_a_model(here, tiny_folder):
     evaluate_command(["--lens", "steps", "--tokens", "50", "--output", "out"])
     before = {path.name: path.read_bytes() for path in (here / "out").iterdir()}

@@ -355,8 +355,8 @@ def load_model(
     return FrozenModel(loaded.to(target), tokenizer, name, fingerprint)
 
 
-def load_configured(config: ModelConfig, device: torch.device) -> FrozenModel:
-    """`load_model` as a config says, on `device` unless it says otherwise."""
+def load_configured(config: ModelConfig, device: torch.device | None) -> FrozenModel:
+    """`load_model` as a config says, on `device` (or the best one) unless it says otherwise."""
     return load_model(
         config.model,
         revision=config.revision,

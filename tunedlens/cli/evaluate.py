@@ -5,10 +5,12 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from tunedlens import checkpoint
 from tunedlens.cli.flags import add_wandb_flag, configured, make_parser, parse
+from tunedlens.cli.lenses import BASELINE_TOKENS, LensSpec, lens_specs, of_same_text
+from tunedlens.cli.prompt import show_prompts
 from tunedlens.config import CorpusConfig, EvaluateConfig, TrainConfig
 from tunedlens.errors import InputError
 
@@ -26,40 +28,13 @@ Without flags it takes the newest lens under checkpoints/ and the text it was tr
   python evaluate.py --lens checkpoints/RUN --tokens 1e6
   python evaluate.py --lens unigram --lens mean --lens checkpoints/A --lens mine=checkpoints/B
   python evaluate.py --dataset other.txt        all of it, as none was trained on
+  python evaluate.py --prompt "The Eiffel Tower is in the city of"
   python evaluate.py --redraw DIR               all tables and figures again, without a model
 """
 
 DEFAULT_TOKENS = 65_536
-BASELINE_TOKENS = {"unigram": 10_000_000, "mean": 65_536}
-"""Positions of the training text that a baseline is made from, fewer if it has fewer."""
-
-
 _PASSES = 10
 """Without fusing, the figures of a logit take about as many times as long as its gradient."""
-
-
-class LensSpec(NamedTuple):
-    """What `--lens` names."""
-
-    name: str
-    kind: str
-    """logit, unigram, mean; or of a saved lens: tuned, closed-form, jacobian."""
-    folder: Path | None = None
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        """What is known of a saved lens."""
-        assert self.folder is not None
-        return checkpoint.read_manifest(self.folder)
-
-    @property
-    def trained(self) -> TrainConfig:
-        """How a saved lens was made; the defaults where its manifest does not say."""
-        from tunedlens.training import saved_config
-
-        if self.folder is None or "config" not in self.manifest:
-            return TrainConfig()
-        return saved_config(self.folder)
 
 
 def evaluate_lenses(arguments: Sequence[str] | None) -> int:
@@ -82,10 +57,20 @@ def evaluate_lenses(arguments: Sequence[str] | None) -> int:
         metavar="DIR",
         help="make tables and figures again from saved results",
     )
+    group.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="instead of scoring a corpus, show one text through the layers; several times for "
+        "several texts",
+    )
+    group.add_argument("--prompt-file", type=Path, metavar="FILE", help="prompts, one a line")
     add_wandb_flag(group)
     flags = parse(parser, arguments)
     if "redraw" in flags:
         return _redraw(flags.pop("redraw"), others=list(flags))
+    if "prompt" in flags or "prompt_file" in flags:
+        return show_prompts(flags)
     asked, output = flags.pop("lens", None), flags.pop("output", None)
     wandb = flags.pop("wandb", "disabled")
 
@@ -98,9 +83,9 @@ def evaluate_lenses(arguments: Sequence[str] | None) -> int:
     from tunedlens.fused import is_worth_compiling
     from tunedlens.tracking import Tracker, progress_bar, say
 
-    specs = _specs(asked)
+    specs = lens_specs(asked)
     saved = [spec for spec in specs if spec.folder is not None]
-    own, same_text = _of_same_text(saved, flags.get("dataset"))
+    own, same_text = of_same_text(saved, flags.get("dataset"))
     trained = own[0].trained if own else saved[0].trained if saved else TrainConfig()
     config = configured(EvaluateConfig, _as_trained(trained, same_text, flags), flags)
     output = output or _output(saved, None if same_text else flags["dataset"])
@@ -189,63 +174,6 @@ def _redraw(folder: Path, others: list[str]) -> int:
     report.write_report(report.read_evaluation(folder), folder)
     say(f"tables, figures and report.html in {folder} are made again")
     return 0
-
-
-def _specs(asked: list[str] | None) -> list[LensSpec]:
-    """What is to be evaluated, each with a name of its own.
-
-    Raises:
-        InputError: there is no such lens, or two have one name.
-    """
-    if asked is None:
-        asked = [str(checkpoint.newest_lens(checkpoint.ROOT))]
-    specs = [LensSpec("logit", "logit")]
-    for text in asked:
-        given, _, rest = ("", "", text) if Path(text).is_dir() else text.rpartition("=")
-        if rest in BASELINE_TOKENS:
-            specs.append(LensSpec(given, rest))
-        elif rest != "logit":
-            specs.append(LensSpec(given, _kind(checkpoint.read_manifest(Path(rest))), Path(rest)))
-    wanted = [spec.name or spec.kind for spec in specs]
-    for index, spec in enumerate(specs):
-        if not spec.name:
-            name = spec.kind
-            if spec.folder is not None and wanted.count(name) > 1:
-                name = spec.folder.resolve().name
-            specs[index] = spec._replace(name=name)
-    names = [spec.name for spec in specs]
-    for spec in specs:
-        if names.count(spec.name) > 1 or spec.name == "model":
-            raise InputError(
-                f"a lens of its own name is needed beside another {spec.name}; name it: --lens "
-                f"NAME={spec.folder or spec.kind}"
-            )
-    return specs
-
-
-def _kind(manifest: dict[str, Any]) -> str:
-    """Tuned or jacobian; closed-form where the fit took no steps."""
-    fit = manifest.get("config", {}).get("fit")
-    return "closed-form" if fit == "closed-form" else manifest["lens"]
-
-
-def _of_same_text(saved: list[LensSpec], dataset: str | None) -> tuple[list[LensSpec], bool]:
-    """The lenses trained on the text that is to be scored, and whether it is a trained-on one.
-
-    Without `--dataset` it is the text of the first lens (by default, of none).
-    """
-    if dataset is None:
-        if not saved:
-            return [], True
-        dataset = saved[0].trained.corpus.dataset
-    own = [spec for spec in saved if _is_same(spec.trained.corpus.dataset, dataset)]
-    return own, bool(own)
-
-
-def _is_same(one: str | None, other: str | None) -> bool:
-    if one == other or one is None or other is None:
-        return one == other
-    return Path(one).exists() and Path(one).resolve() == Path(other).resolve()
 
 
 def _as_trained(trained: TrainConfig, same_text: bool, flags: dict[str, Any]) -> EvaluateConfig:

@@ -10,7 +10,7 @@ from tunedlens.plots.by_layer import (
     prediction_depth,
     transfer,
 )
-from tunedlens.plots.heatmap import heatmap
+from tunedlens.plots.heatmap import heatmap, heatmap_pages
 from tunedlens.plots.learning import draw_learning_curve, learning_curve
 from tunedlens.plots.style import KINDS, rendered
 
@@ -23,6 +23,7 @@ __all__ = [
     "by_position",
     "draw_learning_curve",
     "heatmap",
+    "heatmap_pages",
     "learning_curve",
     "overview",
     "prediction_depth",

@@ -1,6 +1,7 @@
 """One text through the layers as a picture: layers up, positions across."""
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,7 @@ _LABELS = {
 }
 _OF_TOKEN = ("probability", "log_prob", "logit", "rank")
 _MOST_POSITIONS = 60
+_POSITIONS_ON_A_PAGE = 24
 _LONGEST_WORD = 9
 
 
@@ -93,6 +95,18 @@ def heatmap(
         whose = "" if metric not in _OF_TOKEN else f" of {_whose(trajectory, of)}"
         figure.colorbar(image, ax=axes, label=_LABELS[metric] + whose, pad=0.01, aspect=30)
     return figure
+
+
+def heatmap_pages(
+    trajectory: Trajectory, metric: str = "probability", lens: str | None = None, **options: Any
+) -> Iterator["Figure"]:
+    """A long text as several heatmaps, each of as many positions as can be read."""
+    count = len(trajectory.tokens)
+    pages = -(-count // _POSITIONS_ON_A_PAGE)
+    size = -(-count // pages)  # alike, so that the last one is not a stump
+    for start in range(0, count, size):
+        part = slice(start, start + size)
+        yield heatmap(trajectory, metric, lens, positions=part, **options)
 
 
 def _values(

@@ -10,9 +10,10 @@ from tunedlens.report.files import (
 )
 from tunedlens.report.page import page
 from tunedlens.report.provenance import provenance
-from tunedlens.report.tables import kl_table, scored_text, summary, terminal_table
+from tunedlens.report.tables import aligned, kl_table, scored_text, summary, terminal_table
 
 __all__ = [
+    "aligned",
     "card",
     "explorer",
     "figures",

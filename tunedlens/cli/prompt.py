@@ -1,0 +1,134 @@
+"""`evaluate.py --prompt`: texts in, tables, heatmaps and a page for each out."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunedlens import checkpoint
+from tunedlens.cli.flags import configured
+from tunedlens.cli.lenses import BASELINE_TOKENS, LensSpec, lens_specs
+from tunedlens.config import EvaluateConfig, ModelConfig, TrainConfig
+from tunedlens.errors import InputError
+
+if TYPE_CHECKING:
+    from tunedlens.frozen import FrozenModel
+    from tunedlens.lens import Lens
+
+_PREFIX = "prompt-"
+
+
+def show_prompts(flags: dict[str, Any]) -> int:
+    """Show texts through the layers of saved lenses, or of the logit lens alone.
+
+    Args:
+        flags: as given.
+
+    Returns:
+        The exit status.
+    """
+    from tunedlens.frozen import load_configured
+    from tunedlens.lens import LogitLens
+
+    prompts = flags.pop("prompt", [])
+    if "prompt_file" in flags:
+        prompts = prompts + _read_file(flags.pop("prompt_file"))
+    asked, output = flags.pop("lens", None), flags.pop("output", None)
+    model_flags = {field.name for field in dataclasses.fields(ModelConfig)}
+    if others := sorted(flags.keys() - model_flags):
+        raise InputError(f"--prompt scores no corpus, so it needs no --{others[0]}")
+    try:
+        specs = lens_specs(asked)
+    except InputError:
+        if asked is not None:
+            raise
+        specs = [LensSpec("logit", "logit")]  # none was trained yet
+    saved = [spec for spec in specs if spec.folder is not None]
+    if any(spec.kind in BASELINE_TOKENS for spec in specs):
+        raise InputError("unigram and mean say the same of every prompt; leave them out")
+    trained = saved[0].trained if saved and "model" not in flags else TrainConfig()
+    base = EvaluateConfig(model=dataclasses.replace(trained.model, device=None))
+    config = configured(EvaluateConfig, base, flags)
+    output = output or (
+        saved[0].folder / "prompts" if saved and saved[0].folder else Path("prompts")
+    )
+    _require_own(output)
+    checkpoint.require_writable(output)
+    model = load_configured(config.model, None)
+    lenses: dict[str, Lens] = {
+        spec.name: checkpoint.load_lens(spec.folder, model) for spec in saved if spec.folder
+    }
+    _write_prompts(model, lenses | {"logit": LogitLens.from_model(model)}, prompts, output)
+    return 0
+
+
+def _read_file(path: Path) -> list[str]:
+    r"""Prompts of a file, one a line; `\n` in a line is a new line.
+
+    Raises:
+        InputError: it cannot be read, or has no prompt.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read --prompt-file {path}: {error}") from error
+    prompts = [line.replace("\\n", "\n") for line in lines if line]
+    if not prompts:
+        raise InputError(f"--prompt-file {path} has no prompt: expected one in each line")
+    return prompts
+
+
+def _require_own(folder: Path) -> None:
+    """Make sure that nothing but earlier prompts is overwritten.
+
+    Raises:
+        InputError: the folder holds something else.
+    """
+    if folder.is_dir():
+        other = sorted(p.name for p in folder.iterdir() if not p.name.startswith(_PREFIX))
+        if other:
+            raise InputError(
+                f"{folder} holds something else than prompts ({other[0]}); give --output an empty "
+                "or new folder"
+            )
+
+
+def _write_prompts(
+    model: "FrozenModel", lenses: Mapping[str, "Lens"], prompts: Sequence[str], folder: Path
+) -> None:
+    """Read every prompt and write what there is to see of it; say the best tokens at its end.
+
+    Raises:
+        InputError: a prompt is empty or beyond the context, or the folder cannot be written.
+    """
+    from tunedlens import plots
+    from tunedlens.report import aligned
+    from tunedlens.tokens import shown
+    from tunedlens.tracking import say
+    from tunedlens.trajectory import trajectory
+
+    # All are read before any is written.
+    found = [trajectory(model, lenses, prompt) for prompt in prompts]
+    for path in folder.glob(f"{_PREFIX}*"):
+        path.unlink()
+    for number, (prompt, read) in enumerate(zip(prompts, found, strict=True), 1):
+        name = f"{_PREFIX}{number}"
+        checkpoint.write(folder / f"{name}.html", read.to_html())
+        checkpoint.write(folder / f"{name}.csv", read.to_dataframe().to_csv(index=False))
+        for lens in lenses:
+            for page, figure in enumerate(plots.heatmap_pages(read, lens=lens), 1):
+                for kind in plots.KINDS:
+                    path = folder / f"{name}-{lens}-{page}.{kind}"
+                    checkpoint.write(path, plots.rendered(figure, kind))
+        say(f"\n{name}: {prompt!r}\nbest tokens after {read.tokens[-1]!r}, with probabilities\n")
+        rows = [["layer", *lenses]]
+        for index, row in enumerate(next(iter(read.readings.values())).rows):
+            cells = []
+            for reading in read.readings.values():
+                ids = reading.top_ids[index, -1, :3].tolist()
+                probs = reading.top_log_probs[index, -1, :3].exp().tolist()
+                words = [shown(model.tokenizer, i) for i in ids]
+                cells.append("  ".join(f"{w} {p:.2f}" for w, p in zip(words, probs, strict=True)))
+            rows.append([str(row.layer), *cells])
+        say(aligned(rows))
+    say(f"\nheatmaps, tables and a page for each are in {folder}")
