@@ -2,9 +2,9 @@ import re
 
 import numpy as np
 import pytest
-from conftest import make_evaluation
+from conftest import make_evaluation, random_lens
 
-from tunedlens import Evaluation, InputError, plots, trajectory
+from tunedlens import Evaluation, InputError, LogitLens, plots, trajectory
 from tunedlens.fit import LearningCurve, Look
 from tunedlens.metrics import METRICS
 from tunedlens.tokens import shown
@@ -204,3 +204,30 @@ def test_dollars_are_not_read_as_mathematics(read):
 def test_heatmap_that_cannot_be_drawn_is_refused(read, options, words):
     with pytest.raises(InputError, match=words):
         read.heatmap(**options)
+
+
+@pytest.mark.parametrize("metric", ["probability", "rank"])
+def test_curves_follow_tokens_through_the_layers_of_every_lens(tiny, metric):
+    lenses = {"logit": LogitLens.from_model(tiny), "tuned": random_lens(tiny)}
+    read = trajectory(tiny, lenses, "def f(x):", track=["x", " return"])
+    axes = read.curves(["x", " return"], metric=metric).axes[0]
+    found = [list(line.get_ydata()) for line in axes.lines]
+    expected = []
+    for place in range(2):
+        for reading in read.readings.values():
+            log_probs = reading.tracked_log_probs[:, -1, place]
+            ranks = reading.tracked_ranks[:, -1, place]
+            expected.append((ranks if metric == "rank" else log_probs.exp()).tolist())
+    assert found == expected
+    assert {text.get_text() for text in axes.texts} == {
+        f"{token}, {lens}" for token in ("x", " return") for lens in lenses
+    }
+
+
+def test_curves_that_cannot_be_drawn_are_refused(read):
+    with pytest.raises(InputError, match="metric must be probability or rank"):
+        read.curves(["x"], metric="loss")
+    with pytest.raises(InputError, match="position must be between"):
+        read.curves(["x"], position=99)
+    with pytest.raises(InputError, match="was not tracked at every position"):
+        read.curves(["x"])

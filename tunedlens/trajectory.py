@@ -101,6 +101,12 @@ class Trajectory:
 
         return heatmap(self, metric, lens, **options)
 
+    def curves(self, tokens: Sequence[str | int], position: int = -1, **options: Any) -> Any:
+        """A figure of tokens followed through the layers; see `plots.curves`."""
+        from tunedlens.plots import curves
+
+        return curves(self, tokens, position, **options)
+
     def to_html(self) -> str:
         """A page to explore, with everything in it; see `report.explorer`."""
         from tunedlens.report import explorer

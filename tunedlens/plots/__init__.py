@@ -10,6 +10,7 @@ from tunedlens.plots.by_layer import (
     prediction_depth,
     transfer,
 )
+from tunedlens.plots.curves import curves
 from tunedlens.plots.heatmap import heatmap, heatmap_pages
 from tunedlens.plots.learning import draw_learning_curve, learning_curve
 from tunedlens.plots.style import KINDS, rendered
@@ -21,6 +22,7 @@ __all__ = [
     "agreement_by_layer",
     "by_layer",
     "by_position",
+    "curves",
     "draw_learning_curve",
     "heatmap",
     "heatmap_pages",

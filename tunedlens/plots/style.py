@@ -26,6 +26,8 @@ _KNOWN: dict[str, dict[str, Any]] = {
     "unigram": {"color": "0.45", "marker": "", "linestyle": (0, (5, 2))},
     "mean": {"color": "0.6", "marker": "", "linestyle": (0, (1, 1))},
 }
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+"""Okabe and Ito's colours, for lines that are no lens."""
 _COLORS = ("#56B4E9", "#E69F00", "#000000", "#7A4FBF")
 _MARKERS = ("v", "P", "X", "*", "h")
 _DASHES = ("-", "--", "-.")
