@@ -64,13 +64,16 @@ def tiny_folder(tmp_path, tokenizer):
     return folder
 
 
-@pytest.fixture
-def text_file(tmp_path):
+def write_text(path):
     """About 3,000 tokens of text, with bytes of every length."""
-    path = tmp_path / "text.txt"
     lines = [f"line {i}: naïve café, 日本語 and 🎉, {i * i}\r\n" for i in range(150)]
     path.write_bytes("".join(lines).encode())
     return path
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    return write_text(tmp_path / "text.txt")
 
 
 def random_lens(model, scale=0.1, seed=0):

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import make_gpt2
+from conftest import make_gpt2, write_text
 
 from tunedlens import TunedLens, checkpoint, load_model, plots
 from tunedlens.cli import evaluate_command, train_command
@@ -100,14 +100,27 @@ def test_evaluation_refuses_to_score_what_was_trained_on(asked, text_file, capsy
     fails(evaluate_command, ["--lens", "run"], capsys, "has changed since")
 
 
-@pytest.fixture
-def lenses(here, asked):
-    """Two saved lenses of different kinds, for one model and text."""
-    assert train_command([*asked, "--output", "steps"]) == 0
-    one_pass = [a for a in asked if a not in ("--tokens", "640")]
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, tokenizer):
+    """A model, a text and three lenses for them, made once."""
+    folder = tmp_path_factory.mktemp("trained")
+    make_gpt2().save_pretrained(folder / "tiny")
+    tokenizer.save_pretrained(folder / "tiny")
+    write_text(folder / "text.txt")
+    flags = ["--model", str(folder / "tiny"), "--dataset", str(folder / "text.txt"), *FAST]
+    one_pass = [flag for flag in flags if flag not in ("--tokens", "640")]
+    assert train_command([*flags, "--output", str(folder / "steps")]) == 0
     for fit in ("closed-form", "jacobian"):
-        assert train_command([*one_pass, "--fit", fit, "--output", fit]) == 0
-    return here
+        assert train_command([*one_pass, "--fit", fit, "--output", str(folder / fit)]) == 0
+    return folder
+
+
+@pytest.fixture
+def lenses(here, trained):
+    """The three lenses, in the folder where the test runs."""
+    for name in ("steps", "closed-form", "jacobian"):
+        shutil.copytree(trained / name, here / name)
+    return trained
 
 
 def read(folder):
@@ -130,11 +143,10 @@ def test_all_lenses_there_are_stand_side_by_side(here, capsys):
     assert "The best token stays as it is from a layer on" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("lenses")
-def test_text_of_any_lens_is_scored_where_it_was_held_out(here, asked, text_file):
-    other = here / "other.txt"
+def test_text_of_any_lens_is_scored_where_it_was_held_out(here, lenses):
+    text_file, other = lenses / "text.txt", here / "other.txt"
     other.write_text("another text, all of it\n" * 200)
-    flags = [str(other) if flag == str(text_file) else flag for flag in asked]
+    flags = ["--model", str(lenses / "tiny"), "--dataset", str(other), *FAST]
     assert train_command([*flags, "--output", "second"]) == 0
     spelled = os.path.relpath(text_file)
     both = ["--lens", "second", "--lens", "steps", "--dataset", spelled, "--tokens", "50"]
@@ -145,13 +157,12 @@ def test_text_of_any_lens_is_scored_where_it_was_held_out(here, asked, text_file
     assert about["corpus"]["tokens_sha256"] == held_out["tokens_sha256"]
 
 
-@pytest.mark.usefixtures("lenses")
-def test_baseline_is_made_from_the_training_text_whatever_is_scored(here, text_file):
+def test_baseline_is_made_from_the_training_text_whatever_is_scored(here, lenses):
     (here / "other.txt").write_text("another text, all of it\n" * 40)
     flags = ["--lens", "steps", "--lens", "unigram", "--dataset", "other.txt"]
     assert evaluate_command([*flags, "--output", "out"]) == 0
     about = read(here / "out")["provenance"]["lenses"]["unigram"]
-    assert about["text"]["dataset"] == str(text_file)
+    assert about["text"]["dataset"] == str(lenses / "text.txt")
 
 
 @pytest.mark.usefixtures("lenses")
@@ -222,10 +233,10 @@ def test_bad_prompts_are_one_line_and_leave_nothing(here, capsys):
 
 
 @pytest.mark.usefixtures("lenses")
-def test_redraw_makes_the_same_report_without_a_model(here, tiny_folder):
+def test_redraw_makes_the_same_report_without_a_model(here, monkeypatch):
     evaluate_command(["--lens", "steps", "--tokens", "50", "--output", "out"])
     before = {path.name: path.read_bytes() for path in (here / "out").iterdir()}
-    shutil.rmtree(tiny_folder)
+    monkeypatch.setattr("tunedlens.frozen.load_model", None)
     for path in (here / "out").iterdir():
         if path.name != "metrics.json":
             path.unlink()

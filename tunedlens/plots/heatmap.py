@@ -60,6 +60,7 @@ def heatmap(
     Raises:
         InputError: there is no such metric, lens or tracked token, or nothing to draw.
     """
+    from matplotlib import colormaps
     from matplotlib.colors import LogNorm, Normalize
 
     if metric not in _LABELS:
@@ -85,11 +86,11 @@ def heatmap(
     if metric == "probability":
         low, high = 0.0, 1.0
     norm: Any = LogNorm(1, max(high, 2)) if metric == "rank" else Normalize(low, high)
-    color_map = "cividis_r" if metric in ("rank", "kl_nats", "cross_entropy_nats") else "cividis"
+    name = "cividis_r" if metric in ("rank", "kl_nats", "cross_entropy_nats") else "cividis"
+    color_map = colormaps[name].with_extremes(bad="0.85")
     with new_figure(1.6 + 0.62 * len(columns), 1.4 + 0.24 * len(rows)) as figure:
         axes = figure.subplots()
         image = axes.imshow(drawn.numpy(), origin="lower", aspect="auto", norm=norm, cmap=color_map)
-        image.cmap.set_bad("0.85")
         _write_cells(axes, trajectory, reading, image, rows, columns)
         _label_axes(axes, trajectory, reading, rows, columns)
         whose = "" if metric not in _OF_TOKEN else f" of {_whose(trajectory, of)}"
