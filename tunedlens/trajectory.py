@@ -344,7 +344,14 @@ def _read(
     is_there = torch.tensor([[i < len(line) for i in range(width)] for line in tracked])
     ids = ids.to(logits.device).expand(*count, width)
     values = log_probs.gather(-1, ids).cpu()
-    ranks = torch.stack([metrics.rank(log_probs, ids[..., i]) for i in range(width)], -1).cpu()
+    is_above = torch.empty_like(log_probs)  # the same memory for every token
+
+    def rank(of: Int[Tensor, "rows chunk"]) -> Int[Tensor, "rows chunk"]:
+        """As `metrics.rank`, in one comparison: equally probable tokens share the better rank."""
+        own = log_probs.gather(-1, of[..., None])
+        return 1 + torch.gt(log_probs, own, out=is_above).sum(-1).long()
+
+    ranks = torch.stack([rank(ids[..., i]) for i in range(width)], -1).cpu()
     next_ids = following.expand(count)
     return Reading(
         rows=rows,
@@ -354,7 +361,7 @@ def _read(
         entropy_nats=metrics.entropy(log_probs).cpu(),
         kl_nats=metrics.kl_from_log_probs(model_log_probs.exp(), model_log_probs, log_probs).cpu(),
         next_log_prob=log_probs.gather(-1, next_ids[..., None])[..., 0].cpu(),
-        next_rank=metrics.rank(log_probs, next_ids).cpu(),
+        next_rank=rank(next_ids).cpu(),
         tracked_log_probs=values.masked_fill(~is_there, math.nan),
         tracked_ranks=ranks.masked_fill(~is_there, 0),
     )
