@@ -17,7 +17,7 @@ from tunedlens.lens import ConstantLens, Lens, LogitLens, ResidualLens
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-_LOGITS_AT_A_TIME = 2**25
+_LOGITS_AT_A_TIME = 2**24
 """Over all rows of a lens; the rest of a long text waits."""
 
 
@@ -335,36 +335,48 @@ def _read(
     tracked: list[list[int]],
     k: int,
 ) -> Reading:
-    log_probs = metrics.log_probs(logits)
-    model_log_probs = metrics.log_probs(final)
-    top = log_probs.topk(k, -1)
-    count = (len(rows), len(following))
+    """A chunk of positions; one row at a time, so that nothing but logits is held for all."""
     width = max(map(len, tracked))
     ids = torch.tensor([[*line, *[0] * (width - len(line))] for line in tracked])
     is_there = torch.tensor([[i < len(line) for i in range(width)] for line in tracked])
-    ids = ids.to(logits.device).expand(*count, width)
-    values = log_probs.gather(-1, ids).cpu()
-    is_above = torch.empty_like(log_probs)  # the same memory for every token
-
-    def rank(of: Int[Tensor, "rows chunk"]) -> Int[Tensor, "rows chunk"]:
-        """As `metrics.rank`, in one comparison: equally probable tokens share the better rank."""
-        own = log_probs.gather(-1, of[..., None])
-        return 1 + torch.gt(log_probs, own, out=is_above).sum(-1).long()
-
-    ranks = torch.stack([rank(ids[..., i]) for i in range(width)], -1).cpu()
-    next_ids = following.expand(count)
+    followed = torch.cat([following[:, None], ids.to(logits.device)], -1)
+    model_log_probs = metrics.log_probs(final)
+    model_probs = model_log_probs.exp()
+    is_above = torch.empty_like(final)  # the same memory for every token and row
+    found: dict[str, list[Tensor]] = {name: [] for name in _FIELDS}
+    for row in logits:
+        log_probs = metrics.log_probs(row)
+        top = log_probs.topk(k, -1)
+        own = log_probs.gather(-1, followed)
+        # As `metrics.rank`, in one comparison: equally probable tokens share the better rank.
+        ranks = [torch.gt(log_probs, one[:, None], out=is_above).sum(-1) for one in own.unbind(-1)]
+        values = (
+            top.indices,
+            top.values,
+            row.logsumexp(-1),
+            metrics.entropy(log_probs),
+            metrics.kl_from_log_probs(model_probs, model_log_probs, log_probs),
+            own,
+            1 + torch.stack(ranks, -1).long(),
+        )
+        for name, value in zip(_FIELDS, values, strict=True):
+            found[name].append(value.cpu())
+    stacked = {name: torch.stack(values) for name, values in found.items()}
+    log_probs, ranks_of_all = stacked.pop("followed_log_probs"), stacked.pop("followed_ranks")
     return Reading(
         rows=rows,
-        top_ids=top.indices.cpu(),
-        top_log_probs=top.values.cpu(),
-        log_total=logits.logsumexp(-1).cpu(),
-        entropy_nats=metrics.entropy(log_probs).cpu(),
-        kl_nats=metrics.kl_from_log_probs(model_log_probs.exp(), model_log_probs, log_probs).cpu(),
-        next_log_prob=log_probs.gather(-1, next_ids[..., None])[..., 0].cpu(),
-        next_rank=rank(next_ids).cpu(),
-        tracked_log_probs=values.masked_fill(~is_there, math.nan),
-        tracked_ranks=ranks.masked_fill(~is_there, 0),
+        **stacked,
+        next_log_prob=log_probs[..., 0],
+        next_rank=ranks_of_all[..., 0],
+        tracked_log_probs=log_probs[..., 1:].masked_fill(~is_there, math.nan),
+        tracked_ranks=ranks_of_all[..., 1:].masked_fill(~is_there, 0),
     )
+
+
+_FIELDS = (
+    *("top_ids", "top_log_probs", "log_total", "entropy_nats", "kl_nats"),
+    *("followed_log_probs", "followed_ranks"),
+)
 
 
 def _joined(rows: list[Row], parts: list[Reading], width: int) -> Reading:
