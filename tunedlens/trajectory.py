@@ -17,7 +17,7 @@ from tunedlens.lens import ConstantLens, Lens, LogitLens, ResidualLens
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-_LOGITS_AT_A_TIME = 2**24
+_LOGITS_AT_A_TIME = 2**25
 """Over all rows of a lens; the rest of a long text waits."""
 
 
