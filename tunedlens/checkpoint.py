@@ -105,6 +105,20 @@ def save_lens(lens: AffineLens, folder: Path, about: dict[str, Any] | None = Non
     write_json(folder / MANIFEST, manifest)
 
 
+def read_json(path: Path, if_missing: str) -> Any:
+    """What a JSON file says.
+
+    Raises:
+        InputError: it is not there (with the message given), or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(if_missing) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What `config.json` of a saved lens says.
 
@@ -112,14 +126,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         InputError: there is no lens in the folder, or its manifest is damaged.
     """
     path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{folder} holds no lens: expected {MANIFEST} and {WEIGHTS}, as train.py writes them"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged: {error}") from error
+    manifest = read_json(
+        path, f"{folder} holds no lens: expected {MANIFEST} and {WEIGHTS}, as train.py writes them"
+    )
     if not isinstance(manifest, dict) or manifest.get("lens") not in KINDS:
         raise InputError(f"{path} is not the manifest of a lens ({' or '.join(KINDS)})")
     if manifest.get("format") != FORMAT:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tunedlens import metrics
 from tunedlens.errors import InputError
 from tunedlens.frozen import SITES, FrozenModel
-from tunedlens.lens import ConstantLens, Lens, LogitLens, ResidualLens
+from tunedlens.lens import Lens, LogitLens
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -50,6 +50,21 @@ class Reading:
     tracked_log_probs: Float[Tensor, "rows positions tracked"]
     """Of `Trajectory.tracked_ids`; NaN where there are fewer."""
     tracked_ranks: Int[Tensor, "rows positions tracked"]
+
+    @property
+    def row_names(self) -> list[str]:
+        """Layers; with their sites where there are several. The model's own comes last."""
+        is_plain = len({row.site for row in self.rows[:-1]}) <= 1
+        names = [str(row.layer) if is_plain else f"{row.layer} {row.site}" for row in self.rows]
+        return [*names[:-1], "model"]
+
+    def tracked(
+        self, places: Int[Tensor, " positions"]
+    ) -> tuple[Float[Tensor, "rows positions"], Int[Tensor, "rows positions"]]:
+        """Log probabilities and ranks of the token in that place at each position."""
+        index = places[None, :, None].expand(len(self.rows), -1, 1)
+        log_probs = self.tracked_log_probs.gather(-1, index)
+        return log_probs[..., 0], self.tracked_ranks.gather(-1, index)[..., 0]
 
     @property
     def top_logits(self) -> Float[Tensor, "rows positions k"]:
@@ -183,11 +198,9 @@ class Trajectory:
         reading = self.reading(lens)
         columns: dict[str, list[float]] = {}
         for token in tokens:
-            places = self.tracked_places(token)[None, :, None]
-            index = places.expand(len(reading.rows), -1, 1)
-            found = reading.tracked_log_probs.gather(-1, index)[..., 0].exp()
+            log_probs, _ = reading.tracked(self.tracked_places(token))
             name = token if isinstance(token, str) else _word(self.model, token)
-            columns[name] = found.flatten().tolist()
+            columns[name] = log_probs.exp().flatten().tolist()
         keys = [(*row, position) for row in reading.rows for position in range(len(self.tokens))]
         index = pd.MultiIndex.from_tuples(keys, names=["site", "layer", "position"])
         return pd.DataFrame(columns, index=index)
@@ -317,14 +330,9 @@ def _states(
 def _logits(
     lens: Lens, rows: list[Row], states: list[Tensor], part: Int[Tensor, " chunk"]
 ) -> Float[Tensor, "rows chunk vocab"]:
-    found = []
-    for row, state in zip(rows, states, strict=True):
-        hidden = state[part]
-        if isinstance(lens, ResidualLens) and row.site == "resid_post":
-            found.append(lens(hidden, row.layer + 1))  # what enters the next block
-        elif isinstance(lens, (ResidualLens, ConstantLens)):
-            found.append(lens(hidden, row.layer))
-    return torch.stack(found)
+    # What leaves a block is what enters the next one.
+    layers = [row.layer + (row.site == "resid_post") for row in rows]
+    return torch.stack([lens(h[part], layer) for h, layer in zip(states, layers, strict=True)])
 
 
 def _read(

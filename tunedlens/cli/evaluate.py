@@ -1,5 +1,6 @@
 """`evaluate.py`: saved lenses and a text in, a report out."""
 
+import argparse
 import dataclasses
 import itertools
 import sys
@@ -39,34 +40,7 @@ _PASSES = 10
 
 def evaluate_lenses(arguments: Sequence[str] | None) -> int:
     """Evaluate lenses as the flags say. Returns the exit status."""
-    parser = make_parser("evaluate.py", EVALUATE, EvaluateConfig)
-    group = parser.add_argument_group("the run")
-    group.add_argument(
-        "--lens",
-        action="append",
-        metavar="[NAME=]LENS",
-        help="folder of a saved lens, or unigram or mean; several times for several lenses; "
-        "without it the newest saved one",
-    )
-    group.add_argument(
-        "--output", type=Path, help="folder for the results; evaluation/ beside the lens by default"
-    )
-    group.add_argument(
-        "--redraw",
-        type=Path,
-        metavar="DIR",
-        help="make tables and figures again from saved results",
-    )
-    group.add_argument(
-        "--prompt",
-        action="append",
-        metavar="TEXT",
-        help="instead of scoring a corpus, show one text through the layers; several times for "
-        "several texts",
-    )
-    group.add_argument("--prompt-file", type=Path, metavar="FILE", help="prompts, one a line")
-    add_wandb_flag(group)
-    flags = parse(parser, arguments)
+    flags = parse(_parser(), arguments)
     if "redraw" in flags:
         return _redraw(flags.pop("redraw"), others=list(flags))
     if "prompt" in flags or "prompt_file" in flags:
@@ -161,6 +135,37 @@ def evaluate_lenses(arguments: Sequence[str] | None) -> int:
             raise InputError(f"{ended}; what was scored is in {output}")
         say(ended)
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser("evaluate.py", EVALUATE, EvaluateConfig)
+    group = parser.add_argument_group("the run")
+    group.add_argument(
+        "--lens",
+        action="append",
+        metavar="[NAME=]LENS",
+        help="folder of a saved lens, or unigram or mean; several times for several lenses; "
+        "without it the newest saved one",
+    )
+    group.add_argument(
+        "--output", type=Path, help="folder for the results; evaluation/ beside the lens by default"
+    )
+    group.add_argument(
+        "--redraw",
+        type=Path,
+        metavar="DIR",
+        help="make tables and figures again from saved results",
+    )
+    group.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="instead of scoring a corpus, show one text through the layers; several times for "
+        "several texts",
+    )
+    group.add_argument("--prompt-file", type=Path, metavar="FILE", help="prompts, one a line")
+    add_wandb_flag(group)
+    return parser
 
 
 def _redraw(folder: Path, others: list[str]) -> int:

@@ -1,7 +1,10 @@
 """What `--lens` names, and what its manifest says."""
 
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tunedlens import checkpoint
 from tunedlens.config import TrainConfig
@@ -11,7 +14,8 @@ BASELINE_TOKENS = {"unigram": 10_000_000, "mean": 65_536}
 """Positions of the training text that a baseline is made from, fewer if it has fewer."""
 
 
-class LensSpec(NamedTuple):
+@dataclass(frozen=True)
+class LensSpec:
     """What `--lens` names."""
 
     name: str
@@ -19,13 +23,13 @@ class LensSpec(NamedTuple):
     """logit, unigram, mean; or of a saved lens: tuned, closed-form, jacobian."""
     folder: Path | None = None
 
-    @property
+    @cached_property
     def manifest(self) -> dict[str, Any]:
         """What is known of a saved lens."""
         assert self.folder is not None
         return checkpoint.read_manifest(self.folder)
 
-    @property
+    @cached_property
     def trained(self) -> TrainConfig:
         """How a saved lens was made; the defaults where its manifest does not say."""
         from tunedlens.training import saved_config
@@ -49,14 +53,15 @@ def lens_specs(asked: list[str] | None) -> list[LensSpec]:
         if rest in BASELINE_TOKENS:
             specs.append(LensSpec(given, rest))
         elif rest != "logit":
-            specs.append(LensSpec(given, _kind(checkpoint.read_manifest(Path(rest))), Path(rest)))
+            spec = LensSpec(given, "", Path(rest))
+            specs.append(dataclasses.replace(spec, kind=_kind(spec.manifest)))
     wanted = [spec.name or spec.kind for spec in specs]
     for index, spec in enumerate(specs):
         if not spec.name:
             name = spec.kind
             if spec.folder is not None and wanted.count(name) > 1:
                 name = spec.folder.resolve().name
-            specs[index] = spec._replace(name=name)
+            specs[index] = dataclasses.replace(spec, name=name)
     names = [spec.name for spec in specs]
     for spec in specs:
         if "/" in spec.name:

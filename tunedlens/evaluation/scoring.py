@@ -16,14 +16,12 @@ from tunedlens import metrics
 from tunedlens.checkpoint import require_same_model
 from tunedlens.errors import InputError
 from tunedlens.evaluation.results import Evaluation
-from tunedlens.evaluation.tally import Tally, per_token
+from tunedlens.evaluation.tally import OF_TRANSFER, Tally, per_token
 from tunedlens.frozen import FrozenModel
 from tunedlens.fused import Fused
 from tunedlens.lens import AffineLens, ConstantLens, Lens, ResidualLens
 from tunedlens.metrics import GROUPS, GroupSums
 from tunedlens.objective import chunk_tokens
-
-_OF_TRANSFER = ("kl_nats", "cross_entropy_nats")
 
 
 def evaluate(
@@ -87,7 +85,7 @@ def evaluate(
         tally.add(figures, transferred, scored, token_bytes[input_ids[:, 1:]], groups)
         if progress is not None:
             progress(int(counts.sum()))
-    if accelerator is not None and accelerator.num_processes > 1:
+    if accelerator is not None:
         tally.reduce(accelerator)
     constant = [name for name, lens in lenses.items() if isinstance(lens, ConstantLens)]
     return tally.evaluation(constant, digest.hexdigest())
@@ -199,7 +197,8 @@ class _Scorer:
         shape = (len(self._names), len(self._decodings) + 1, len(next_ids))
         figures = final.new_empty(shape, dtype=torch.float32)
         transfer = torch.zeros(
-            2, n_layers, n_layers, len(self._transferred), len(scored), dtype=torch.float64
+            (len(OF_TRANSFER), n_layers, n_layers, len(self._transferred), len(scored)),
+            dtype=torch.float64,
         )
         # Which scored tokens are in which block, and in which group.
         in_block = torch.block_diag(*scored.double().unbind())
@@ -222,7 +221,7 @@ class _Scorer:
                 for translator in range(n_layers):
                     for layer, hidden in enumerate(states):
                         logits = self._logits(lens, translator, hidden[part])
-                        found, _ = self._figures(logits, *model, _OF_TRANSFER)
+                        found, _ = self._figures(logits, *model, OF_TRANSFER)
                         sums = found.double().cpu() @ in_block[:, part].mT
                         transfer[:, translator, layer, column] += sums
         return figures.cpu().unflatten(-1, scored.shape), transfer

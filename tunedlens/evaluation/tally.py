@@ -18,6 +18,7 @@ from tunedlens.metrics import (
     estimates,
     jackknife,
     perplexity,
+    reduce_sums,
 )
 
 _STANDARD = (
@@ -29,6 +30,9 @@ _STANDARD = (
     "accuracy",
 )
 _EXTENDED = ("reverse_kl_nats", "js_nats", "reciprocal_rank", "model_top1_rank", "confidence")
+
+OF_TRANSFER = ("kl_nats", "cross_entropy_nats")
+"""Figures of a translator at another layer, as they stand in what is added."""
 
 BINS = 15
 """Of confidence, all of one width."""
@@ -75,7 +79,7 @@ class Tally:
         self._group_tokens = GroupSums()
         self._distributions = distributions
         self._calibration = GroupSums(n_rows, BINS, 3) if "confidence" in metrics else None
-        self._transfer = RatioSums(2, n_layers, n_layers, columns=len(transferred))
+        self._transfer = RatioSums(len(OF_TRANSFER), n_layers, n_layers, columns=len(transferred))
         self._positions = self._position_bits = None
         if positions is not None:
             self._positions = RatioSums(len(metrics), n_layers, positions, columns=columns)
@@ -147,12 +151,11 @@ class Tally:
 
     def reduce(self, accelerator: Accelerator) -> None:
         """Add up the sums of all processes, in each of them."""
-        for part in (value for value in vars(self).values() if isinstance(value, RatioSums)):
-            moments = part.moments.to(accelerator.device)
-            part.moments = accelerator.reduce(moments, "sum").cpu()
-        for group in (value for value in vars(self).values() if isinstance(value, GroupSums)):
-            sums = group.sums.to(accelerator.device)
-            group.sums = accelerator.reduce(sums, "sum").to(group.sums.device)
+        for part in vars(self).values():
+            if isinstance(part, RatioSums):
+                reduce_sums(accelerator, part.moments)
+            elif isinstance(part, GroupSums):
+                reduce_sums(accelerator, part.sums)
 
     def evaluation(self, constant: list[str], tokens_sha256: str) -> Evaluation:
         """The figures.
@@ -281,7 +284,7 @@ class Tally:
         return {
             lens: {
                 metric: _grid(*(part[index, ..., column] for part in figures))
-                for index, metric in enumerate(("kl_nats", "cross_entropy_nats"))
+                for index, metric in enumerate(OF_TRANSFER)
             }
             for column, lens in enumerate(self._transferred)
         }

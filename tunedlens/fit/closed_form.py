@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
+from tunedlens.metrics import reduce_sums
+
 RIDGES = tuple(10.0**exponent for exponent in range(-8, 1))
 """From what float64 can tell from none to half of the mean square of the inputs."""
 
@@ -44,9 +46,7 @@ class LeastSquares:
 
     def reduce(self, accelerator: Accelerator) -> None:
         """Add up the sums of all processes, in each of them."""
-        if accelerator.num_processes > 1:
-            for part in (self.inputs, self.products, self.squares):
-                part.copy_(accelerator.reduce(part.to(accelerator.device), "sum"))
+        reduce_sums(accelerator, self.inputs, self.products, self.squares)
 
     @property
     def second_moment(self) -> Float[Tensor, "layers d_model_plus_1 d_model_plus_1"]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tunedlens.config import JacobianTargets
 from tunedlens.frozen import FrozenModel
+from tunedlens.metrics import reduce_sums
 
 SKIPPED_POSITIONS = 16
 """At the start of each block: the first positions are attention sinks with states unlike all
@@ -75,9 +76,7 @@ class MeanJacobian:
 
     def reduce(self, accelerator: Accelerator) -> None:
         """Add up the sums of all processes, in each of them."""
-        if accelerator.num_processes > 1:
-            for part in (self.sums, self.positions):
-                part.copy_(accelerator.reduce(part.to(accelerator.device), "sum"))
+        reduce_sums(accelerator, self.sums, self.positions)
 
     @property
     def mean(self) -> Float[Tensor, "layers d_model d_model"]:

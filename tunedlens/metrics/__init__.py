@@ -18,6 +18,7 @@ from tunedlens.metrics.sums import (
     estimates,
     jackknife,
     perplexity,
+    reduce_sums,
 )
 
 __all__ = [
@@ -37,4 +38,5 @@ __all__ = [
     "log_probs",
     "perplexity",
     "rank",
+    "reduce_sums",
 ]

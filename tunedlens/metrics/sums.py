@@ -9,10 +9,18 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
 _LARGEST_EXPONENT = 700.0
+
+
+def reduce_sums(accelerator: Accelerator, *sums: Tensor) -> None:
+    """Add up the sums of all processes, in each of them and in place."""
+    if accelerator.num_processes > 1:
+        for part in sums:
+            part.copy_(accelerator.reduce(part.to(accelerator.device), "sum"))
 
 
 class Estimate(NamedTuple):

@@ -1,7 +1,7 @@
 """Figures of an evaluation: every lens by layer, by position, by translator."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunedlens.evaluation import MODEL, Evaluation
@@ -96,10 +96,7 @@ def by_position(evaluation: Evaluation) -> "Figure":
                 style = look[lens] | {"marker": ""}
                 if points := _averaged(values, errors):
                     x, y, error = zip(*points, strict=True)
-                    axes.plot(x, y, **style)
-                    low = [max(v - 2 * e, v / 10) for v, e in zip(y, error, strict=True)]
-                    high = [v + 2 * e for v, e in zip(y, error, strict=True)]
-                    axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
+                    _line_with_band(axes, x, y, error, style, is_log=True)
                     ends[lens] = y[-1]
                 if values[0]:
                     mark = look[lens]["marker"] or "_"
@@ -190,13 +187,9 @@ def draw_by_layer(
         top = _top_of_the_scale(list(values.values()))
     for lens in lenses:
         line = [value if value <= top else math.nan for value in values[lens]]
-        errors = [2 * (estimate.standard_error or 0.0) for estimate in columns[lens]]
-        floor = [value / 10 if shown.is_log else -math.inf for value in line]
-        low = [max(v - e, f) for v, e, f in zip(line, errors, floor, strict=True)]
-        high = [v + e for v, e in zip(line, errors, strict=True)]
+        errors = [estimate.standard_error or 0.0 for estimate in columns[lens]]
         color = look[lens]["color"]
-        axes.plot(layers, line, **look[lens])
-        axes.fill_between(layers, low, high, color=color, alpha=0.2, linewidth=0)
+        _line_with_band(axes, layers, line, errors, look[lens], is_log=shown.is_log)
         if values[lens][0] > top:
             axes.annotate(f"↑ {values[lens][0]:.0e}", (0, top), (4, -3), color=color,
                           textcoords="offset points", va="top")  # fmt: skip
@@ -251,6 +244,23 @@ def draw_prediction_depth(axes: "Axes", evaluation: Evaluation) -> None:
     axes.set_xlabel("layer from which the best token stays")
     axes.set_ylabel(METRICS["prediction_depth"].title)
     axes.set_xticks(layers[:: max(1, len(layers) // 12)])
+
+
+def _line_with_band(
+    axes: "Axes",
+    x: Sequence[float],
+    y: Sequence[float],
+    errors: Sequence[float],
+    style: dict[str, Any],
+    *,
+    is_log: bool,
+) -> None:
+    """A line, and two standard errors to either side of it; on a log scale above a tenth of it."""
+    axes.plot(x, y, **style)
+    floor = [value / 10 if is_log else -math.inf for value in y]
+    low = [max(v - 2 * e, f) for v, e, f in zip(y, errors, floor, strict=True)]
+    high = [v + 2 * e for v, e in zip(y, errors, strict=True)]
+    axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 
 def _top_of_the_scale(values: list[list[float]]) -> float:

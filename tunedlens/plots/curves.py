@@ -43,22 +43,17 @@ def curves(
         axes = figure.subplots()
         ends, colors = {}, {}
         for index, token in enumerate(tokens):
-            place = int(trajectory.tracked_places(token)[position])
+            places = trajectory.tracked_places(token)
             for dash, (lens, reading) in zip(_DASHES, trajectory.readings.items(), strict=False):
-                if metric == "rank":
-                    line = reading.tracked_ranks[:, position, place].tolist()
-                else:
-                    line = reading.tracked_log_probs[:, position, place].exp().tolist()
+                log_probs, ranks = reading.tracked(places)
+                line = (ranks if metric == "rank" else log_probs.exp())[:, position].tolist()
                 color = COLORS[index % len(COLORS)]
                 axes.plot(range(len(line)), line, linestyle=dash, color=color)
                 name = f"{token}, {lens}"
                 ends[name], colors[name] = line[-2] if len(line) > 1 else line[-1], color
-        rows = next(iter(trajectory.readings.values())).rows
-        is_plain = len({row.site for row in rows[:-1]}) <= 1
-        names = [f"{row.layer}" if is_plain else f"{row.layer} {row.site}" for row in rows]
-        step = max(1, len(rows) // 12)
-        shown = list(range(0, len(rows) - 1, step))
-        axes.set_xticks([*shown, len(rows) - 1], [*(names[i] for i in shown), "model"])
+        names = trajectory.reading().row_names
+        shown = [*range(0, len(names) - 1, max(1, len(names) // 12)), len(names) - 1]
+        axes.set_xticks(shown, [names[index] for index in shown])
         drawn = zip(_DASH_NAMES, trajectory.readings, strict=False)
         axes.set_xlabel(f"layer ({', '.join(f'{dash} {lens}' for dash, lens in drawn)})")
         axes.set_ylabel(metric)

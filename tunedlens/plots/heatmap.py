@@ -127,14 +127,12 @@ def _values(
             places = is_it.int().argmax(-1)
         else:
             places = trajectory.tracked_places(of)
-        index = places[None, :, None].expand(len(reading.rows), -1, 1)
-        log_probs = reading.tracked_log_probs.gather(-1, index)[..., 0]
-        ranks = reading.tracked_ranks.gather(-1, index)[..., 0].float()
+        log_probs, ranks = reading.tracked(places)
     return {
         "probability": log_probs.exp(),
         "log_prob": log_probs,
         "logit": log_probs + reading.log_total,
-        "rank": ranks,
+        "rank": ranks.float(),
     }[metric]
 
 
@@ -183,10 +181,7 @@ def _label_axes(
     columns: list[int],
 ) -> None:
     tokenizer, ids = trajectory.model.tokenizer, trajectory.input_ids.tolist()
-    names = [f"{row.layer}" for row in reading.rows]
-    if len({row.site for row in reading.rows[:-1]}) > 1:
-        names = [f"{row.layer} {row.site}" for row in reading.rows]
-    names[-1] = "model"
+    names = reading.row_names
     axes.set_yticks(range(len(rows)), [names[row] for row in rows], fontsize=7)
     axes.set_ylabel("layer")
     words = [_plain(shown(tokenizer, ids[column])) for column in columns]

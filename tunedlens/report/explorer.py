@@ -21,14 +21,12 @@ def explorer(trajectory: Trajectory) -> str:
     tokenizer = trajectory.model.tokenizer
     ids = trajectory.input_ids.tolist()
     readings = trajectory.readings
-    rows = next(iter(readings.values())).rows
-    is_plain = len({row.site for row in rows[:-1]}) <= 1
     words = {i for reading in readings.values() for i in reading.top_ids.flatten().tolist()}
     words |= {i for i in trajectory.tracked_ids.flatten().tolist() if i >= 0}
     data = {
         "tokens": [shown(tokenizer, i) for i in ids],
         "ids": ids,
-        "rows": [str(row.layer) if is_plain else f"{row.layer} {row.site}" for row in rows],
+        "rows": trajectory.reading().row_names,
         "words": {i: shown(tokenizer, i) for i in sorted(words)},
         "tracked_ids": trajectory.tracked_ids.tolist(),
         "lenses": {name: _figures(reading) for name, reading in readings.items()},

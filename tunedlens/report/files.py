@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tunedlens import plots
-from tunedlens.checkpoint import write, write_json
+from tunedlens.checkpoint import read_json, write, write_json
 from tunedlens.errors import InputError
 from tunedlens.evaluation import MODEL, Evaluation
 from tunedlens.report.page import page
@@ -80,14 +80,9 @@ def read_evaluation(folder: str | Path) -> Evaluation:
         InputError: there is no evaluation in the folder, or it is damaged.
     """
     path = Path(folder) / METRICS_JSON
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{folder} holds no evaluation: expected {METRICS_JSON}, as evaluate.py writes it"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged: {error}") from error
+    data = read_json(
+        path, f"{folder} holds no evaluation: expected {METRICS_JSON}, as evaluate.py writes it"
+    )
     try:
         return Evaluation.from_json(data)
     except InputError as error:
