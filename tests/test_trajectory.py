@@ -1,13 +1,15 @@
+import dataclasses
 import math
-import sys
+import re
 
 import numpy as np
 import pytest
 import torch
 from conftest import random_lens
 
-from tunedlens import InputError, LogitLens, trajectory
+from tunedlens import ConstantLens, InputError, LogitLens, trajectory
 from tunedlens.frozen import SITES
+from tunedlens.trajectory import states
 
 TEXT = "def naïve(x):\n    return x + 1\n"
 
@@ -52,14 +54,19 @@ def by_hand(model, lens, ids, site, layer):
 )
 def test_every_number_equals_a_recomputation_from_hooks(tiny, monkeypatch, name, sites, chunked):
     if chunked:
-        module = sys.modules["tunedlens.trajectory"]  # the package's own name is the function
-        monkeypatch.setattr(module, "_LOGITS_AT_A_TIME", 4096 * 3 * 20)
+        monkeypatch.setattr(states, "_LOGITS_AT_A_TIME", 4096 * 3 * 20)
     lens = LogitLens.from_model(tiny) if name == "logit" else random_lens(tiny)
-    found = trajectory(tiny, {name: lens}, TEXT, sites=sites, k=4)
-    ids, reading = found.input_ids, found.readings[name]
+    # Texts of several lengths, and so with padding, in two forward passes.
+    monkeypatch.setattr(states, "_TOKENS_AT_A_TIME", 40)
+    for found in trajectory(tiny, {name: lens}, [TEXT, "x", TEXT[:-9]], sites=sites, k=4):
+        assert_equals_by_hand(tiny, lens, found, found.readings[name])
+
+
+def assert_equals_by_hand(tiny, lens, found, reading):
+    ids = found.input_ids
     model = tiny.model(ids[None]).logits[0].double().log_softmax(-1)
-    assert reading.rows[-1] in (("resid_pre", 3), ("resid_post", 2))
-    for index, (site, layer) in enumerate(reading.rows):
+    assert found.rows[-1] in (("resid_pre", 3), ("resid_post", 2))
+    for index, (site, layer) in enumerate(found.rows):
         logits = by_hand(tiny, lens, ids, site, layer)
         log_probs = logits.double().log_softmax(-1)
         best = log_probs.topk(4)
@@ -115,12 +122,124 @@ def test_probabilities_are_those_of_the_chosen_tokens(tiny):
 
 def test_top_k_is_a_table_of_words_and_probabilities(tiny):
     found = trajectory(tiny, None, TEXT, sites=["resid_mid", "resid_post"])
-    table = found.top_k(position=-2, k=3)
+    table = found.top_k(position=-2, k=3).to_dataframe()
     assert list(table.index[:3]) == [("resid_mid", 0), ("resid_post", 0), ("resid_mid", 1)]
-    word, probability = table.loc[("resid_post", 2), 1]
     probs = tiny.model(found.input_ids[None]).logits[0, -2].softmax(-1)
-    assert word == tiny.tokenizer.decode([int(probs.argmax())])
-    assert probability == pytest.approx(probs.max().item(), rel=1e-4)
+    best = probs.topk(3)
+    last = table.loc[("resid_post", 2)]
+    assert [last[place, "token"] for place in (1, 2, 3)] == [
+        tiny.tokenizer.decode([i]) for i in best.indices.tolist()
+    ]
+    assert [last[place, "probability"] for place in (1, 2, 3)] == pytest.approx(
+        best.values.tolist(), rel=1e-4
+    )
+
+
+def test_top_k_says_the_same_in_markdown_plain_and_coloured(tiny):
+    found = trajectory(tiny, None, TEXT).top_k(k=2)
+    table = dataclasses.replace(found, probs=[[0.3 + row / 10, 0.04] for row in range(4)])
+    plain = [line.split() for line in str(table).splitlines()]
+    markdown = [line.strip("| ").split(" | ") for line in table.to_markdown().splitlines()]
+    del markdown[1]
+    assert [" ".join(cells).split() for cells in markdown] == plain
+    coloured = table.to_text()
+    assert coloured.count("\x1b[0m") == 4  # the others are improbable
+    assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == str(table)
+    assert plain[-1][0] == "model"
+    assert plain[-1][2] == "0.600"
+
+
+def test_wide_tables_have_the_words_and_figures_of_every_cell(tiny):
+    found = trajectory(tiny, None, TEXT)
+    reading = found.readings["logit"]
+    word = tiny.tokenizer.decode([int(reading.top_ids[1, 4, 0])])
+    assert found.words().loc[("resid_pre", 1), (4, found.tokens[4])] == word
+    for metric, expected in (
+        ("kl_nats", reading.kl_nats),
+        ("logit", reading.top_logits[..., 0]),
+        ("entropy_nats", reading.entropy_nats),
+        ("cross_entropy_nats", -reading.next_log_prob),
+    ):
+        scores = found.scores(metric).to_numpy()
+        assert np.allclose(scores, expected.numpy(), equal_nan=True)
+
+
+def test_rank_is_by_default_that_of_the_models_best_token(tiny):
+    found = trajectory(tiny, random_lens(tiny), TEXT, track=["x"])
+    stream = tiny.residual_stream(found.input_ids[None])
+    best = tiny.model(found.input_ids[None]).logits[0].argmax(-1, keepdim=True)
+    lens = found.lenses["tuned"]
+    for layer, hidden in enumerate(stream):
+        logits = lens(hidden[0], layer)
+        expected = 1 + (logits > logits.gather(-1, best)).sum(-1)
+        assert found.figures("rank")[layer].tolist() == expected.tolist()
+
+
+def test_a_part_has_the_rows_and_positions_that_are_asked_for_and_the_model(tiny):
+    found = trajectory(tiny, None, TEXT)
+    part = found[1:2, 3:8]
+    assert part.rows == [("resid_pre", 1), ("resid_pre", 3)]
+    assert part.tokens == found.tokens[3:8]
+    assert part.positions == [3, 4, 5, 6, 7]
+    assert torch.equal(part.next_ids, found.input_ids[4:9])
+    for metric in ("kl_nats", "probability", "rank"):
+        assert torch.equal(part.figures(metric), found.figures(metric)[[1, 3], 3:8])
+    assert found[::2].rows == [("resid_pre", layer) for layer in (0, 2, 3)]
+    assert found[-1].row_names == ["model"]
+    assert part[:, -1].tokens == found.tokens[7:8]
+    assert found[:, -1].next_ids.tolist() == [-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "tuned"), [("kl_to_other_nats", 0), ("js_nats", 0), ("total_variation", 1)]
+)
+def test_divergences_are_as_they_are_defined(tiny, monkeypatch, name, tuned):
+    monkeypatch.setattr(states, "_LOGITS_AT_A_TIME", 4096 * 4 * 6)
+    lenses = {"logit": LogitLens.from_model(tiny), "tuned": random_lens(tiny)}
+    one, two = trajectory(tiny, lenses, ["x = 1 + 2 + 3", "y = 1 - 2 + 4"])
+    lens = ("logit", "tuned")[tuned]
+    found = one[1:, 2:].divergence(two[1:, 2:], name, lens)
+    assert torch.equal(one[1:, 2:].figures(name, lens, versus=two[1:, 2:]), found)
+    for row, layer in enumerate((1, 2, 3)):
+        p, q = (
+            lenses[lens](tiny.residual_stream(read.input_ids[None])[layer][0, 2:], layer)
+            .double()
+            .softmax(-1)
+            for read in (one, two)
+        )
+        middle = (p + q) / 2
+        expected = {
+            "kl_to_other_nats": (p * (p / q).log()).sum(-1),
+            "js_nats": ((p * (p / middle).log()).sum(-1) + (q * (q / middle).log()).sum(-1)) / 2,
+            "total_variation": (p - q).clamp(min=0).sum(-1),
+        }[name]
+        assert torch.allclose(found[row].double(), expected, atol=1e-5)
+
+
+def test_figures_against_another_lens_are_differences(tiny):
+    lenses = {"logit": LogitLens.from_model(tiny), "tuned": random_lens(tiny)}
+    found = trajectory(tiny, lenses, TEXT)
+    expected = found.readings["tuned"].kl_nats - found.readings["logit"].kl_nats
+    assert torch.equal(found.figures("kl_nats", "tuned", versus="logit"), expected)
+    between = found.divergence("tuned", lens="logit")
+    assert between[-1].max() < 1e-6 < between[:-1].min()  # in the end both are the model
+
+
+def test_windows_give_every_position_the_text_before_it(tiny):
+    text = "a = b + c\n" * 12  # 72 tokens, the context is 32
+    found = trajectory(tiny, None, text, stride=10, sites=["resid_mid", "resid_post"])
+    ids = found.input_ids
+    assert len(ids) > 2 * 32
+    starts = [0, *(start for start in range(10, len(ids), 10))]
+    for position in range(len(ids)):
+        start = next(start for start in starts if position < start + 32)
+        logits = tiny.model(ids[None, start : position + 1]).logits[0, -1]
+        assert found.readings["logit"].top_ids[-1, position, 0] == logits.argmax()
+        log_probs = logits.log_softmax(-1)
+        if position + 1 < len(ids):
+            value = found.readings["logit"].next_log_prob[-1, position]
+            assert value == pytest.approx(log_probs[ids[position + 1]].item(), abs=1e-4)
+    assert found.divergence(found)[:, 40:].abs().max() < 1e-6
 
 
 def test_dataframe_is_tidy(tiny):
@@ -145,6 +264,12 @@ def test_dataframe_is_tidy(tiny):
         ({"track": ["two words"]}, "tokens"),
         ({"track": [9999]}, "between 0 and 4095, got 9999"),
         ({"lenses": {}}, "no lens to read with"),
+        ({"text": []}, "no text to read"),
+        ({"text": ["fine", ""]}, "no tokens"),
+        ({"text": torch.tensor([1, 4096])}, "between 0 and 4095, got 1 to 4096"),
+        ({"text": torch.zeros(2, 3, dtype=torch.long)}, r"in one row, got torch.int64 of .*2, 3"),
+        ({"text": "a b " * 40, "stride": 0}, "stride must be between 1 and 32"),
+        ({"text": "a b " * 40, "stride": 33}, "stride must be between 1 and 32"),
     ],
 )
 def test_bad_input_is_one_clear_error(tiny, arguments, words):
@@ -166,5 +291,21 @@ def test_questions_that_have_no_answer_are_refused(tiny):
         found.top_k(k=4)
     with pytest.raises(InputError, match="lens must be one of logit"):
         found.top_k(lens="tuned")
-    with pytest.raises(InputError, match="was not tracked at every position"):
-        found.probabilities([" return"])
+    with pytest.raises(InputError, match="' import' was not tracked"):
+        found.probabilities([" import"])
+    with pytest.raises(InputError, match="metric must be one of probability"):
+        found.figures("js_nats")
+    with pytest.raises(InputError, match="metric must be one of kl_to_other_nats, js_nats"):
+        found.divergence(found, "entropy_nats")
+    with pytest.raises(InputError, match="layer must be between -4 and 3, or a slice; got 4"):
+        found[4]
+    with pytest.raises(InputError, match="no position in slice"):
+        found[:, 50:]
+    with pytest.raises(InputError, match="4 rows and 3 positions, and 4 and 1"):
+        found[:, :3].divergence(found[:, 0])
+
+
+def test_constant_lens_reads_no_text(tiny):
+    lens = ConstantLens(torch.zeros(4096), tiny.identity)
+    with pytest.raises(InputError, match="is a ConstantLens, which reads no state"):
+        trajectory(tiny, {"unigram": lens}, TEXT)

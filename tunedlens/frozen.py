@@ -18,9 +18,9 @@ from tunedlens import embedded
 from tunedlens.config import ModelConfig
 from tunedlens.errors import InputError, first_line
 
-SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
-"""Where a block can be looked into: the stream entering it, between attention and MLP and
-leaving it, and the two terms that are added to it."""
+SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+"""Where a block can be looked into, in the order in which it computes: the stream entering it,
+what attention adds, the stream between, what the MLP adds, the stream leaving it."""
 
 EMBEDDED = "embedded"
 """As a model's name: the GPT-2 that ships with the package."""
@@ -155,16 +155,20 @@ class FrozenModel(nn.Module):
         """The longest sequence that the model has positions for, in tokens."""
         return getattr(self.model.config, "max_position_embeddings", None)
 
-    def encode(self, text: str) -> Int[Tensor, "1 seq"]:
+    def encode(self, text: str, *, is_any_length: bool = False) -> Int[Tensor, "1 seq"]:
         """Token ids of one text, on the model's device, with nothing added.
 
+        Args:
+            text: the text.
+            is_any_length: whether it may be longer than the context.
+
         Raises:
-            InputError: the text is empty or longer than the context.
+            InputError: the text is empty, or longer than the context unless it may be.
         """
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if not ids:
             raise InputError("the text has no tokens; give at least one character")
-        if self.context is not None and len(ids) > self.context:
+        if self.context is not None and len(ids) > self.context and not is_any_length:
             raise InputError(
                 f"the text has {len(ids)} tokens, but {self.name} reads at most "
                 f"{self.context}; shorten it"

@@ -1,5 +1,6 @@
 """Tokens as a reader should see them: nothing invisible, nothing invented."""
 
+import unicodedata
 from functools import cache
 
 from transformers import PreTrainedTokenizerBase
@@ -25,6 +26,17 @@ def shown(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
         letter if letter.isprintable() else f"⟨{letter.encode().hex(' ')}⟩"
         for letter in text.translate(_VISIBLE)
     )
+
+
+def display_width(text: str) -> int:
+    """Columns that a text takes in a terminal: wide characters two, combining ones none."""
+    return sum(
+        0 if unicodedata.combining(letter) else 2 if _is_wide(letter) else 1 for letter in text
+    )
+
+
+def _is_wide(letter: str) -> bool:
+    return unicodedata.east_asian_width(letter) in "WF"
 
 
 @cache

@@ -45,6 +45,8 @@ def evaluate_lenses(arguments: Sequence[str] | None) -> int:
         return _redraw(flags.pop("redraw"), others=list(flags))
     if "prompt" in flags or "prompt_file" in flags:
         return show_prompts(flags)
+    if "stride" in flags:
+        raise InputError("--stride is of the windows of a long --prompt; a corpus needs none")
     asked, output = flags.pop("lens", None), flags.pop("output", None)
     wandb = flags.pop("wandb", "disabled")
 
@@ -164,6 +166,12 @@ def _parser() -> argparse.ArgumentParser:
         "several texts",
     )
     group.add_argument("--prompt-file", type=Path, metavar="FILE", help="prompts, one a line")
+    group.add_argument(
+        "--stride",
+        type=int,
+        metavar="TOKENS",
+        help="read a prompt beyond the context in windows that begin so many tokens apart",
+    )
     add_wandb_flag(group)
     return parser
 

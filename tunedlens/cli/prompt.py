@@ -1,6 +1,7 @@
 """`evaluate.py --prompt`: texts in, tables, heatmaps and a page for each out."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,8 @@ from tunedlens.errors import InputError
 
 if TYPE_CHECKING:
     from tunedlens.frozen import FrozenModel
-    from tunedlens.lens import Lens
+    from tunedlens.lens import ResidualLens
+    from tunedlens.trajectory import Trajectory
 
 _PREFIX = "prompt-"
 
@@ -34,6 +36,7 @@ def show_prompts(flags: dict[str, Any]) -> int:
     if "prompt_file" in flags:
         prompts = prompts + _read_file(flags.pop("prompt_file"))
     asked, output = flags.pop("lens", None), flags.pop("output", None)
+    stride = flags.pop("stride", None)
     model_flags = {field.name for field in dataclasses.fields(ModelConfig)}
     if others := sorted(flags.keys() - model_flags):
         raise InputError(f"--prompt scores no corpus, so it needs no --{others[0]}")
@@ -55,10 +58,11 @@ def show_prompts(flags: dict[str, Any]) -> int:
     _require_own(output)
     checkpoint.require_writable(output)
     model = load_configured(config.model, None)
-    lenses: dict[str, Lens] = {
+    lenses: dict[str, ResidualLens] = {
         spec.name: checkpoint.load_lens(spec.folder, model) for spec in saved if spec.folder
     }
-    _write_prompts(model, lenses | {"logit": LogitLens.from_model(model)}, prompts, output)
+    lenses["logit"] = LogitLens.from_model(model)
+    _write_prompts(model, lenses, prompts, stride, output)
     return 0
 
 
@@ -94,7 +98,11 @@ def _require_own(folder: Path) -> None:
 
 
 def _write_prompts(
-    model: "FrozenModel", lenses: Mapping[str, "Lens"], prompts: Sequence[str], folder: Path
+    model: "FrozenModel",
+    lenses: Mapping[str, "ResidualLens"],
+    prompts: Sequence[str],
+    stride: int | None,
+    folder: Path,
 ) -> None:
     """Read every prompt and write what there is to see of it; say the best tokens at its end.
 
@@ -102,33 +110,46 @@ def _write_prompts(
         InputError: a prompt is empty or beyond the context, or the folder cannot be written.
     """
     from tunedlens import plots
-    from tunedlens.report import aligned
-    from tunedlens.tokens import shown
     from tunedlens.tracking import say
     from tunedlens.trajectory import trajectory
 
     # All are read before any is written.
-    found = [trajectory(model, lenses, prompt) for prompt in prompts]
+    found = trajectory(model, lenses, list(prompts), stride=stride)
+    within = _within_blocks(model, prompts, stride)
     for path in folder.glob(f"{_PREFIX}*"):
         path.unlink()
     for number, (prompt, read) in enumerate(zip(prompts, found, strict=True), 1):
         name = f"{_PREFIX}{number}"
         checkpoint.write(folder / f"{name}.html", read.to_html())
         checkpoint.write(folder / f"{name}.csv", read.to_dataframe().to_csv(index=False))
+        tables = [(f"{lens} lens", read.top_k(lens=lens)) for lens in lenses]
+        if within:
+            title = "logit lens, after attention (resid_mid) and after the MLP (resid_post)"
+            tables.append((title, within[number - 1].top_k()))
+        parts = [f"## {title}\n\n{table.to_markdown()}\n" for title, table in tables]
+        head = f"# Best tokens after {read.tokens[-1]!r}, with probabilities\n"
+        checkpoint.write(folder / f"{name}.md", "\n".join([head, *parts]))
+        figures = {f"{name}-curves": read.curves()}
         for lens in lenses:
-            for page, figure in enumerate(plots.heatmap_pages(read, lens=lens), 1):
-                for kind in plots.KINDS:
-                    path = folder / f"{name}-{lens}-{page}.{kind}"
-                    checkpoint.write(path, plots.rendered(figure, kind))
-        say(f"\n{name}: {prompt!r}\nbest tokens after {read.tokens[-1]!r}, with probabilities\n")
-        rows = [["layer", *lenses]]
-        for index, row in enumerate(next(iter(read.readings.values())).rows):
-            cells = []
-            for reading in read.readings.values():
-                ids = reading.top_ids[index, -1, :3].tolist()
-                probs = reading.top_log_probs[index, -1, :3].exp().tolist()
-                words = [shown(model.tokenizer, i) for i in ids]
-                cells.append("  ".join(f"{w} {p:.2f}" for w, p in zip(words, probs, strict=True)))
-            rows.append([str(row.layer), *cells])
-        say(aligned(rows))
-    say(f"\nheatmaps, tables and a page for each are in {folder}")
+            pages = enumerate(plots.heatmap_pages(read, lens=lens), 1)
+            figures |= {f"{name}-{lens}-{page}": figure for page, figure in pages}
+        for stem, figure in figures.items():
+            plots.save(figure, folder / stem)
+        say(f"\n{name}: {prompt!r}\nbest tokens after {read.tokens[-1]!r}, with probabilities")
+        for lens in lenses:
+            table = read.top_k(lens=lens, k=3).to_text(is_coloured=sys.stdout.isatty())
+            say(f"\n{lens} lens\n{table}")
+    say(f"\nheatmaps, curves, tables and a page for each are in {folder}")
+
+
+def _within_blocks(
+    model: "FrozenModel", prompts: Sequence[str], stride: int | None
+) -> "list[Trajectory]":
+    """The logit lens after attention and after the MLP; nothing where they are not in turn."""
+    from tunedlens.trajectory import trajectory
+
+    try:
+        sites = ["resid_mid", "resid_post"]
+        return trajectory(model, None, list(prompts), sites=sites, stride=stride)
+    except InputError:
+        return []

@@ -9,6 +9,7 @@ from tunedlens.metrics.pointwise import (
     kl_from_log_probs,
     log_probs,
     rank,
+    total_variation,
 )
 from tunedlens.metrics.sums import (
     GROUPS,
@@ -39,4 +40,5 @@ __all__ = [
     "perplexity",
     "rank",
     "reduce_sums",
+    "total_variation",
 ]

@@ -73,6 +73,13 @@ def js_divergence(
     ) / 2
 
 
+def total_variation(
+    log_probs: Float[Tensor, "*positions vocab"], other: Float[Tensor, "*positions vocab"]
+) -> Float[Tensor, "*positions"]:
+    """Half the sum of absolute differences of probability, from 0 to 1."""
+    return (log_probs.exp() - other.exp()).abs().sum(-1) / 2
+
+
 def rank(
     log_probs: Float[Tensor, "*positions vocab"], ids: Int[Tensor, "*positions"]
 ) -> Int[Tensor, "*positions"]:

@@ -13,7 +13,7 @@ from tunedlens.plots.by_layer import (
 from tunedlens.plots.curves import curves
 from tunedlens.plots.heatmap import heatmap, heatmap_pages
 from tunedlens.plots.learning import draw_learning_curve, learning_curve
-from tunedlens.plots.style import KINDS, rendered
+from tunedlens.plots.style import KINDS, rendered, save
 
 __all__ = [
     "DRAWINGS",
@@ -30,5 +30,6 @@ __all__ = [
     "overview",
     "prediction_depth",
     "rendered",
+    "save",
     "transfer",
 ]

@@ -1,22 +1,25 @@
 """Tokens followed through the layers."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tunedlens.errors import InputError
-from tunedlens.plots.style import COLORS, name_lines, new_figure, plain_log_ticks
+from tunedlens.plots.style import COLORS, drawable, name_lines, new_figure, plain_log_ticks
+from tunedlens.tokens import shown
 from tunedlens.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_MOST_TOKENS = 5
 _DASHES = ("-", "--", ":", "-.")
 _DASH_NAMES = ("solid", "dashed", "dotted", "dash-dotted")
 
 
 def curves(
     trajectory: Trajectory,
-    tokens: Sequence[str | int],
+    tokens: Sequence[str | int] | None = None,
     position: int = -1,
     *,
     metric: str = "probability",
@@ -27,8 +30,9 @@ def curves(
 
     Args:
         trajectory: of one text.
-        tokens: as text or ids; each tracked at every position.
-        position: in the text.
+        tokens: as text or ids; by default those tracked at the position that the model itself
+            finds most probable, at most 5.
+        position: among those that are read.
         metric: probability or rank.
 
     Raises:
@@ -36,24 +40,32 @@ def curves(
     """
     if metric not in ("probability", "rank"):
         raise InputError(f"metric must be probability or rank; got {metric!r}")
-    count = len(trajectory.tokens)
-    if not -count <= position < count:
-        raise InputError(f"position must be between {-count} and {count - 1}, got {position}")
-    with new_figure(5.2, 3.2) as figure:
+    place = trajectory.place(position)
+    if tokens is None:
+        followed = trajectory.tracked_ids[place].tolist()
+        probs = trajectory.reading().tracked_log_probs[-1, place].tolist()
+        ranked = sorted(zip(probs, followed, strict=True), reverse=True)
+        tokens = [token for _, token in ranked if token >= 0][:_MOST_TOKENS]
+    with new_figure(5.2, 3.2, has_tokens=True) as figure:
         axes = figure.subplots()
+        tokenizer = trajectory.model.tokenizer
         ends, colors = {}, {}
         for index, token in enumerate(tokens):
-            places = trajectory.tracked_places(token)
-            for dash, (lens, reading) in zip(_DASHES, trajectory.readings.items(), strict=False):
-                log_probs, ranks = reading.tracked(places)
-                line = (ranks if metric == "rank" else log_probs.exp())[:, position].tolist()
+            word = repr(token) if isinstance(token, str) else shown(tokenizer, token)
+            for dash, lens in zip(_DASHES, trajectory.readings, strict=False):
+                line = trajectory.figures(metric, lens, of=token)[:, place].tolist()
+                if math.isnan(line[0]):
+                    raise InputError(
+                        f"{word} was not tracked at position {position}; give it as `track` to "
+                        "trajectory"
+                    )
                 color = COLORS[index % len(COLORS)]
                 axes.plot(range(len(line)), line, linestyle=dash, color=color)
-                name = f"{token}, {lens}"
+                name = f"{drawable(word)}, {lens}"
                 ends[name], colors[name] = line[-2] if len(line) > 1 else line[-1], color
-        names = trajectory.reading().row_names
-        shown = [*range(0, len(names) - 1, max(1, len(names) // 12)), len(names) - 1]
-        axes.set_xticks(shown, [names[index] for index in shown])
+        names = trajectory.row_names
+        ticks = [*range(0, len(names) - 1, max(1, len(names) // 12)), len(names) - 1]
+        axes.set_xticks(ticks, [names[index] for index in ticks])
         drawn = zip(_DASH_NAMES, trajectory.readings, strict=False)
         axes.set_xlabel(f"layer ({', '.join(f'{dash} {lens}' for dash, lens in drawn)})")
         axes.set_ylabel(metric)

@@ -4,10 +4,12 @@ import io
 import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunedlens.checkpoint import write
+from tunedlens.tokens import display_width
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +33,14 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _COLORS = ("#56B4E9", "#E69F00", "#000000", "#7A4FBF")
 _MARKERS = ("v", "P", "X", "*", "h")
 _DASHES = ("-", "--", "-.")
+_WIDE_FONTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei"),
+    *("PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo", "Arial Unicode MS"),
+    *("Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "SimHei", "MS Gothic"),
+    *("Noto Emoji", "Segoe UI Emoji", "Segoe UI Symbol", "Symbola", "Unifont"),
+)
+"""Debian's, Apple's and Microsoft's, for what the font that comes with matplotlib lacks."""
+
 _RC: Any = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -56,13 +66,54 @@ def styles(lenses: list[str]) -> dict[str, dict[str, Any]]:
 
 
 @contextmanager
-def new_figure(width: float, height: float) -> Iterator["Figure"]:
-    """A figure of so many inches in which everything is drawn alike."""
+def new_figure(width: float, height: float, *, has_tokens: bool = False) -> Iterator["Figure"]:
+    """A figure of so many inches in which everything is drawn alike.
+
+    Args:
+        width: in inches.
+        height: in inches.
+        has_tokens: whether any script may occur, so that further fonts are needed.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_RC):
+    fonts = {"font.family": _families()} if has_tokens else {}
+    with matplotlib.rc_context(_RC | fonts):
         yield Figure(figsize=(width, height), layout="constrained")
+
+
+@cache
+def _families() -> list[str]:
+    """Matplotlib's own font, and what is installed of those that have what it lacks."""
+    from matplotlib import font_manager
+
+    installed = font_manager.get_font_names()
+    return ["DejaVu Sans", *(name for name in _WIDE_FONTS if name in installed)]
+
+
+@cache
+def _is_in_a_font(letter: str) -> bool:
+    from matplotlib.font_manager import findfont, get_font
+
+    fonts = (get_font(findfont(family)) for family in _families())
+    return any(font.get_char_index(ord(letter)) for font in fonts)
+
+
+def drawable(text: str, widest: int | None = None) -> str:
+    """A text as matplotlib can draw it: as it is, with nothing read as mathematics.
+
+    Letters that no installed font has become their code points.
+
+    Args:
+        text: the text.
+        widest: cut it after so many columns.
+    """
+    drawn = "".join(letter if _is_in_a_font(letter) else f"U+{ord(letter):04X}" for letter in text)
+    if widest is not None and display_width(drawn) > widest:
+        while display_width(drawn) >= widest:
+            drawn = drawn[:-1]
+        drawn += "…"
+    return drawn.replace("\\", r"\\").replace("$", r"\$") if "$" in drawn else drawn
 
 
 def rendered(figure: "Figure", kind: str) -> bytes:

@@ -10,7 +10,15 @@ from tunedlens.report.files import (
 )
 from tunedlens.report.page import page
 from tunedlens.report.provenance import provenance
-from tunedlens.report.tables import aligned, kl_table, scored_text, summary, terminal_table
+from tunedlens.report.tables import (
+    aligned,
+    kl_table,
+    scored_text,
+    summary,
+    terminal_table,
+    top_k_markdown,
+    top_k_text,
+)
 
 __all__ = [
     "aligned",
@@ -25,5 +33,7 @@ __all__ = [
     "scored_text",
     "summary",
     "terminal_table",
+    "top_k_markdown",
+    "top_k_text",
     "write_report",
 ]

@@ -26,7 +26,7 @@ def explorer(trajectory: Trajectory) -> str:
     data = {
         "tokens": [shown(tokenizer, i) for i in ids],
         "ids": ids,
-        "rows": trajectory.reading().row_names,
+        "rows": trajectory.row_names,
         "words": {i: shown(tokenizer, i) for i in sorted(words)},
         "tracked_ids": trajectory.tracked_ids.tolist(),
         "lenses": {name: _figures(reading) for name, reading in readings.items()},

@@ -1,9 +1,11 @@
-"""Results as tables: rows of text, plain or in Markdown, and sentences."""
+"""Results as tables: rows of text, plain, coloured or in Markdown, and sentences."""
 
 import math
 
 from tunedlens.evaluation import MODEL, Evaluation
 from tunedlens.metrics import METRICS, Estimate
+from tunedlens.tokens import display_width
+from tunedlens.trajectory import TopK
 
 _TERMINAL = (
     "kl_nats",
@@ -20,6 +22,14 @@ _SHORT = {
     "top1_agreement": "top-1",
     "top10_agreement": "top-10",
 }
+
+_GROUNDS = (
+    (0.5, "16;48;5;45"),
+    (0.25, "16;48;5;38"),
+    (0.1, "231;48;5;31"),
+    (0.05, "231;48;5;24"),
+)
+"""Ink and ground of a cell, from this probability on."""
 
 Rows = list[list[str]]
 
@@ -149,13 +159,54 @@ def plus_minus(estimate: Estimate) -> str:
     return f"{value:,.{digits}f} ± {error:,.{digits}f}"
 
 
+def top_k_rows(table: TopK) -> Rows:
+    """Layers down, the best tokens across, each with its probability."""
+    lines = zip(table.row_names, table.shown, table.probs, strict=True)
+    return [
+        ["layer", *(str(place + 1) for place in range(len(table.probs[0])))],
+        *(
+            [name, *(f"{word} {p:.3f}" for word, p in zip(words, probs, strict=True))]
+            for name, words, probs in lines
+        ),
+    ]
+
+
+def top_k_markdown(table: TopK) -> str:
+    """The best tokens at one position as a table in Markdown."""
+    return markdown(top_k_rows(table))
+
+
+def top_k_text(table: TopK, *, is_coloured: bool) -> str:
+    """The best tokens at one position for a terminal, probable ones on a brighter ground."""
+    header, *body = _padded(top_k_rows(table))
+    if is_coloured:
+        body = [
+            [name, *map(_on_its_ground, cells, probs)]
+            for (name, *cells), probs in zip(body, table.probs, strict=True)
+        ]
+    return "\n".join("  ".join(row) for row in [header, *body])
+
+
+def _on_its_ground(cell: str, probability: float) -> str:
+    """Coloured by a code of 256-colour terminals."""
+    ground = next((code for least, code in _GROUNDS if probability >= least), None)
+    return cell if ground is None else f"\x1b[38;5;{ground}m{cell}\x1b[0m"
+
+
 def aligned(rows: Rows) -> str:
     """Columns of plain text, to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+    return "\n".join("  ".join(row) for row in _padded(rows))
+
+
+def _padded(rows: Rows) -> Rows:
+    widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
+    return [
+        [
+            " " * (width - display_width(cell)) + cell
+            for cell, width in zip(row, widths, strict=True)
+        ]
         for row in rows
-    )
+    ]
 
 
 def markdown(rows: Rows) -> str:

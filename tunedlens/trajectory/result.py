@@ -1,0 +1,424 @@
+"""What lenses say of one text, and what can be asked of it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tunedlens import metrics
+from tunedlens.errors import InputError
+from tunedlens.frozen import FrozenModel
+from tunedlens.lens import ResidualLens
+from tunedlens.tokens import shown
+from tunedlens.trajectory.reading import Reading
+from tunedlens.trajectory.states import Row, decode, pieces, positions_at_a_time
+from tunedlens.trajectory.top_k import TopK
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame, MultiIndex
+
+FIGURES = {
+    "probability": "probability",
+    "log_prob": "log probability, nats",
+    "logit": "logit",
+    "rank": "rank",
+    "kl_nats": "KL(model ‖ lens), nats",
+    "entropy_nats": "entropy, nats",
+    "cross_entropy_nats": "cross-entropy of the true next token, nats",
+}
+"""What there is to know of a lens at a row and position, and how it is called."""
+
+FIGURES_OF_A_TOKEN = ("probability", "log_prob", "logit", "rank")
+
+DIVERGENCES = {
+    "kl_to_other_nats": "KL(this ‖ other), nats",
+    "js_nats": "Jensen–Shannon divergence, nats",
+    "total_variation": "total variation",
+}
+"""Between what two lenses, or lenses on two texts, say at the same row and position."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """What lenses say of one text, row by row of the model's depth.
+
+    `read[layers, positions]` is a part of it, by numbers or slices; the model's own row, the
+    last one, always stays.
+    """
+
+    model: FrozenModel
+    """Whose text and tokens these are."""
+    lenses: dict[str, ResidualLens]
+    """By name."""
+    text_ids: Int[Tensor, " text"]
+    """Tokens of the whole text."""
+    stride: int | None
+    """Of the windows of a text that is longer than the context."""
+    rows: list[Row]
+    positions: list[int]
+    """In the text."""
+    readings: dict[str, Reading]
+    """By name of the lens."""
+    tracked_ids: Int[Tensor, "positions tracked"]
+    """Tokens that are followed through the rows at each position; -1 where there are fewer."""
+
+    def __repr__(self) -> str:
+        return (
+            f"Trajectory({self.model.tokenizer.decode(self.input_ids.tolist())!r}, "
+            f"lenses: {', '.join(self.lenses)}, {len(self.rows)} rows, "
+            f"{len(self.positions)} positions)"
+        )
+
+    @property
+    def input_ids(self) -> Int[Tensor, " positions"]:
+        """The tokens at the positions that are read."""
+        return self.text_ids[self.positions]
+
+    @property
+    def next_ids(self) -> Int[Tensor, " positions"]:
+        """The tokens that really come next; -1 after the text's last one."""
+        return torch.cat([self.text_ids[1:], self.text_ids.new_tensor([-1])])[self.positions]
+
+    @cached_property
+    def tokens(self) -> list[str]:
+        """The tokens at the positions that are read, decoded one by one."""
+        return [self._word(i) for i in self.input_ids.tolist()]
+
+    @property
+    def row_names(self) -> list[str]:
+        """Layers; with their sites where there are several. The model's own comes last."""
+        is_plain = len({row.site for row in self.rows[:-1]}) <= 1
+        names = [str(row.layer) if is_plain else f"{row.layer} {row.site}" for row in self.rows]
+        return [*names[:-1], "model"]
+
+    def __getitem__(self, key: int | slice | tuple[int | slice, int | slice]) -> "Trajectory":
+        layers, positions = key if isinstance(key, tuple) else (key, slice(None))
+        wanted = _chosen(layers, self.model.identity.n_layers + 1, "layer")
+        rows = [index for index, row in enumerate(self.rows[:-1]) if row.layer in wanted]
+        rows.append(len(self.rows) - 1)
+        places = _chosen(positions, len(self.positions), "position")
+        return replace(
+            self,
+            rows=[self.rows[row] for row in rows],
+            positions=[self.positions[place] for place in places],
+            readings={name: one.taken(rows, places) for name, one in self.readings.items()},
+            tracked_ids=self.tracked_ids[places],
+        )
+
+    def reading(self, lens: str | None = None) -> Reading:
+        """Of one lens; by default the first.
+
+        Raises:
+            InputError: there is no such lens.
+        """
+        return self.readings[self._name(lens)]
+
+    def place(self, position: int) -> int:
+        """Of a position among those that are read, counted from 0; negative from the end.
+
+        Raises:
+            InputError: there is no such position.
+        """
+        return _chosen(position, len(self.positions), "position")[0]
+
+    def tracked_places(self, of: str | int) -> Int[Tensor, " positions"]:
+        """Where a token stands among those that are tracked at each position; -1: nowhere.
+
+        Args:
+            of: a token as text or id; or `final`, the model's best one at each position.
+
+        Raises:
+            InputError: it is several tokens, or was not tracked at any position.
+        """
+        if of == "final":
+            wanted = self.reading().top_ids[-1, :, :1]
+        else:
+            wanted = torch.tensor([[single_id(self.model, of)]])
+        is_it = self.tracked_ids == wanted
+        if not is_it.any():
+            raise InputError(f"{of!r} was not tracked; give it as `track` to trajectory")
+        return torch.where(is_it.any(-1), is_it.int().argmax(-1), -1)
+
+    def figures(
+        self,
+        metric: str = "probability",
+        lens: str | None = None,
+        *,
+        of: str | int | None = None,
+        versus: "Trajectory | str | None" = None,
+    ) -> Float[Tensor, "rows positions"]:
+        """One figure of a lens at every row and position.
+
+        Args:
+            metric: one of `FIGURES`; against another, also of `DIVERGENCES`.
+            lens: by name; by default the first.
+            of: whose probability, log_prob, logit or rank: `top1` is the best token of every
+                row and position, `final` the model's; else a token that was tracked, NaN
+                where it was not. By default `top1`; of a rank, `final`.
+            versus: another trajectory, or another lens of this one, whose figures are
+                subtracted; see `divergence`.
+
+        Raises:
+            InputError: there is no such metric, lens or tracked token, or the other one
+                has other rows or another number of positions.
+        """
+        if versus is not None and metric in DIVERGENCES:
+            return self.divergence(versus, metric, lens)
+        if metric not in FIGURES:
+            known = FIGURES if versus is None else FIGURES | DIVERGENCES
+            raise InputError(f"metric must be one of {', '.join(known)}; got {metric!r}")
+        if versus is not None:
+            other, other_lens = self._other(versus, lens)
+            return self.figures(metric, lens, of=of) - other.figures(metric, other_lens, of=of)
+        reading = self.reading(lens)
+        if metric == "cross_entropy_nats":
+            return -reading.next_log_prob
+        if metric not in FIGURES_OF_A_TOKEN:
+            return getattr(reading, metric)
+        of = of if of is not None else "final" if metric == "rank" else "top1"
+        if of == "top1":
+            log_probs = reading.top_log_probs[..., 0]
+            ranks = torch.ones_like(log_probs)
+        else:
+            places = self.tracked_places(of)
+            log_probs, found = reading.tracked(places.clamp(min=0))
+            is_missing = places < 0
+            log_probs = log_probs.masked_fill(is_missing, torch.nan)
+            ranks = found.float().masked_fill(is_missing, torch.nan)
+        return {
+            "probability": log_probs.exp(),
+            "log_prob": log_probs,
+            "logit": log_probs + reading.log_total,
+            "rank": ranks,
+        }[metric]
+
+    def divergence(
+        self, versus: "Trajectory | str", metric: str = "js_nats", lens: str | None = None
+    ) -> Float[Tensor, "rows positions"]:
+        """How far the distributions are from another's at the same rows and positions.
+
+        The text, or both, are read again, as a trajectory keeps no distributions.
+
+        Args:
+            versus: another trajectory, of as many positions, read with the lens of the same
+                name (or its first); or another lens of this one.
+            metric: one of `DIVERGENCES`: KL(this ‖ other), Jensen-Shannon, total variation.
+            lens: by name; by default the first.
+
+        Raises:
+            InputError: there is no such metric or lens, or the other one has other rows,
+                another number of positions or another vocabulary.
+        """
+        if metric not in DIVERGENCES:
+            raise InputError(f"metric must be one of {', '.join(DIVERGENCES)}; got {metric!r}")
+        other, other_lens = self._other(versus, lens)
+        found = []
+        for p, q in zip(
+            self._log_probs(self._name(lens)), other._log_probs(other_lens), strict=True
+        ):
+            if metric == "kl_to_other_nats":
+                value = metrics.kl_from_log_probs(p.exp(), p, q)
+            elif metric == "js_nats":
+                value = metrics.js_divergence(p, q)
+            else:
+                value = metrics.total_variation(p, q)
+            found.append(value.cpu())
+        return torch.cat(found, 1)
+
+    def heatmap(
+        self, metric: str = "probability", lens: str | Sequence[str] | None = None, **options: Any
+    ) -> "Figure":
+        """A figure of the best token of every row and position; see `plots.heatmap`."""
+        from tunedlens.plots import heatmap
+
+        return heatmap(self, metric, lens, **options)
+
+    def curves(
+        self, tokens: Sequence[str | int] | None = None, position: int = -1, **options: Any
+    ) -> "Figure":
+        """A figure of tokens followed through the rows; see `plots.curves`."""
+        from tunedlens.plots import curves
+
+        return curves(self, tokens, position, **options)
+
+    def to_html(self) -> str:
+        """A page to explore, with everything in it; see `report.explorer`."""
+        from tunedlens.report import explorer
+
+        return explorer(self)
+
+    def to_dataframe(self) -> "DataFrame":
+        """Tidy: a line for every lens, site, layer and position."""
+        import pandas as pd
+
+        frames = []
+        following = [None if i < 0 else self._word(i) for i in self.next_ids.tolist()]
+        for lens, reading in self.readings.items():
+            for index, row in enumerate(self.rows):
+                best = reading.top_ids[index, :, 0].tolist()
+                frames.append(
+                    pd.DataFrame(
+                        {
+                            "lens": lens,
+                            "site": row.site,
+                            "layer": row.layer,
+                            "position": self.positions,
+                            "token": self.tokens,
+                            "next_token": following,
+                            "top1": [self._word(i) for i in best],
+                            "top1_id": best,
+                            "top1_prob": reading.top_log_probs[index, :, 0].exp().tolist(),
+                            "top1_logit": reading.top_logits[index, :, 0].tolist(),
+                            "entropy_nats": reading.entropy_nats[index].tolist(),
+                            "kl_nats": reading.kl_nats[index].tolist(),
+                            "cross_entropy_nats": (-reading.next_log_prob[index]).tolist(),
+                            "next_rank": reading.next_rank[index].tolist(),
+                        }
+                    )
+                )
+        return pd.concat(frames, ignore_index=True)
+
+    def words(self, lens: str | None = None) -> "DataFrame":
+        """Wide: the best token at every site and layer (down) and position (across).
+
+        Raises:
+            InputError: there is no such lens.
+        """
+        best = self.reading(lens).top_ids[..., 0].tolist()
+        return self._wide([[self._word(i) for i in line] for line in best])
+
+    def scores(
+        self, metric: str = "probability", lens: str | None = None, **options: Any
+    ) -> "DataFrame":
+        """Wide: one figure at every site and layer (down) and position (across).
+
+        Takes what `figures` takes.
+        """
+        return self._wide(self.figures(metric, lens, **options).tolist())
+
+    def top_k(self, position: int = -1, k: int = 5, lens: str | None = None) -> TopK:
+        """The best tokens at one position, row by row: a table to print.
+
+        Raises:
+            InputError: there is no such position or lens, or fewer tokens were kept.
+        """
+        reading, place = self.reading(lens), self.place(position)
+        kept = reading.top_ids.shape[-1]
+        if not 1 <= k <= kept:
+            raise InputError(f"k must be between 1 and {kept}, which were kept; got {k}")
+        ids = reading.top_ids[:, place, :k].tolist()
+        return TopK(
+            rows=self.rows,
+            row_names=self.row_names,
+            words=[[self._word(i) for i in line] for line in ids],
+            shown=[[shown(self.model.tokenizer, i) for i in line] for line in ids],
+            probs=reading.top_log_probs[:, place, :k].exp().tolist(),
+        )
+
+    def probabilities(self, tokens: Sequence[str | int], lens: str | None = None) -> "DataFrame":
+        """Probability of chosen tokens: a line for every site, layer and position.
+
+        `.corr()` of it says which go together. NaN where a token was not tracked.
+
+        Raises:
+            InputError: a token was not tracked, is several, or there is no such lens.
+        """
+        import pandas as pd
+
+        columns = {
+            token if isinstance(token, str) else self._word(token): self.figures(
+                "probability", lens, of=token
+            ).flatten()
+            for token in tokens
+        }
+        keys = [(*row, position) for row in self.rows for position in self.positions]
+        index = pd.MultiIndex.from_tuples(keys, names=["site", "layer", "position"])
+        return pd.DataFrame(columns, index=index)
+
+    def _word(self, token_id: int) -> str:
+        return str(self.model.tokenizer.decode([token_id]))
+
+    def _name(self, lens: str | None) -> str:
+        lens = next(iter(self.readings)) if lens is None else lens
+        if lens not in self.readings:
+            raise InputError(f"lens must be one of {', '.join(self.readings)}; got {lens!r}")
+        return lens
+
+    def _other(self, versus: "Trajectory | str", lens: str | None) -> "tuple[Trajectory, str]":
+        """What this is compared with: a trajectory and the name of a lens of it."""
+        if isinstance(versus, str):
+            return self, self._name(versus)
+        mine, others = (len(one.positions) for one in (self, versus))
+        if self.rows != versus.rows or mine != others:
+            raise InputError(
+                f"compared trajectories must have the same rows and as many positions; got "
+                f"{len(self.rows)} rows and {mine} positions, and {len(versus.rows)} and {others}"
+            )
+        size, other_size = (one.model.identity.vocab_size for one in (self, versus))
+        if size != other_size:
+            raise InputError(
+                f"compared models must have one vocabulary; got {size:,} and {other_size:,} tokens"
+            )
+        name = self._name(lens)
+        return versus, name if name in versus.readings else versus._name(None)
+
+    def _log_probs(self, lens: str) -> Iterator[Float[Tensor, "rows chunk vocab"]]:
+        """What a lens says at these rows and positions, a few positions at a time."""
+        found = pieces(self.model, [self.text_ids], self.rows, self.stride)
+        states = [torch.cat(parts) for parts in zip(*(p.states for p in found), strict=True)]
+        size = positions_at_a_time(self.model, 2 * len(self.rows))
+        for part in torch.tensor(self.positions).split(size):
+            logits = decode(self.lenses[lens], self.rows, [state[part] for state in states])
+            yield metrics.log_probs(logits)
+
+    def _wide(self, cells: Sequence[Sequence[Any]]) -> "DataFrame":
+        import pandas as pd
+
+        index: MultiIndex = pd.MultiIndex.from_tuples(self.rows, names=["site", "layer"])
+        columns = pd.MultiIndex.from_arrays(
+            [self.positions, self.tokens], names=["position", "token"]
+        )
+        return pd.DataFrame(cells, index=index, columns=columns)
+
+
+def single_id(model: FrozenModel, token: str | int) -> int:
+    """The id of a token that is given as text or id.
+
+    Raises:
+        InputError: there is no such id, or the text is several tokens.
+    """
+    if isinstance(token, int):
+        if not 0 <= token < model.identity.vocab_size:
+            raise InputError(
+                f"a token id must be between 0 and {model.identity.vocab_size - 1}, got {token}"
+            )
+        return token
+    ids = model.encode(token)[0].tolist()
+    if len(ids) != 1:
+        parts = ", ".join(repr(str(model.tokenizer.decode([i]))) for i in ids)
+        raise InputError(
+            f"{token!r} is {len(ids)} tokens ({parts}); track one of them, or give it with or "
+            "without the space before it"
+        )
+    return ids[0]
+
+
+def _chosen(key: int | slice, count: int, what: str) -> range:
+    """What a number or slice picks of so many.
+
+    Raises:
+        InputError: nothing.
+    """
+    if isinstance(key, slice):
+        found = range(count)[key]
+        if not found:
+            raise InputError(f"there is no {what} in {key}; there are {count}")
+        return found
+    if not isinstance(key, int) or not -count <= key < count:
+        raise InputError(f"{what} must be between {-count} and {count - 1}, or a slice; got {key}")
+    return range(count)[key : key + 1 or None]
