@@ -200,8 +200,11 @@ def test_prompt_is_shown_through_the_layers_of_saved_lenses(here, capsys):
         for lens in ("logit", "tuned")
         for kind in plots.KINDS
     }
-    assert names == pictures | {f"prompt-{n}.{kind}" for n in (1, 2, 3) for kind in ("csv", "html")}
+    pictures |= {f"prompt-{n}-curves.{kind}" for n in (1, 2, 3) for kind in plots.KINDS}
+    tables = {f"prompt-{n}.{kind}" for n in (1, 2, 3) for kind in ("csv", "html", "md")}
+    assert names == pictures | tables
     assert "prompt-2: 'def f\\n'" in capsys.readouterr().out
+    assert "| 0 resid_mid |" in (here / "out" / "prompt-1.md").read_text()
     with (here / "out" / "prompt-3.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["lens"] for row in rows} == {"logit", "tuned"}

@@ -7,6 +7,7 @@ from conftest import make_evaluation, random_lens
 from tunedlens import Evaluation, InputError, LogitLens, plots, trajectory
 from tunedlens.fit import LearningCurve, Look
 from tunedlens.metrics import METRICS
+from tunedlens.plots import style
 from tunedlens.tokens import shown
 
 
@@ -145,7 +146,7 @@ def cells(figure):
 def test_heatmap_says_the_best_token_of_every_cell(read, tokenizer):
     figure, reading = read.heatmap(), read.readings["logit"]
     found = cells(figure)
-    assert len(found) == len(reading.rows) * len(read.tokens)
+    assert len(found) == len(read.rows) * len(read.tokens)
     for (column, row), word in found.items():
         best = shown(tokenizer, int(reading.top_ids[row, column, 0]))
         assert word.rstrip("…").replace("\\$", "$") in best
@@ -180,10 +181,61 @@ def test_position_0_keeps_out_of_the_limits_of_the_colours(read):
     assert read.heatmap("kl_nats").axes[0].images[0].norm.vmax < 1e5
 
 
-def test_slice_and_stride_keep_the_last_layer(read):
-    axes = read.heatmap(positions=slice(2, 5), layer_stride=2).axes[0]
+def test_part_of_a_trajectory_is_drawn_with_the_model_on_top(read):
+    axes = read[::2, 2:5].heatmap().axes[0]
     assert axes.images[0].get_array().shape == (3, 3)
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "2", "model"]
+
+
+def test_lenses_one_above_the_other_have_the_same_colours(tiny):
+    lenses = {"tuned": random_lens(tiny), "logit": LogitLens.from_model(tiny)}
+    read = trajectory(tiny, lenses, "def f(x):")
+    *panels, bar = read.heatmap("kl_nats", ["logit", "tuned"]).axes
+    for axes, lens in zip(panels, ("logit", "tuned"), strict=True):
+        assert np.allclose(axes.images[0].get_array(), read.readings[lens].kl_nats.numpy())
+        assert axes.get_ylabel() == f"layer, {lens} lens"
+    assert panels[0].images[0].norm is panels[1].images[0].norm
+    assert bar.get_ylabel() == "KL(model ‖ lens), nats"
+
+
+def test_differences_have_a_diverging_map_around_0(tiny):
+    lenses = {"tuned": random_lens(tiny), "logit": LogitLens.from_model(tiny)}
+    one, two = trajectory(tiny, lenses, ["def f(x):", "def g(y):"])
+    for versus, words in ((two, "this text − the other"), ("logit", "tuned − logit")):
+        image = one.heatmap("entropy_nats", versus=versus).axes[0].images[0]
+        assert image.norm.vmin == -image.norm.vmax < 0
+        assert image.cmap.name == "RdBu"
+        assert image.colorbar.ax.get_ylabel() == f"entropy, nats: {words}"
+    expected = one.readings["tuned"].entropy_nats - two.readings["tuned"].entropy_nats
+    found = one.heatmap("entropy_nats", versus=two).axes[0].images[0].get_array()
+    assert np.allclose(found, expected.numpy())
+
+
+def test_divergence_of_two_texts_is_drawn_from_0(tiny):
+    one, two = trajectory(tiny, None, ["def f(x):", "def g(y):"])
+    figure = one.heatmap("js_nats", versus=two)
+    image = figure.axes[0].images[0]
+    assert np.allclose(image.get_array(), one.divergence(two).numpy())
+    assert image.norm.vmin == 0
+    assert image.cmap.name == "cividis"
+
+
+def test_letters_without_a_font_are_code_points_and_no_warnings(tiny, recwarn, monkeypatch):
+    monkeypatch.setattr(style, "_families", lambda: ["DejaVu Sans"])
+    style._is_in_a_font.cache_clear()
+    read = trajectory(tiny, None, "'日本' 🎉 é")
+    figure = read.heatmap()
+    plots.rendered(figure, "png")
+    labels = " ".join(label.get_text() for label in figure.axes[0].get_xticklabels())
+    style._is_in_a_font.cache_clear()
+    assert style.drawable("日x") == "U+65E5x"
+    assert not [w for w in recwarn if "lyph" in str(w.message)]
+    assert labels.count("⟨") > 1  # bytes of what is several tokens
+
+
+def test_word_that_is_cut_is_no_wider_than_asked_for():
+    assert style.drawable("abcdefgh", 5) == "abcd…"
+    assert style.drawable("$$$$$$", 3) == r"\$\$…"
 
 
 def test_dollars_are_not_read_as_mathematics(read):
@@ -198,7 +250,8 @@ def test_dollars_are_not_read_as_mathematics(read):
         ({"metric": "loss"}, "metric must be one of probability"),
         ({"lens": "tuned"}, "lens must be one of logit"),
         ({"of": "zebra crossing"}, "tokens"),
-        ({"positions": slice(99, 100)}, "there is no position"),
+        ({"metric": "js_nats"}, "metric must be one of probability"),
+        ({"versus": "tuned"}, "lens must be one of logit"),
     ],
 )
 def test_heatmap_that_cannot_be_drawn_is_refused(read, options, words):
@@ -213,14 +266,15 @@ def test_curves_follow_tokens_through_the_layers_of_every_lens(tiny, metric):
     axes = read.curves(["x", " return"], metric=metric).axes[0]
     found = [list(line.get_ydata()) for line in axes.lines]
     expected = []
-    for place in range(2):
+    for token in ("x", " return"):
+        place = read.tracked_places(token)[-1]
         for reading in read.readings.values():
             log_probs = reading.tracked_log_probs[:, -1, place]
             ranks = reading.tracked_ranks[:, -1, place]
             expected.append((ranks if metric == "rank" else log_probs.exp()).tolist())
     assert found == expected
     assert {text.get_text() for text in axes.texts} == {
-        f"{token}, {lens}" for token in ("x", " return") for lens in lenses
+        f"{token}, {lens}" for token in ("x", "␣return") for lens in lenses
     }
 
 
@@ -229,5 +283,15 @@ def test_curves_that_cannot_be_drawn_are_refused(read):
         read.curves(["x"], metric="loss")
     with pytest.raises(InputError, match="position must be between"):
         read.curves(["x"], position=99)
-    with pytest.raises(InputError, match="was not tracked at every position"):
+    with pytest.raises(InputError, match="'x' was not tracked"):
         read.curves(["x"])
+
+
+def test_curves_are_by_default_of_what_the_model_finds_probable(read):
+    axes = read.curves().axes[0]
+    best = read.readings["logit"].top_ids[-1, -1, 0]
+    assert f"{read.shown(int(best))}, logit" in texts(axes)
+    place = read.tracked_places(int(best))[-1]
+    probs = read.readings["logit"].tracked_log_probs[:, -1, place].exp().tolist()
+    assert list(axes.lines[0].get_ydata()) == probs
+    assert 1 <= len(axes.lines) <= 5

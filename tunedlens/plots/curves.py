@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from tunedlens.errors import InputError
 from tunedlens.plots.style import COLORS, drawable, name_lines, new_figure, plain_log_ticks
-from tunedlens.tokens import shown
 from tunedlens.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -48,20 +47,19 @@ def curves(
         tokens = [token for _, token in ranked if token >= 0][:_MOST_TOKENS]
     with new_figure(5.2, 3.2, has_tokens=True) as figure:
         axes = figure.subplots()
-        tokenizer = trajectory.model.tokenizer
         ends, colors = {}, {}
         for index, token in enumerate(tokens):
-            word = repr(token) if isinstance(token, str) else shown(tokenizer, token)
+            word = drawable(trajectory.shown(token))
             for dash, lens in zip(_DASHES, trajectory.readings, strict=False):
                 line = trajectory.figures(metric, lens, of=token)[:, place].tolist()
                 if math.isnan(line[0]):
                     raise InputError(
-                        f"{word} was not tracked at position {position}; give it as `track` to "
+                        f"{token!r} was not tracked at position {position}; give it as `track` to "
                         "trajectory"
                     )
                 color = COLORS[index % len(COLORS)]
                 axes.plot(range(len(line)), line, linestyle=dash, color=color)
-                name = f"{drawable(word)}, {lens}"
+                name = f"{word}, {lens}"
                 ends[name], colors[name] = line[-2] if len(line) > 1 else line[-1], color
         names = trajectory.row_names
         ticks = [*range(0, len(names) - 1, max(1, len(names) // 12)), len(names) - 1]

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tunedlens.errors import InputError
 from tunedlens.plots.style import drawable, new_figure
-from tunedlens.tokens import shown
 from tunedlens.trajectory import DIVERGENCES, FIGURES, FIGURES_OF_A_TOKEN, Trajectory
 
 if TYPE_CHECKING:
@@ -69,14 +68,11 @@ def heatmap(
             axes.set_ylabel("layer" if len(lenses) == 1 else f"layer, {one} lens")
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
-        _name_positions(panels[-1], panels[0], trajectory)
-        figure.colorbar(
-            image,
-            ax=panels,
-            label=_label(trajectory, metric, of, lenses, versus),
-            pad=0.01,
-            aspect=30,
+        _name_positions(panels[-1], panels[0], trajectory, versus)
+        bar = figure.colorbar(
+            image, ax=panels, pad=0.01, aspect=30, format="%g" if metric == "rank" else None
         )
+        bar.set_label(_label(trajectory, metric, of, lenses, versus), fontsize=8)
     return figure
 
 
@@ -130,8 +126,8 @@ def _write_cells(axes: "Axes", trajectory: Trajectory, lens: str | None, image: 
         for x, token in enumerate(line):
             red, green, blue, _ = grounds[y, x]
             color = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
-            axes.text(x, y, _word(trajectory, token, _WIDEST_WORD), ha="center", va="center",
-                      fontsize=6.5, color=color)  # fmt: skip
+            word = drawable(trajectory.shown(token), _WIDEST_WORD)
+            axes.text(x, y, word, ha="center", va="center", fontsize=6.5, color=color)
             if token == best[-1][x] and y < len(best) - 1:
                 corner = (x - 0.46, y - 0.44)
                 axes.add_patch(Rectangle(corner, 0.92, 0.88, fill=False, lw=0.8, edgecolor=color))
@@ -140,15 +136,20 @@ def _write_cells(axes: "Axes", trajectory: Trajectory, lens: str | None, image: 
         axes.axhline(0.5, color="white", linewidth=2)  # and the embeddings
 
 
-def _name_positions(below: "Axes", above: "Axes", trajectory: Trajectory) -> None:
+def _name_positions(
+    below: "Axes", above: "Axes", trajectory: Trajectory, versus: Trajectory | str | None
+) -> None:
     """Input tokens below, true next tokens above, in bold where the model is right."""
+    inputs = [drawable(trajectory.shown(i)) for i in trajectory.input_ids.tolist()]
+    if isinstance(versus, Trajectory):
+        others = [drawable(versus.shown(i)) for i in versus.input_ids.tolist()]
+        inputs = [a if a == b else f"{a} | {b}" for a, b in zip(inputs, others, strict=True)]
     turn: dict[str, Any] = {"rotation": 45, "fontsize": 7, "rotation_mode": "anchor"}
     places = range(len(trajectory.positions))
-    below.set_xticks(places, [_word(trajectory, i) for i in trajectory.input_ids.tolist()],
-                     ha="right", **turn)  # fmt: skip
+    below.set_xticks(places, inputs, ha="right", **turn)
     top = above.secondary_xaxis("top")
     following = trajectory.next_ids.tolist()
-    top.set_xticks(places, ["" if i < 0 else _word(trajectory, i) for i in following],
+    top.set_xticks(places, ["" if i < 0 else drawable(trajectory.shown(i)) for i in following],
                    ha="left", **turn)  # fmt: skip
     top.tick_params(length=0)
     top.spines[:].set_visible(False)
@@ -185,8 +186,4 @@ def _whose(trajectory: Trajectory, of: str | int) -> str:
     known = {"top1": "the lens's best token", "final": "the model's best token"}
     if of in known:
         return known[str(of)]
-    return drawable(repr(of) if isinstance(of, str) else shown(trajectory.model.tokenizer, of))
-
-
-def _word(trajectory: Trajectory, token_id: int, widest: int | None = None) -> str:
-    return drawable(shown(trajectory.model.tokenizer, token_id), widest)
+    return drawable(trajectory.shown(of))

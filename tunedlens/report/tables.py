@@ -159,9 +159,10 @@ def plus_minus(estimate: Estimate) -> str:
     return f"{value:,.{digits}f} ± {error:,.{digits}f}"
 
 
-def top_k_rows(table: TopK) -> Rows:
+def _top_k_rows(table: TopK, as_code: bool = False) -> Rows:
     """Layers down, the best tokens across, each with its probability."""
-    lines = zip(table.row_names, table.shown, table.probs, strict=True)
+    words = [[_code(word) for word in line] if as_code else line for line in table.shown]
+    lines = zip(table.row_names, words, table.probs, strict=True)
     return [
         ["layer", *(str(place + 1) for place in range(len(table.probs[0])))],
         *(
@@ -173,18 +174,23 @@ def top_k_rows(table: TopK) -> Rows:
 
 def top_k_markdown(table: TopK) -> str:
     """The best tokens at one position as a table in Markdown."""
-    return markdown(top_k_rows(table))
+    return markdown(_top_k_rows(table, as_code=True))
 
 
 def top_k_text(table: TopK, *, is_coloured: bool) -> str:
     """The best tokens at one position for a terminal, probable ones on a brighter ground."""
-    header, *body = _padded(top_k_rows(table))
+    header, *body = _padded(_top_k_rows(table))
     if is_coloured:
         body = [
             [name, *map(_on_its_ground, cells, probs)]
             for (name, *cells), probs in zip(body, table.probs, strict=True)
         ]
     return "\n".join("  ".join(row) for row in [header, *body])
+
+
+def _code(word: str) -> str:
+    """As it is, in Markdown."""
+    return f"`` {word} ``" if "`" in word else f"`{word}`"
 
 
 def _on_its_ground(cell: str, probability: float) -> str:

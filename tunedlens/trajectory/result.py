@@ -19,8 +19,7 @@ from tunedlens.trajectory.states import Row, decode, pieces, positions_at_a_time
 from tunedlens.trajectory.top_k import TopK
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from pandas import DataFrame, MultiIndex
+    from pandas import DataFrame
 
 FIGURES = {
     "probability": "probability",
@@ -68,8 +67,9 @@ class Trajectory:
     """Tokens that are followed through the rows at each position; -1 where there are fewer."""
 
     def __repr__(self) -> str:
+        start = self.model.tokenizer.decode(self.input_ids[:12].tolist())
         return (
-            f"Trajectory({self.model.tokenizer.decode(self.input_ids.tolist())!r}, "
+            f"Trajectory({start + '…' * (len(self.positions) > 12)!r}, "
             f"lenses: {', '.join(self.lenses)}, {len(self.rows)} rows, "
             f"{len(self.positions)} positions)"
         )
@@ -125,6 +125,14 @@ class Trajectory:
             InputError: there is no such position.
         """
         return _chosen(position, len(self.positions), "position")[0]
+
+    def shown(self, token: str | int) -> str:
+        """A token, as text or id, as a reader should see it; see `tokens.shown`.
+
+        Raises:
+            InputError: it is several tokens, or none.
+        """
+        return shown(self.model.tokenizer, single_id(self.model, token))
 
     def tracked_places(self, of: str | int) -> Int[Tensor, " positions"]:
         """Where a token stands among those that are tracked at each position; -1: nowhere.
@@ -232,7 +240,7 @@ class Trajectory:
 
     def heatmap(
         self, metric: str = "probability", lens: str | Sequence[str] | None = None, **options: Any
-    ) -> "Figure":
+    ) -> Any:
         """A figure of the best token of every row and position; see `plots.heatmap`."""
         from tunedlens.plots import heatmap
 
@@ -240,7 +248,7 @@ class Trajectory:
 
     def curves(
         self, tokens: Sequence[str | int] | None = None, position: int = -1, **options: Any
-    ) -> "Figure":
+    ) -> Any:
         """A figure of tokens followed through the rows; see `plots.curves`."""
         from tunedlens.plots import curves
 
@@ -316,7 +324,7 @@ class Trajectory:
             rows=self.rows,
             row_names=self.row_names,
             words=[[self._word(i) for i in line] for line in ids],
-            shown=[[shown(self.model.tokenizer, i) for i in line] for line in ids],
+            shown=[[self.shown(i) for i in line] for line in ids],
             probs=reading.top_log_probs[:, place, :k].exp().tolist(),
         )
 
@@ -379,7 +387,7 @@ class Trajectory:
     def _wide(self, cells: Sequence[Sequence[Any]]) -> "DataFrame":
         import pandas as pd
 
-        index: MultiIndex = pd.MultiIndex.from_tuples(self.rows, names=["site", "layer"])
+        index = pd.MultiIndex.from_tuples(self.rows, names=["site", "layer"])
         columns = pd.MultiIndex.from_arrays(
             [self.positions, self.tokens], names=["position", "token"]
         )
