@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from tunedlens import Evaluation, FrozenModel, TunedLens, embedded, load_model
+from tunedlens import Evaluation, FrozenModel, TunedLens, embedded, load_model, report
 from tunedlens.evaluation import MODEL, Difference, Grid, Result
 
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -132,6 +132,14 @@ def make_evaluation(changed=None, grids=True):
         by_position={"logit": curve, "tuned": curve} if grids else {},
         transfer={"tuned": {"kl_nats": Grid(matrix, matrix)}} if grids else {},
     )
+
+
+@pytest.fixture(scope="session")
+def written_report(tmp_path_factory):
+    """The report of these results; to be read, not changed."""
+    folder = tmp_path_factory.mktemp("report")
+    report.write_report(make_evaluation(), folder)
+    return folder
 
 
 def _process(rank, port, function, arguments, results):

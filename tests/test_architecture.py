@@ -17,6 +17,7 @@ ORDER = (
     "corpus",
     "lens",
     "checkpoint",
+    "generation",
     "metrics",
     "fused",
     "objective",
@@ -30,7 +31,12 @@ ORDER = (
     "cli",
 )
 HOMES = {"wandb": "tracking", "matplotlib": "plots", "datasets": "corpus"}
-CONVENIENCES = {("lens", "checkpoint"), ("trajectory", "plots"), ("trajectory", "report")}
+CONVENIENCES = {
+    ("lens", "checkpoint"),
+    ("lens", "generation"),
+    ("trajectory", "plots"),
+    ("trajectory", "report"),
+}
 """A method for the user's comfort that imports a later module inside itself."""
 
 SCRIPTS = {PACKAGE / "embedded" / "pretrain.py"}

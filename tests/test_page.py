@@ -3,9 +3,9 @@
 import shutil
 
 import pytest
-from conftest import make_evaluation, make_gpt2, random_lens
+from conftest import make_gpt2, random_lens
 
-from tunedlens import FrozenModel, LogitLens, report, trajectory
+from tunedlens import FrozenModel, LogitLens, trajectory
 from tunedlens.tokens import shown
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -41,8 +41,8 @@ def open_page(browser, tmp_path):
 
 
 @pytest.fixture
-def opened(open_page, tmp_path):
-    report.write_report(make_evaluation(), tmp_path)
+def opened(open_page, written_report, tmp_path):
+    shutil.copytree(written_report, tmp_path, dirs_exist_ok=True)
     return open_page("report.html")
 
 

@@ -1,6 +1,7 @@
 import csv
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -16,9 +17,8 @@ def evaluation():
 
 
 @pytest.fixture
-def folder(evaluation, tmp_path):
-    report.write_report(evaluation, tmp_path / "evaluation")
-    return tmp_path / "evaluation"
+def folder(written_report, tmp_path):
+    return shutil.copytree(written_report, tmp_path / "evaluation")
 
 
 def test_table_gives_every_layer_and_the_mean(evaluation):

@@ -307,6 +307,11 @@ def test_questions_that_have_no_answer_are_refused(tiny):
         found[:, :3].divergence(found[:, 0])
 
 
+def test_lens_of_another_model_is_refused(tiny, model):
+    with pytest.raises(InputError, match="the lens tuned was made for tiny and does not fit"):
+        trajectory(model, random_lens(tiny), TEXT)
+
+
 def test_constant_lens_reads_no_text(tiny):
     lens = ConstantLens(torch.zeros(4096), tiny.identity)
     with pytest.raises(InputError, match="is a ConstantLens, which reads no state"):

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tunedlens.errors import InputError
 from tunedlens.frozen import FrozenModel
-from tunedlens.lens import AffineLens, JacobianLens, TunedLens
+from tunedlens.lens import AffineLens, JacobianLens, Lens, TunedLens
 
 FORMAT = 1
 ROOT = Path("checkpoints")
@@ -202,6 +202,17 @@ def require_same_model(saved: dict[str, Any], model: dict[str, Any], what: str) 
             f"{what} was made for {saved.get('name')} and does not fit "
             f"{model['name']}: it has {'; '.join(differences)}"
         )
+
+
+def require_made_for(model: FrozenModel, lenses: Mapping[str, Lens]) -> None:
+    """Make sure that every lens, by its name, fits the model.
+
+    Raises:
+        InputError: one was made for another; says what differs.
+    """
+    identity = dataclasses.asdict(model.identity)
+    for name, lens in lenses.items():
+        require_same_model(dataclasses.asdict(lens.identity), identity, f"the lens {name}")
 
 
 def newest_lens(root: Path) -> Path:

@@ -2,6 +2,8 @@
 
 import copy
 import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -267,6 +269,40 @@ class FrozenModel(nn.Module):
                     "resid_post"
                 )
         return {"resid_pre": before, "resid_mid": middle, "resid_post": after} | outputs
+
+    @contextmanager
+    def decoded_by(
+        self,
+        decode: Callable[[Float[Tensor, "batch seq d_model"]], Float[Tensor, "batch seq vocab"]],
+        layer: int,
+    ) -> Iterator[PreTrainedModel]:
+        """The model, with what an earlier state decodes to in place of its own logits.
+
+        For whatever transformers makes of logits; its cache works as ever.
+
+        Args:
+            decode: from the states to logits.
+            layer: of the state, from 0 to n.
+        """
+        kept: list[Tensor] = []
+
+        def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            kept[:] = [args[0] if args else kwargs["hidden_states"]]
+
+        def replace(_module: nn.Module, _args: Any, logits: Tensor) -> Tensor:
+            # The head may be asked for the last few positions only.
+            return decode(kept[0][:, -logits.shape[1] :])
+
+        place = [*self.blocks, self.final_norm][layer]
+        hooks = (
+            place.register_forward_pre_hook(keep, with_kwargs=True),
+            self.model.get_output_embeddings().register_forward_hook(replace),
+        )
+        try:
+            yield self.model
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @torch.no_grad()
     def _check_unembedding(self) -> None:

@@ -84,6 +84,61 @@ class ResidualLens(Lens):
     ) -> Float[Tensor, "*positions vocab"]:
         return self.unembedding(self.transform_hidden(hidden, layer))
 
+    def generate(
+        self,
+        model: FrozenModel,
+        prompt: str | list[str],
+        layer: int = -1,
+        *,
+        max_new_tokens: int = 20,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        eos_token_id: int | list[int] | None = None,
+        seed: int = 0,
+    ) -> str | list[str]:
+        """Text as a layer would write it: every new token is what the lens says there.
+
+        At the last layer it is what the model itself generates. transformers does the rest,
+        with its cache.
+
+        Args:
+            model: the model that the lens belongs to.
+            prompt: text, or several texts that are continued together.
+            layer: whose state is decoded.
+            max_new_tokens: at most so many for each.
+            do_sample: draw from the distribution; else the best token is taken.
+            temperature: of the distribution drawn from.
+            top_k: draw from so many of the best tokens; 0 is all.
+            top_p: draw from the best tokens that have so much of the probability.
+            eos_token_id: tokens that end a text; by default the model's own.
+            seed: of the draws.
+
+        Returns:
+            What follows the prompt, without the token that ended it; of several, a list.
+
+        Raises:
+            InputError: the lens is another model's, there is no such layer, or a prompt is
+                empty or has no room for so many tokens.
+        """
+        from tunedlens.generation import generate
+
+        texts = generate(
+            self,
+            model,
+            [prompt] if isinstance(prompt, str) else prompt,
+            layer,
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            eos_token_id=eos_token_id,
+            seed=seed,
+        )
+        return texts[0] if isinstance(prompt, str) else texts
+
     def _checked(self, hidden: Tensor) -> Tensor:
         """The hidden states in the lens's dtype.
 

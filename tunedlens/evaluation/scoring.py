@@ -1,6 +1,5 @@
 """One pass over a corpus: the model once, every lens and layer beside it."""
 
-import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tunedlens import metrics
-from tunedlens.checkpoint import require_same_model
+from tunedlens.checkpoint import require_made_for
 from tunedlens.errors import InputError
 from tunedlens.evaluation.results import Evaluation
 from tunedlens.evaluation.tally import OF_TRANSFER, Tally, per_token
@@ -59,9 +58,7 @@ def evaluate(
         InputError: there is nothing to score, blocks differ in length, a lens belongs to
             another model, or a figure is not finite.
     """
-    for name, lens in lenses.items():
-        identity = dataclasses.asdict(lens.identity)
-        require_same_model(identity, dataclasses.asdict(model.identity), f"the lens {name}")
+    require_made_for(model, lenses)
     blocks = iter(blocks)
     first = list(islice(blocks, 1))
     names = per_token(extended)

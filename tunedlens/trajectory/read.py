@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tunedlens.checkpoint import require_made_for
 from tunedlens.errors import InputError
 from tunedlens.frozen import FrozenModel
 from tunedlens.lens import LogitLens, ResidualLens
@@ -68,9 +69,10 @@ def trajectory(
 
     Raises:
         InputError: a text is empty, or beyond the context without a stride; a token to track
-            is several; there is no such site, or a lens cannot read one.
+            is several; there is no such site, a lens cannot read one, or it is another model's.
     """
     named = _named(model, lenses)
+    require_made_for(model, named)
     rows = rows_of(model.identity.n_layers, sites)
     if not 1 <= k <= model.identity.vocab_size:
         raise InputError(f"k must be between 1 and {model.identity.vocab_size}, got {k}")

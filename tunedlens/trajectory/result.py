@@ -67,7 +67,7 @@ class Trajectory:
     """Tokens that are followed through the rows at each position; -1 where there are fewer."""
 
     def __repr__(self) -> str:
-        start = self.model.tokenizer.decode(self.input_ids[:12].tolist())
+        start = str(self.model.tokenizer.decode(self.input_ids[:12].tolist()))
         return (
             f"Trajectory({start + '…' * (len(self.positions) > 12)!r}, "
             f"lenses: {', '.join(self.lenses)}, {len(self.rows)} rows, "
