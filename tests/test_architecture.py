@@ -18,6 +18,7 @@ ORDER = (
     "lens",
     "checkpoint",
     "generation",
+    "neurons",
     "metrics",
     "fused",
     "objective",

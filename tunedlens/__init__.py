@@ -11,6 +11,7 @@ from tunedlens.errors import InputError
 from tunedlens.evaluation import Evaluation, evaluate
 from tunedlens.frozen import FrozenModel, load_model
 from tunedlens.lens import ConstantLens, JacobianLens, Lens, LogitLens, TunedLens
+from tunedlens.neurons import neurons
 from tunedlens.training import train
 from tunedlens.trajectory import Trajectory, trajectory
 
@@ -31,6 +32,7 @@ __all__ = [
     "evaluate",
     "load_lens",
     "load_model",
+    "neurons",
     "train",
     "trajectory",
 ]

@@ -15,6 +15,7 @@ import transformers
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from tunedlens import embedded
 from tunedlens.config import ModelConfig
@@ -270,6 +271,50 @@ class FrozenModel(nn.Module):
                 )
         return {"resid_pre": before, "resid_mid": middle, "resid_post": after} | outputs
 
+    @torch.no_grad()
+    def mlp_neurons(
+        self, input_ids: Int[Tensor, "batch seq"], layer: int
+    ) -> tuple[Float[Tensor, "batch seq d_mlp"], Float[Tensor, "d_mlp d_model"]]:
+        """Coefficients and output vectors of the neurons of a block's MLP.
+
+        Their products, with the bias, are what the MLP adds to the stream; in a gated MLP a
+        coefficient is the product of gate and value.
+
+        Raises:
+            InputError: the MLP is not such a sum.
+        """
+        _, mlp = _find_attention_and_mlp(self.blocks[layer])
+        d_model = self.identity.d_model
+        outputs = [
+            module
+            for module in mlp.modules()
+            if isinstance(module, (nn.Linear, Conv1D)) and _width_out(module) == d_model
+        ]
+        kept: dict[str, Tensor] = {}
+        hooks = [
+            mlp.register_forward_hook(lambda _module, _args, output: kept.update(total=output)),
+            *(
+                module.register_forward_pre_hook(lambda _module, args: kept.update(inputs=args[0]))
+                for module in outputs[-1:]
+            ),
+        ]
+        try:
+            self.model.base_model(input_ids=input_ids, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if outputs and isinstance(kept.get("total"), Tensor):
+            weight, bias = outputs[-1].weight, outputs[-1].bias
+            vectors = weight if isinstance(outputs[-1], Conv1D) else weight.mT
+            total = kept["inputs"] @ vectors + (0 if bias is None else bias)
+            tolerance = 16 * torch.finfo(total.dtype).eps * total.abs().max()
+            if (total - kept["total"]).abs().max() <= tolerance:
+                return kept["inputs"], vectors
+        raise InputError(
+            f"the MLP of block {layer} of {self.name} is no sum of output vectors of neurons; "
+            "this architecture has no neurons to look at"
+        )
+
     @contextmanager
     def decoded_by(
         self,
@@ -469,6 +514,10 @@ def _find_attention_and_mlp(block: nn.Module) -> tuple[nn.Module, nn.Module]:
             )
         found += parts
     return found[0], found[1]
+
+
+def _width_out(module: nn.Linear | Conv1D) -> int:
+    return int(module.weight.shape[1 if isinstance(module, Conv1D) else 0])
 
 
 def _is_norm(module: nn.Module, d_model: int) -> bool:

@@ -50,6 +50,7 @@ def generate(
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p} if do_sample else {}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
+        use_cache=True,
         do_sample=do_sample,
         eos_token_id=ends or None,
         pad_token_id=ends[0] if ends else 0,
@@ -65,7 +66,7 @@ def generate(
     ):
         torch.manual_seed(seed)
         written: Any = writer.generate(  # type: ignore[operator]
-            input_ids, attention_mask=mask, generation_config=config, use_cache=True
+            input_ids, attention_mask=mask, generation_config=config
         )
     texts = []
     for line in written[:, longest:].tolist():

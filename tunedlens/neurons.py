@@ -1,0 +1,75 @@
+"""Neurons of an MLP: how strongly they fire, and what they write."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from tunedlens.errors import InputError
+from tunedlens.frozen import FrozenModel
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+@torch.no_grad()
+def neurons(
+    model: FrozenModel, text: str, layer: int, position: int = -1, *, k: int = 10, promoted: int = 5
+) -> "DataFrame":
+    """The neurons of a block's MLP that count most at one position.
+
+    A neuron adds its coefficient (its activation there) times its output vector to the
+    residual stream. What it promotes are the tokens whose logits that raises most, read
+    through the unembedding alone: the final norm is left out, as its scale is the text's.
+
+    Args:
+        model: the model.
+        text: the text.
+        layer: of the block.
+        position: in the text.
+        k: neurons, those with the largest absolute coefficients.
+        promoted: tokens of each.
+
+    Returns:
+        A line for each neuron: its coefficient, and by place the tokens that it promotes
+        with what it adds to their logits, beyond what it adds to all.
+
+    Raises:
+        InputError: there is no such layer or position, the text cannot be read, or the MLP
+            is not a sum over neurons.
+
+    Source:
+        Geva et al. 2022, "Transformer Feed-Forward Layers Build Predictions by Promoting
+        Concepts in the Vocabulary Space", arXiv:2203.14680.
+    """
+    import pandas as pd
+
+    ids = model.encode(text)
+    count, n_layers = ids.shape[1], model.identity.n_layers
+    if not -n_layers <= layer < n_layers:
+        raise InputError(f"layer must be between {-n_layers} and {n_layers - 1}, got {layer}")
+    if not -count <= position < count:
+        raise InputError(f"position must be between {-count} and {count - 1}, got {position}")
+    coefficients, vectors = model.mlp_neurons(ids, layer % n_layers)
+    here = coefficients[0, position].float()
+    if not 1 <= k <= len(here):
+        raise InputError(f"k must be between 1 and {len(here)}, the MLP's neurons; got {k}")
+    if not 1 <= promoted <= model.identity.vocab_size:
+        raise InputError(
+            f"promoted must be between 1 and {model.identity.vocab_size}, got {promoted}"
+        )
+    chosen = here.abs().topk(k).indices
+    added = here[chosen, None] * vectors[chosen].float()
+    best = (added @ model.unembedding.centred().weight.float().mT).topk(promoted)
+    lines = []
+    for neuron, tokens, logits in zip(
+        chosen.tolist(), best.indices.tolist(), best.values.tolist(), strict=True
+    ):
+        words = [str(model.tokenizer.decode([token])) for token in tokens]
+        pairs = [value for pair in zip(words, logits, strict=True) for value in pair]
+        lines.append([here[neuron].item(), *pairs])
+    places = pd.MultiIndex.from_product([range(1, promoted + 1), ["token", "logit"]])
+    return pd.DataFrame(
+        lines,
+        index=pd.Index(chosen.tolist(), name="neuron"),
+        columns=places.insert(0, ("coefficient", "")),
+    )
