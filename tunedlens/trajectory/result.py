@@ -338,15 +338,11 @@ class Trajectory:
         """
         import pandas as pd
 
-        columns = {
-            token if isinstance(token, str) else self._word(token): self.figures(
-                "probability", lens, of=token
-            ).flatten()
-            for token in tokens
-        }
+        names = [token if isinstance(token, str) else self._word(token) for token in tokens]
+        values = [self.figures("probability", lens, of=token).flatten() for token in tokens]
         keys = [(*row, position) for row in self.rows for position in self.positions]
         index = pd.MultiIndex.from_tuples(keys, names=["site", "layer", "position"])
-        return pd.DataFrame(columns, index=index)
+        return pd.DataFrame(torch.stack(values, -1).numpy(), index=index, columns=names)
 
     def _word(self, token_id: int) -> str:
         return str(self.model.tokenizer.decode([token_id]))
