@@ -7,34 +7,49 @@ from typing import Any
 
 from torch import Tensor
 
-from tunedlens.tokens import shown
+from tunedlens.errors import InputError
 from tunedlens.trajectory import Reading, Trajectory
 
 
-def explorer(trajectory: Trajectory) -> str:
-    """The page of one text, with everything in it.
+def explorer(*trajectories: Trajectory) -> str:
+    """The page of one text, or of several beside each other, with everything in it.
 
     A heatmap of the best token of every layer and position: switch lens (or the difference
     of two) and figure, point at a cell for its best tokens, click it to follow its token
     through the layers.
+
+    Raises:
+        InputError: texts were read with other lenses.
     """
-    tokenizer = trajectory.model.tokenizer
-    ids = trajectory.input_ids.tolist()
-    readings = trajectory.readings
-    words = {i for reading in readings.values() for i in reading.top_ids.flatten().tolist()}
-    words |= {i for i in trajectory.tracked_ids.flatten().tolist() if i >= 0}
-    data = {
-        "tokens": [shown(tokenizer, i) for i in ids],
-        "ids": ids,
-        "rows": trajectory.row_names,
-        "words": {i: shown(tokenizer, i) for i in sorted(words)},
-        "tracked_ids": trajectory.tracked_ids.tolist(),
-        "lenses": {name: _figures(reading) for name, reading in readings.items()},
-    }
+    names = list(trajectories[0].readings)
+    for trajectory in trajectories[1:]:
+        if list(trajectory.readings) != names:
+            raise InputError(
+                "texts on one page must be read with the same lenses; got "
+                f"{', '.join(names)} and {', '.join(trajectory.readings)}"
+            )
+    data = [_text(trajectory) for trajectory in trajectories]
     # A text that spells out the end of a script stays text.
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     template = resources.files(__package__).joinpath("explorer.html").read_text(encoding="utf-8")
     return template.replace("__DATA__", text.replace("<", "\\u003c"))
+
+
+def _text(trajectory: Trajectory) -> dict[str, Any]:
+    readings = trajectory.readings
+    words = {i for reading in readings.values() for i in reading.top_ids.flatten().tolist()}
+    words |= {i for i in trajectory.tracked_ids.flatten().tolist() if i >= 0}
+    next_ids = trajectory.next_ids.tolist()
+    return {
+        "tokens": [trajectory.shown(i) for i in trajectory.input_ids.tolist()],
+        "positions": trajectory.positions,
+        "next": [None if i < 0 else trajectory.shown(i) for i in next_ids],
+        "next_ids": next_ids,
+        "rows": trajectory.row_names,
+        "words": {i: trajectory.shown(i) for i in sorted(words)},
+        "tracked_ids": trajectory.tracked_ids.tolist(),
+        "lenses": {name: _figures(reading) for name, reading in readings.items()},
+    }
 
 
 def _figures(reading: Reading) -> dict[str, Any]:

@@ -254,11 +254,18 @@ class Trajectory:
 
         return curves(self, tokens, position, **options)
 
-    def to_html(self) -> str:
-        """A page to explore, with everything in it; see `report.explorer`."""
+    def to_html(self, *beside: "Trajectory") -> str:
+        """A page to explore, with everything in it; see `report.explorer`.
+
+        Args:
+            beside: trajectories of other texts, to stand on the same page.
+
+        Raises:
+            InputError: they were read with other lenses.
+        """
         from tunedlens.report import explorer
 
-        return explorer(self)
+        return explorer(self, *beside)
 
     def to_dataframe(self) -> "DataFrame":
         """Tidy: a line for every lens, site, layer and position."""
