@@ -9,7 +9,7 @@ from conftest import random_lens
 
 from tunedlens import ConstantLens, InputError, LogitLens, trajectory
 from tunedlens.frozen import SITES
-from tunedlens.trajectory import states
+from tunedlens.trajectory import FIGURES, states
 
 TEXT = "def naïve(x):\n    return x + 1\n"
 
@@ -89,6 +89,19 @@ def assert_equals_by_hand(tiny, lens, found, reading):
                     assert math.isnan(value)
                 else:
                     assert value == pytest.approx(log_probs[position, token].item(), abs=1e-4)
+
+
+@pytest.mark.gpu
+def test_reading_on_an_accelerator_agrees_with_the_cpu(tiny):
+    texts = [TEXT, "x"]
+    expected = trajectory(tiny, random_lens(tiny), texts)
+    tiny.to(torch.accelerator.current_accelerator())
+    for one, other in zip(trajectory(tiny, random_lens(tiny), texts), expected, strict=True):
+        for metric in FIGURES:
+            assert torch.allclose(
+                one.figures(metric), other.figures(metric), atol=1e-3, equal_nan=True
+            )
+        assert one.divergence(one).max() < 1e-6
 
 
 def test_last_position_has_no_next_token(tiny):

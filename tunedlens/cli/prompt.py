@@ -109,7 +109,7 @@ def _write_prompts(
     Raises:
         InputError: a prompt is empty or beyond the context, or the folder cannot be written.
     """
-    from tunedlens import plots
+    from tunedlens import report
     from tunedlens.tracking import say
     from tunedlens.trajectory import trajectory
 
@@ -120,26 +120,12 @@ def _write_prompts(
         path.unlink()
     for number, (prompt, read) in enumerate(zip(prompts, found, strict=True), 1):
         name = f"{_PREFIX}{number}"
-        checkpoint.write(folder / f"{name}.html", read.to_html())
-        checkpoint.write(folder / f"{name}.csv", read.to_dataframe().to_csv(index=False))
-        tables = [(f"{lens} lens", read.top_k(lens=lens)) for lens in lenses]
-        if within:
-            title = "logit lens, after attention (resid_mid) and after the MLP (resid_post)"
-            tables.append((title, within[number - 1].top_k()))
-        parts = [f"## {title}\n\n{table.to_markdown()}\n" for title, table in tables]
-        head = f"# Best tokens after {read.tokens[-1]!r}, with probabilities\n"
-        checkpoint.write(folder / f"{name}.md", "\n".join([head, *parts]))
-        figures = {f"{name}-curves": read.curves()}
-        for lens in lenses:
-            pages = enumerate(plots.heatmap_pages(read, lens=lens), 1)
-            figures |= {f"{name}-{lens}-{page}": figure for page, figure in pages}
-        for stem, figure in figures.items():
-            plots.save(figure, folder / stem)
+        report.write_one_text(read, folder, name, within[number - 1] if within else None)
         say(f"\n{name}: {prompt!r}\nbest tokens after {read.tokens[-1]!r}, with probabilities")
         for lens in lenses:
             table = read.top_k(lens=lens, k=3).to_text(is_coloured=sys.stdout.isatty())
             say(f"\n{lens} lens\n{table}")
-    say(f"\nheatmaps, curves, tables and a page for each are in {folder}")
+    say(f"\na report of each, with heatmaps, curves, tables and a page to explore, is in {folder}")
 
 
 def _within_blocks(

@@ -8,6 +8,7 @@ from tunedlens.report.files import (
     require_own,
     write_report,
 )
+from tunedlens.report.one_text import write_one_text
 from tunedlens.report.page import page
 from tunedlens.report.provenance import provenance
 from tunedlens.report.tables import (
@@ -35,5 +36,6 @@ __all__ = [
     "terminal_table",
     "top_k_markdown",
     "top_k_text",
+    "write_one_text",
     "write_report",
 ]

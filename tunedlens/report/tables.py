@@ -161,7 +161,7 @@ def plus_minus(estimate: Estimate) -> str:
 
 def _top_k_rows(table: TopK, as_code: bool = False) -> Rows:
     """Layers down, the best tokens across, each with its probability."""
-    words = [[_code(word) for word in line] if as_code else line for line in table.shown]
+    words = [[code(word) for word in line] if as_code else line for line in table.shown]
     lines = zip(table.row_names, words, table.probs, strict=True)
     return [
         ["layer", *(str(place + 1) for place in range(len(table.probs[0])))],
@@ -188,8 +188,8 @@ def top_k_text(table: TopK, *, is_coloured: bool) -> str:
     return "\n".join("  ".join(row) for row in [header, *body])
 
 
-def _code(word: str) -> str:
-    """As it is, in Markdown."""
+def code(word: str) -> str:
+    """A text as it is, in Markdown."""
     return f"`` {word} ``" if "`" in word else f"`{word}`"
 
 
