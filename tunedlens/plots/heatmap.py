@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tunedlens.errors import InputError
 from tunedlens.plots.style import drawable, new_figure
-from tunedlens.trajectory import DIVERGENCES, FIGURES, FIGURES_OF_A_TOKEN, Trajectory
+from tunedlens.trajectory import DIVERGENCES, FIGURES, FIGURES_OF_A_TOKEN, Trajectory, whose
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 _MOST_POSITIONS = 60
 _POSITIONS_ON_A_PAGE = 24
 _WIDEST_WORD = 9
+_KNOWN: dict[str | int, str] = {
+    "top1": "the lens's best token",
+    "final": "the model's best token",
+}
 
 
 def heatmap(
@@ -172,18 +176,11 @@ def _label(
     else:
         label = FIGURES[metric]
         if metric in FIGURES_OF_A_TOKEN:
-            of = of if of is not None else "final" if metric == "rank" else "top1"
-            label += f" of {_whose(trajectory, of)}"
+            of = whose(metric, of)
+            label += f" of {_KNOWN.get(of) or drawable(trajectory.shown(of))}"
     if isinstance(versus, str):
         mine = ", ".join(one or next(iter(trajectory.readings)) for one in lenses)
         label += f": {mine} {'−' if metric in FIGURES else 'and'} {versus}"
     elif versus is not None:
         label += ": this text − the other" if metric in FIGURES else ": this text and the other"
     return label
-
-
-def _whose(trajectory: Trajectory, of: str | int) -> str:
-    known = {"top1": "the lens's best token", "final": "the model's best token"}
-    if of in known:
-        return known[str(of)]
-    return drawable(trajectory.shown(of))

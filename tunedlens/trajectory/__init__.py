@@ -7,6 +7,7 @@ from tunedlens.trajectory.result import (
     FIGURES,
     FIGURES_OF_A_TOKEN,
     Trajectory,
+    whose,
 )
 from tunedlens.trajectory.states import Row
 from tunedlens.trajectory.top_k import TopK
@@ -20,4 +21,5 @@ __all__ = [
     "TopK",
     "Trajectory",
     "trajectory",
+    "whose",
 ]

@@ -188,7 +188,7 @@ class Trajectory:
             return -reading.next_log_prob
         if metric not in FIGURES_OF_A_TOKEN:
             return getattr(reading, metric)
-        of = of if of is not None else "final" if metric == "rank" else "top1"
+        of = whose(metric, of)
         if of == "top1":
             log_probs = reading.top_log_probs[..., 0]
             ranks = torch.ones_like(log_probs)
@@ -225,18 +225,13 @@ class Trajectory:
         if metric not in DIVERGENCES:
             raise InputError(f"metric must be one of {', '.join(DIVERGENCES)}; got {metric!r}")
         other, other_lens = self._other(versus, lens)
-        found = []
-        for p, q in zip(
-            self._log_probs(self._name(lens)), other._log_probs(other_lens), strict=True
-        ):
-            if metric == "kl_to_other_nats":
-                value = metrics.kl_from_log_probs(p.exp(), p, q)
-            elif metric == "js_nats":
-                value = metrics.js_divergence(p, q)
-            else:
-                value = metrics.total_variation(p, q)
-            found.append(value.cpu())
-        return torch.cat(found, 1)
+        between = {
+            "kl_to_other_nats": lambda p, q: metrics.kl_from_log_probs(p.exp(), p, q),
+            "js_nats": metrics.js_divergence,
+            "total_variation": metrics.total_variation,
+        }[metric]
+        mine, others = self._log_probs(self._name(lens)), other._log_probs(other_lens)
+        return torch.cat([between(p, q).cpu() for p, q in zip(mine, others, strict=True)], 1)
 
     def heatmap(
         self, metric: str = "probability", lens: str | Sequence[str] | None = None, **options: Any
@@ -395,6 +390,11 @@ class Trajectory:
             [self.positions, self.tokens], names=["position", "token"]
         )
         return pd.DataFrame(cells, index=index, columns=columns)
+
+
+def whose(metric: str, of: str | int | None) -> str | int:
+    """The token that a figure is of, if not said: each best one; a rank, the model's best."""
+    return of if of is not None else "final" if metric == "rank" else "top1"
 
 
 def single_id(model: FrozenModel, token: str | int) -> int:
