@@ -3,7 +3,13 @@ import copy
 import pytest
 import torch
 from conftest import make_gpt2
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+)
 
 from tunedlens import FrozenModel, InputError, embedded, load_model
 
@@ -236,6 +242,7 @@ def test_sites_equal_hooks_written_by_hand(tiny):
             ("mlp_out", "mlp", 1),
         ):
             assert torch.allclose(sites[site][layer], kept[name, layer][end], atol=1e-5), site
+    assert torch.equal(sites["resid_pre"][3], sites["resid_post"][2])
 
 
 def test_sites_of_a_block_that_does_not_add_its_terms_are_refused(tiny):
@@ -244,3 +251,39 @@ def test_sites_of_a_block_that_does_not_add_its_terms_are_refused(tiny):
         InputError, match="block 1 of tiny is not its input plus attention plus MLP"
     ):
         tiny.sites(torch.tensor([[5, 7]]))
+
+
+SMALL = {
+    "vocab_size": 4096,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+@pytest.mark.parametrize("config", [GPTNeoXConfig, PhiConfig], ids=lambda one: one.model_type)
+def test_parallel_blocks_have_terms_but_nothing_between(config, tokenizer):
+    torch.manual_seed(0)
+    parallel = AutoModelForCausalLM.from_config(config(**SMALL))
+    model = FrozenModel(parallel, tokenizer, name="parallel")
+    ids = torch.tensor([[5, 7, 11]])
+    found = model.sites(ids, wanted=("resid_pre", "attn_out", "mlp_out"))
+    for layer in range(2):
+        total = found["attn_out"][layer] + found["mlp_out"][layer]
+        step = found["resid_pre"][layer + 1] - found["resid_pre"][layer]
+        assert torch.allclose(total, step, atol=1e-5)
+    with pytest.raises(InputError, match="block 0 of parallel runs attention and MLP side by side"):
+        model.sites(ids)
+
+
+def test_pythia_without_parallel_blocks_has_a_stream_between(tokenizer):
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(use_parallel_residual=False, **SMALL)
+    model = FrozenModel(AutoModelForCausalLM.from_config(config), tokenizer)
+    ids, kept = torch.tensor([[5, 7, 11]]), []
+    norm = model.blocks[1].post_attention_layernorm
+    handle = norm.register_forward_pre_hook(lambda _module, args: kept.append(args[0]))
+    sites = model.sites(ids)
+    handle.remove()
+    assert torch.allclose(sites["resid_mid"][1], kept[0])

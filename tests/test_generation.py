@@ -1,9 +1,9 @@
 import pytest
 import torch
-from conftest import random_lens
-from transformers import GenerationConfig
+from conftest import make_gpt2, random_lens
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from tunedlens import InputError, LogitLens
+from tunedlens import FrozenModel, InputError, LogitLens
 
 PROMPTS = ["def f(x):\n    return", "import", "x = 1 +"]
 
@@ -45,22 +45,50 @@ def test_each_text_ends_at_the_first_of_several_ends(tiny, lens):
     assert len({len(line) for line in expected}) > 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("do_sample", [False, True])
 @pytest.mark.parametrize("layer", [-1, 3])
-def test_last_layer_writes_what_the_model_generates(tiny, lens, layer, do_sample):
-    inputs = tiny.encode(PROMPTS[0])
+def test_last_layer_writes_what_the_model_generates(tokenizer, layer, do_sample, dtype):
+    model = FrozenModel(make_gpt2().to(dtype), tokenizer)
+    inputs = model.encode(PROMPTS[0])
     torch.manual_seed(5)
     options = {"temperature": 0.7, "top_k": 50, "top_p": 0.9} if do_sample else {}
     config = GenerationConfig(
         max_new_tokens=12, do_sample=do_sample, pad_token_id=0, eos_token_id=0, **options
     )
-    expected = tiny.model.generate(
+    expected = model.model.generate(
         inputs, attention_mask=torch.ones_like(inputs), generation_config=config
     )
-    found = lens.generate(
-        tiny, PROMPTS[0], layer, max_new_tokens=12, do_sample=do_sample, seed=5, **options
+    found = random_lens(model).generate(
+        model, PROMPTS[0], layer, max_new_tokens=12, do_sample=do_sample, seed=5, **options
     )
-    assert found == tiny.tokenizer.decode(expected[0, inputs.shape[1] :])
+    assert found == model.tokenizer.decode(expected[0, inputs.shape[1] :])
+
+
+def test_settings_of_the_model_do_not_come_into_it(tiny, lens):
+    expected = lens.generate(tiny, PROMPTS, 1)
+    tiny.model.generation_config.repetition_penalty = 5.0
+    tiny.model.generation_config.num_beams = 3
+    assert lens.generate(tiny, PROMPTS, 1) == expected
+    assert tiny.model.generation_config.num_beams == 3
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_gated_model_with_rotary_positions_writes_the_same_in_a_batch(tokenizer, layer):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.3,
+    )
+    model = FrozenModel(LlamaForCausalLM(config), tokenizer)
+    lens = random_lens(model)
+    found = lens.generate(model, PROMPTS, layer, max_new_tokens=8, eos_token_id=4095)
+    for prompt, text in zip(PROMPTS, found, strict=True):
+        assert text == tokenizer.decode(by_hand(model, lens, prompt, layer, 8))
 
 
 def test_samples_are_from_the_distribution_of_the_layer(tiny):
@@ -93,11 +121,13 @@ def test_generation_leaves_the_model_and_the_seed_as_they_were(tiny, lens):
         ("", {}, "no tokens"),
         ([], {}, "no prompt"),
         ("x", {"layer": 4}, "layer must be between 0 and 3"),
-        ("x", {"max_new_tokens": 0}, "max_new_tokens must be 1 or more"),
+        ("x", {"max_new_tokens": 0}, "max_new_tokens` must be greater than 0, but is 0"),
         ("x", {"max_new_tokens": 40}, "1 tokens and 40 new ones are more than the 32"),
         ("x", {"eos_token_id": []}, "eos_token_id is empty"),
         ("x", {"eos_token_id": 5000}, "eos_token_id must be between 0 and 4095"),
         ("x", {"do_sample": True, "temperature": 0.0}, "temperature must be more than 0"),
+        ("x", {"do_sample": True, "top_k": -1}, "top_k must be 1 or more"),
+        ("x", {"temperature": 2}, "of samples; give do_sample=True"),
         ("x", {"do_sample": True, "top_p": 1.5}, "top_p must be between 0 and 1"),
     ],
 )

@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -226,50 +226,86 @@ class FrozenModel(nn.Module):
                 hook.remove()
         return states
 
-    @torch.no_grad()
     def sites(
         self,
         input_ids: Int[Tensor, "batch seq"] | str,
         attention_mask: Int[Tensor, "batch seq"] | None = None,
+        wanted: Collection[str] = SITES,
     ) -> dict[str, list[Float[Tensor, "batch seq d_model"]]]:
         """The residual stream and its terms in every block, by the names of `SITES`.
 
+        `resid_pre` has one more: what the final norm sees.
+
+        Args:
+            input_ids: tokens, or one text.
+            attention_mask: 0 where there is padding.
+            wanted: the sites to keep.
+
         Raises:
-            InputError: a block is not its input plus attention plus MLP, one after the other.
+            InputError: a block is not its input plus attention plus MLP, or nothing in it
+                reads the `resid_mid` that is wanted.
         """
-        if isinstance(input_ids, str):
-            input_ids = self.encode(input_ids)
-        outputs: dict[str, list[Tensor]] = {"attn_out": [], "mlp_out": []}
+        found: dict[str, list[Tensor]] = {site: [] for site in wanted}
+        here: dict[str, Tensor] = {}  # of the block that is running
+        inputs: list[Tensor] = []  # of its parts, once attention has run
+
+        def enter(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            here.clear()
+            inputs.clear()
+            here["resid_pre"] = args[0] if args else kwargs["hidden_states"]
 
         def keep(site: str) -> Any:
             # Attention returns a tuple, an MLP a tensor.
             def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-                outputs[site].append(output[0] if isinstance(output, tuple) else output)
+                here[site] = output[0] if isinstance(output, tuple) else output
 
             return hook
 
-        parts = [_find_attention_and_mlp(block) for block in self.blocks]
-        hooks = [
-            part.register_forward_hook(keep(site))
-            for pair in parts
-            for site, part in zip(outputs, pair, strict=True)
-        ]
+        def read(_part: nn.Module, args: tuple[Any, ...]) -> None:
+            if "attn_out" in here and args and isinstance(args[0], Tensor):
+                inputs.append(args[0])
+
+        def leave(block: nn.Module, _args: Any, output: Any) -> None:
+            end = output[0] if isinstance(output, tuple) else output
+            here["resid_post"] = end
+            here["resid_mid"] = middle = here["resid_pre"] + here["attn_out"]
+            tolerance = 16 * torch.finfo(end.dtype).eps * end.abs().max()
+
+            def is_there(one: Tensor, other: Tensor) -> bool:
+                return one.shape == other.shape and bool((one - other).abs().max() <= tolerance)
+
+            name = f"block {list(self.blocks).index(block)} of {self.name}"
+            if not is_there(middle + here["mlp_out"], end):
+                raise InputError(
+                    f"{name} is not its input plus attention plus MLP, so it has no terms to read; "
+                    "ask for resid_pre and resid_post"
+                )
+            if "resid_mid" in wanted and not any(is_there(middle, one) for one in inputs):
+                raise InputError(
+                    f"{name} runs attention and MLP side by side, so there is no resid_mid between "
+                    "them; ask for other sites"
+                )
+            for site in wanted:
+                found[site].append(here[site])
+
+        hooks = []
+        for block in self.blocks:
+            attention, mlp = _find_attention_and_mlp(block)
+            hooks += [part.register_forward_pre_hook(read) for part in block.children()]
+            hooks += [
+                block.register_forward_pre_hook(enter, with_kwargs=True),
+                attention.register_forward_hook(keep("attn_out")),
+                mlp.register_forward_hook(keep("mlp_out")),
+                block.register_forward_hook(leave),
+            ]
         try:
             states = self.residual_stream(input_ids, attention_mask)
         finally:
             for hook in hooks:
                 hook.remove()
-        before, after = states[:-1], states[1:]
-        middle = [h + term for h, term in zip(before, outputs["attn_out"], strict=True)]
-        for layer, (h, term, end) in enumerate(zip(middle, outputs["mlp_out"], after, strict=True)):
-            tolerance = 16 * torch.finfo(end.dtype).eps * end.abs().max()
-            if not (h + term - end).abs().max() <= tolerance:
-                raise InputError(
-                    f"block {layer} of {self.name} is not its input plus attention plus MLP, one "
-                    "after the other, so it has no stream between them; ask for resid_pre and "
-                    "resid_post"
-                )
-        return {"resid_pre": before, "resid_mid": middle, "resid_post": after} | outputs
+        if "resid_pre" in found:
+            found["resid_pre"].append(states[-1])
+        return found
 
     @torch.no_grad()
     def mlp_neurons(
@@ -498,19 +534,20 @@ def _find_attention_and_mlp(block: nn.Module) -> tuple[nn.Module, nn.Module]:
     """By name, as there is no other sign of them.
 
     Raises:
-        InputError: there are none.
+        InputError: there is not one of each.
     """
     found = []
     for names in (("attn", "attention"), ("mlp", "feed_forward", "ffn")):
         parts = [
             child
             for name, child in block.named_children()
-            if any(part in name for part in names) and "norm" not in name and "ln" not in name
+            if any(part in name for part in names)
+            and not any(part in name for part in ("norm", "ln", "dropout"))
         ]
         if len(parts) != 1:
             raise InputError(
-                f"{type(block).__name__}: found no {names[0]} in the block; sites within a block "
-                "are not supported for this architecture"
+                f"{type(block).__name__}: expected one {names[0]} in the block, found "
+                f"{len(parts)}; sites within a block are not supported for this architecture"
             )
         found += parts
     return found[0], found[1]

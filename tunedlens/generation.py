@@ -1,10 +1,10 @@
 """Text as a layer would write it."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from tunedlens.checkpoint import require_made_for
 from tunedlens.errors import InputError
@@ -17,57 +17,40 @@ def generate(
     model: FrozenModel,
     prompts: Sequence[str],
     layer: int,
-    *,
-    max_new_tokens: int,
-    do_sample: bool,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    eos_token_id: int | Sequence[int] | None,
+    config: GenerationConfig,
     seed: int,
 ) -> list[str]:
-    """What follows each prompt; see `ResidualLens.generate`."""
+    """What follows each prompt; see `ResidualLens.generate`.
+
+    Raises:
+        InputError: the lens is another model's, there is no such layer, a setting has no
+            meaning, or a prompt is empty or has no room for the new tokens.
+    """
     require_made_for(model, {type(lens).__name__: lens})
     layer = lens.resolve(layer)
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
+    _check(config)
     if not prompts:
         raise InputError("there is no prompt; give at least one")
     ids = [model.encode(prompt)[0] for prompt in prompts]
     longest = max(map(len, ids))
-    if model.context is not None and longest + max_new_tokens > model.context:
+    if model.context is not None and longest + config.max_new_tokens > model.context:
         raise InputError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than the "
+            f"a prompt of {longest} tokens and {config.max_new_tokens} new ones are more than the "
             f"{model.context} that {model.name} reads; shorten it or lower max_new_tokens"
         )
-    ends = _ends(model, eos_token_id)
-    if do_sample and not temperature > 0:
-        raise InputError(
-            f"temperature must be more than 0, got {temperature}; 0 is do_sample=False"
-        )
-    if do_sample and not 0 < top_p <= 1:
-        raise InputError(f"top_p must be between 0 and 1, got {top_p}")
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p} if do_sample else {}
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        use_cache=True,
-        do_sample=do_sample,
-        eos_token_id=ends or None,
-        pad_token_id=ends[0] if ends else 0,
-        **sampling,
-    )
+    ends = _ends(model, config.eos_token_id)
+    config.eos_token_id = ends or None
+    config.pad_token_id = ends[0] if ends else 0
     pad = torch.nn.utils.rnn.pad_sequence
     input_ids = pad(ids, batch_first=True, padding_side="left")
     mask = pad([torch.ones_like(i) for i in ids], batch_first=True, padding_side="left")
     devices = [] if model.device.type == "cpu" else [model.device]
     with (
         torch.random.fork_rng(devices, device_type=model.device.type),
-        model.decoded_by(lambda hidden: lens(hidden, layer), layer) as writer,
+        _writer(lens, model, layer, config) as writer,
     ):
         torch.manual_seed(seed)
-        written: Any = writer.generate(  # type: ignore[operator]
-            input_ids, attention_mask=mask, generation_config=config
-        )
+        written = writer.generate(input_ids, attention_mask=mask)  # type: ignore[operator]
     texts = []
     for line in written[:, longest:].tolist():
         end = next((place for place, token in enumerate(line) if token in ends), None)
@@ -75,13 +58,48 @@ def generate(
     return texts
 
 
-def _ends(model: FrozenModel, asked: int | Sequence[int] | None) -> list[int]:
+@contextmanager
+def _writer(
+    lens: ResidualLens, model: FrozenModel, layer: int, config: GenerationConfig
+) -> Iterator[PreTrainedModel]:
+    """The model with the logits of the layer, and with no settings but these."""
+    own = model.model.generation_config
+    model.model.generation_config = config
+    try:
+        if layer == lens.n_layers:  # the model itself, in its own dtype
+            yield model.model
+        else:
+            with model.decoded_by(lambda hidden: lens(hidden, layer), layer) as writer:
+                yield writer
+    finally:
+        model.model.generation_config = own
+
+
+def _check(config: GenerationConfig) -> None:
+    sampling = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
+    if not config.do_sample and tuple(sampling.values()) != (1.0, 0, 1.0):
+        raise InputError("temperature, top_k and top_p are of samples; give do_sample=True too")
+    if not config.temperature > 0:
+        raise InputError(
+            f"temperature must be more than 0, got {config.temperature}; leave do_sample out for "
+            "the best token"
+        )
+    if config.top_k < 0:
+        raise InputError(f"top_k must be 1 or more, or 0 for all tokens; got {config.top_k}")
+    if not 0 < config.top_p <= 1:
+        raise InputError(f"top_p must be between 0 and 1, got {config.top_p}")
+
+
+def _ends(model: FrozenModel, asked: int | list[int] | None) -> list[int]:
     """Tokens that end a text: those asked for, or the model's own."""
-    if asked == []:
-        raise InputError("eos_token_id is empty; leave it out for the model's own")
-    ends = model.model.generation_config.eos_token_id if asked is None else asked
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     vocab_size = model.identity.vocab_size
+    if asked is None:
+        own = model.model.generation_config.eos_token_id
+        own = [own] if isinstance(own, int) else own or []
+        return [end for end in own if 0 <= end < vocab_size]
+    ends = [asked] if isinstance(asked, int) else asked
+    if not ends:
+        raise InputError("eos_token_id is empty; leave it out for the model's own")
     for end in ends:
         if not 0 <= end < vocab_size:
             raise InputError(f"eos_token_id must be between 0 and {vocab_size - 1}, got {end}")

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from tunedlens.errors import InputError
 from tunedlens.frozen import FrozenModel, ModelIdentity, Unembedding
@@ -100,8 +101,9 @@ class ResidualLens(Lens):
     ) -> str | list[str]:
         """Text as a layer would write it: every new token is what the lens says there.
 
-        At the last layer it is what the model itself generates. transformers does the rest,
-        with its cache.
+        At the last layer it is what the model itself generates, in its own dtype.
+        transformers does the rest, with its cache; of the model's own generation config only
+        the ends count.
 
         Args:
             model: the model that the lens belongs to.
@@ -119,24 +121,24 @@ class ResidualLens(Lens):
             What follows the prompt, without the token that ended it; of several, a list.
 
         Raises:
-            InputError: the lens is another model's, there is no such layer, or a prompt is
-                empty or has no room for so many tokens.
+            InputError: the lens is another model's, there is no such layer, a setting has no
+                meaning, or a prompt is empty or has no room for so many tokens.
         """
         from tunedlens.generation import generate
 
-        texts = generate(
-            self,
-            model,
-            [prompt] if isinstance(prompt, str) else prompt,
-            layer,
-            max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            eos_token_id=eos_token_id,
-            seed=seed,
-        )
+        try:
+            config = GenerationConfig(
+                max_new_tokens=max_new_tokens,
+                do_sample=do_sample,
+                temperature=float(temperature),
+                top_k=top_k,
+                top_p=float(top_p),
+                eos_token_id=eos_token_id,
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        texts = generate(self, model, prompts, layer, config, seed)
         return texts[0] if isinstance(prompt, str) else texts
 
     def _checked(self, hidden: Tensor) -> Tensor:

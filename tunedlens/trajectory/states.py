@@ -128,13 +128,12 @@ def _states(
     attention_mask: Int[Tensor, "batch seq"] | None,
     rows: Sequence[Row],
 ) -> list[Float[Tensor, "batch seq d_model"]]:
-    if {row.site for row in rows} == {"resid_pre"}:
-        stream = model.residual_stream(input_ids, attention_mask)
-        return [stream[row.layer] for row in rows]
-    found = model.sites(input_ids, attention_mask)
-    # What the final norm sees enters no block; it is what the last one leaves.
-    end = Row("resid_pre", model.identity.n_layers)
-    return [found["resid_post"][-1] if row == end else found[row.site][row.layer] for row in rows]
+    sites = {row.site for row in rows}
+    if sites == {"resid_pre"}:
+        found = {"resid_pre": model.residual_stream(input_ids, attention_mask)}
+    else:
+        found = model.sites(input_ids, attention_mask, sites)
+    return [found[row.site][row.layer] for row in rows]
 
 
 def positions_at_a_time(model: FrozenModel, rows: int) -> int:
