@@ -283,7 +283,7 @@ def test_curves_that_cannot_be_drawn_are_refused(read):
         read.curves(["x"], metric="loss")
     with pytest.raises(InputError, match="position must be between"):
         read.curves(["x"], position=99)
-    with pytest.raises(InputError, match="'x' was not tracked"):
+    with pytest.raises(InputError, match="x was not tracked"):
         read.curves(["x"])
 
 

@@ -306,7 +306,7 @@ def test_questions_that_have_no_answer_are_refused(tiny):
         found.top_k(k=4)
     with pytest.raises(InputError, match="lens must be one of logit"):
         found.top_k(lens="tuned")
-    with pytest.raises(InputError, match="' import' was not tracked"):
+    with pytest.raises(InputError, match="␣import was not tracked"):
         found.probabilities([" import"])
     with pytest.raises(InputError, match="metric must be one of probability"):
         found.figures("js_nats")

@@ -28,6 +28,12 @@ def shown(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
     )
 
 
+def as_text(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
+    """A token as it is in a text; bytes that are no whole character as `shown` has them."""
+    text = str(tokenizer.decode([token_id]))
+    return shown(tokenizer, token_id) if _REPLACED in text else text
+
+
 def display_width(text: str) -> int:
     """Columns that a text takes in a terminal: wide characters two, combining ones none."""
     return sum(

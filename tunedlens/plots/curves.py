@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tunedlens.errors import InputError
 from tunedlens.plots.style import COLORS, drawable, name_lines, new_figure, plain_log_ticks
-from tunedlens.trajectory import Trajectory
+from tunedlens.trajectory import Trajectory, single_ids
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,7 +18,7 @@ _DASH_NAMES = ("solid", "dashed", "dotted", "dash-dotted")
 
 def curves(
     trajectory: Trajectory,
-    tokens: Sequence[str | int] | None = None,
+    tokens: str | int | Sequence[str | int] | None = None,
     position: int = -1,
     *,
     metric: str = "probability",
@@ -45,16 +45,22 @@ def curves(
         probs = trajectory.reading().tracked_log_probs[-1, place].tolist()
         ranked = sorted(zip(probs, followed, strict=True), reverse=True)
         tokens = [token for _, token in ranked if token >= 0][:_MOST_TOKENS]
+    ids = single_ids(trajectory.model, tokens)
+    if len(trajectory.readings) > len(_DASHES):
+        raise InputError(
+            f"{len(trajectory.readings)} lenses are too many to tell apart by their dashes; read "
+            f"the text with at most {len(_DASHES)}"
+        )
     with new_figure(5.2, 3.2, has_tokens=True) as figure:
         axes = figure.subplots()
         ends, colors = {}, {}
-        for index, token in enumerate(tokens):
+        for index, token in enumerate(ids):
             word = drawable(trajectory.shown(token))
             for dash, lens in zip(_DASHES, trajectory.readings, strict=False):
                 line = trajectory.figures(metric, lens, of=token)[:, place].tolist()
                 if math.isnan(line[0]):
                     raise InputError(
-                        f"{token!r} was not tracked at position {position}; give it as `track` to "
+                        f"{word} was not tracked at position {position}; give it as `track` to "
                         "trajectory"
                     )
                 color = COLORS[index % len(COLORS)]

@@ -51,15 +51,59 @@ def heatmap(
         InputError: there is no such metric, lens or tracked token, more than 60 positions,
             or nothing to compare with.
     """
-    lenses = [lens] if lens is None or isinstance(lens, str) else list(lens)
-    count, n_rows = len(trajectory.positions), len(trajectory.rows)
+    count = len(trajectory.positions)
     if count > _MOST_POSITIONS:
         raise InputError(
             f"{count} positions are too many to read in one figure; draw a part of at most "
             f"{_MOST_POSITIONS}, as read[:, :40], or plots.heatmap_pages"
         )
+    lenses = _several(lens)
     values = [trajectory.figures(metric, one, of=of, versus=versus) for one in lenses]
-    norm, color_map = _colors(trajectory, values, metric, is_difference=versus is not None)
+    label = _label(trajectory, metric, of, lenses, versus)
+    colors = _colors(trajectory, values, metric, is_difference=versus is not None)
+    return _draw(trajectory, lenses, values, colors, label, versus)
+
+
+def heatmap_pages(
+    trajectory: Trajectory,
+    metric: str = "probability",
+    lens: str | Sequence[str] | None = None,
+    *,
+    of: str | int | None = None,
+    versus: Trajectory | str | None = None,
+) -> Iterator["Figure"]:
+    """A long text as several heatmaps in the same colours; see `heatmap`."""
+    lenses = _several(lens)
+    values = [trajectory.figures(metric, one, of=of, versus=versus) for one in lenses]
+    label = _label(trajectory, metric, of, lenses, versus)
+    colors = _colors(trajectory, values, metric, is_difference=versus is not None)
+    count = len(trajectory.positions)
+    pages = -(-count // _POSITIONS_ON_A_PAGE)
+    size = -(-count // pages)  # alike, so that the last one is not a stump
+    for start in range(0, count, size):
+        page = slice(start, start + size)
+        other = versus[:, page] if isinstance(versus, Trajectory) else versus
+        drawn = [value[:, page] for value in values]
+        yield _draw(trajectory[:, page], lenses, drawn, colors, label, other)
+
+
+def _several(lens: str | Sequence[str] | None) -> list[str | None]:
+    lenses = [lens] if lens is None or isinstance(lens, str) else list(lens)
+    if not lenses:
+        raise InputError("there is no lens to draw; name one, or leave it out for the first")
+    return lenses
+
+
+def _draw(
+    trajectory: Trajectory,
+    lenses: Sequence[str | None],
+    values: Sequence[Float[Tensor, "rows positions"]],
+    colors: tuple[Any, Any],
+    label: str,
+    versus: Trajectory | str | None,
+) -> "Figure":
+    norm, color_map = colors
+    count, n_rows = len(trajectory.positions), len(trajectory.rows)
     size = (1.6 + 0.62 * count, 1.4 + 0.24 * n_rows * len(lenses))
     with new_figure(*size, has_tokens=True) as figure:
         panels = figure.subplots(len(lenses), squeeze=False, sharex=True)[:, 0].tolist()
@@ -73,22 +117,12 @@ def heatmap(
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
         _name_positions(panels[-1], panels[0], trajectory, versus)
+        is_log = type(norm).__name__ == "LogNorm"
         bar = figure.colorbar(
-            image, ax=panels, pad=0.01, aspect=30, format="%g" if metric == "rank" else None
+            image, ax=panels, pad=0.01, aspect=30, format="%g" if is_log else None
         )
-        bar.set_label(_label(trajectory, metric, of, lenses, versus), fontsize=8)
+        bar.set_label(label, fontsize=8)
     return figure
-
-
-def heatmap_pages(
-    trajectory: Trajectory, metric: str = "probability", lens: str | None = None, **options: Any
-) -> Iterator["Figure"]:
-    """A long text as several heatmaps, each of as many positions as can be read."""
-    count = len(trajectory.positions)
-    pages = -(-count // _POSITIONS_ON_A_PAGE)
-    size = -(-count // pages)  # alike, so that the last one is not a stump
-    for start in range(0, count, size):
-        yield heatmap(trajectory[:, start : start + size], metric, lens, **options)
 
 
 def _colors(

@@ -113,7 +113,7 @@ def drawable(text: str, widest: int | None = None) -> str:
         while display_width(drawn) >= widest:
             drawn = drawn[:-1]
         drawn += "…"
-    return drawn.replace("\\", r"\\").replace("$", r"\$") if "$" in drawn else drawn
+    return drawn.replace("$", r"\$")
 
 
 def rendered(figure: "Figure", kind: str) -> bytes:
@@ -128,12 +128,13 @@ def rendered(figure: "Figure", kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def save(figure: "Figure", path: Path) -> None:
-    """Write a figure as PNG, SVG and PDF beside each other.
+def save(figure: "Figure", path: str | Path) -> None:
+    """Write a figure as PNG, SVG and PDF beside each other: `<path>.png` and so on.
 
     Raises:
         InputError: the folder cannot be written.
     """
+    path = Path(path)
     for kind in KINDS:
         write(path.with_name(f"{path.name}.{kind}"), rendered(figure, kind))
 

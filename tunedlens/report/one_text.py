@@ -1,6 +1,7 @@
 """What there is to see of one text, as files beside each other."""
 
 from pathlib import Path
+from urllib.parse import quote
 
 from tunedlens import plots
 from tunedlens.checkpoint import write
@@ -41,7 +42,10 @@ def write_one_text(
         f"# {name}",
         code(repr(text)),
         f"[To explore]({name}.html), [every figure as a table]({name}.csv).",
-        *(f"![{stem}: best tokens by layer and position]({name}-{stem}.png)" for stem in drawn),
+        *(
+            f"![{stem}: best tokens by layer and position]({quote(f'{name}-{stem}.png')})"
+            for stem in drawn
+        ),
         f"## After {code(trajectory.shown(int(trajectory.input_ids[-1])))}",
         f"![The model's best tokens through the layers]({name}-curves.png)",
         *(f"Best tokens: {title}\n\n{top_k_markdown(table)}" for title, table in tables.items()),

@@ -1,6 +1,7 @@
 """Results as tables: rows of text, plain, coloured or in Markdown, and sentences."""
 
 import math
+import re
 
 from tunedlens.evaluation import MODEL, Evaluation
 from tunedlens.metrics import METRICS, Estimate
@@ -190,7 +191,9 @@ def top_k_text(table: TopK, *, is_coloured: bool) -> str:
 
 def code(word: str) -> str:
     """A text as it is, in Markdown."""
-    return f"`` {word} ``" if "`" in word else f"`{word}`"
+    longest = max((len(run) for run in re.findall("`+", word)), default=0)
+    fence, space = "`" * (longest + 1), " " if longest else ""
+    return f"{fence}{space}{word}{space}{fence}"
 
 
 def _on_its_ground(cell: str, probability: float) -> str:

@@ -7,6 +7,7 @@ from tunedlens.trajectory.result import (
     FIGURES,
     FIGURES_OF_A_TOKEN,
     Trajectory,
+    single_ids,
     whose,
 )
 from tunedlens.trajectory.states import Row
@@ -20,6 +21,7 @@ __all__ = [
     "Row",
     "TopK",
     "Trajectory",
+    "single_ids",
     "trajectory",
     "whose",
 ]

@@ -1,7 +1,7 @@
 """Texts in, trajectories out."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -11,11 +11,12 @@ from tunedlens.checkpoint import require_made_for
 from tunedlens.errors import InputError
 from tunedlens.frozen import FrozenModel
 from tunedlens.lens import LogitLens, ResidualLens
-from tunedlens.trajectory.reading import Reading, joined, read_states
-from tunedlens.trajectory.result import Trajectory, single_id
+from tunedlens.trajectory.reading import Reading, cat_filled, joined, read_states
+from tunedlens.trajectory.result import Trajectory, single_ids
 from tunedlens.trajectory.states import decode, pieces, positions_at_a_time, rows_of
 
-Text = str | Int[Tensor, " positions"]
+Text = str | list[int] | Int[Tensor, " positions"]
+Texts = list[str] | list[list[int]] | list[Tensor] | tuple[Text, ...]
 Lenses = ResidualLens | Mapping[str, ResidualLens] | None
 
 
@@ -25,30 +26,30 @@ def trajectory(
     lenses: Lenses,
     text: Text,
     *,
-    sites: Sequence[str] = ...,
+    sites: str | Sequence[str] = ...,
     k: int = ...,
-    track: Sequence[str | int] | None = ...,
+    track: str | int | Sequence[str | int] = ...,
     stride: int | None = ...,
 ) -> Trajectory: ...
 @overload
 def trajectory(
     model: FrozenModel,
     lenses: Lenses,
-    text: list[str] | list[Tensor],
+    text: Texts,
     *,
-    sites: Sequence[str] = ...,
+    sites: str | Sequence[str] = ...,
     k: int = ...,
-    track: Sequence[str | int] | None = ...,
+    track: str | int | Sequence[str | int] = ...,
     stride: int | None = ...,
 ) -> list[Trajectory]: ...
 def trajectory(
     model: FrozenModel,
     lenses: Lenses,
-    text: Text | list[str] | list[Tensor],
+    text: Text | Texts,
     *,
-    sites: Sequence[str] = ("resid_pre",),
+    sites: str | Sequence[str] = ("resid_pre",),
     k: int = 10,
-    track: Sequence[str | int] | None = None,
+    track: str | int | Sequence[str | int] = (),
     stride: int | None = None,
 ) -> Trajectory | list[Trajectory]:
     """Read one text, or several, with one lens or several.
@@ -61,8 +62,8 @@ def trajectory(
         sites: where to look, of `frozen.SITES`; whatever they are, the model's own row is the
             last. A lens with translators only reads the stream between blocks.
         k: best tokens to keep at each row and position.
-        track: tokens to follow at every position, as text or ids, beside the model's best; by
-            default, at each position, those that are the best one in some row of some lens.
+        track: tokens to follow at every position, as text or ids, beside those that are the
+            best one there in some row of some lens.
         stride: read a text that is longer than the context in windows that begin so many
             tokens apart; each position is read in the first window that has it, and so sees
             at least context - stride tokens before it.
@@ -73,6 +74,7 @@ def trajectory(
     """
     named = _named(model, lenses)
     require_made_for(model, named)
+    sites = [sites] if isinstance(sites, str) else sites
     rows = rows_of(model.identity.n_layers, sites)
     if not 1 <= k <= model.identity.vocab_size:
         raise InputError(f"k must be between 1 and {model.identity.vocab_size}, got {k}")
@@ -83,14 +85,15 @@ def trajectory(
                 f"the lens {name} has translators for the stream between blocks only, not for "
                 f"{', '.join(inside)}; read these with the logit lens alone"
             )
-    wanted = None if track is None else [single_id(model, token) for token in track]
-    given = [text] if isinstance(text, (str, Tensor)) else text
+    wanted = single_ids(model, track)
+    is_one = isinstance(text, (str, Tensor)) or (len(text) > 0 and isinstance(text[0], int))
+    given: Any = [text] if is_one else text
     texts = [_token_ids(model, one) for one in given]
     if not texts:
         raise InputError("there is no text to read; give at least one")
 
     parts: list[dict[str, list[Reading]]] = [{name: [] for name in named} for _ in texts]
-    tracked: list[list[list[int]]] = [[] for _ in texts]
+    tracked: list[list[Int[Tensor, "chunk tracked"]]] = [[] for _ in texts]
     for piece in pieces(model, texts, rows, stride):
         ids = texts[piece.text]
         end = ids.new_tensor([-1])
@@ -100,12 +103,16 @@ def trajectory(
             states = [state[part] for state in piece.states]
             final = model.unembedding(states[-1])
             logits = {name: decode(lens, rows, states) for name, lens in named.items()}
-            followed = _followed(logits.values(), final, wanted)
-            tracked[piece.text] += followed
+            tracked_ids = _tracked_ids(logits.values(), wanted)
+            tracked[piece.text].append(tracked_ids)
             for name in named:
-                parts[piece.text][name].append(
-                    read_states(logits[name], final, next_ids[part], followed, k)
-                )
+                reading = read_states(logits[name], final, next_ids[part], tracked_ids, k)
+                if not reading.kl_nats.isfinite().all():
+                    raise InputError(
+                        f"the lens {name} says something that is not finite of the text; its "
+                        "translators or the states of the model are not finite"
+                    )
+                parts[piece.text][name].append(reading)
     found = [
         Trajectory(
             model=model,
@@ -115,11 +122,11 @@ def trajectory(
             rows=rows,
             positions=list(range(len(ids))),
             readings={name: joined(chunks) for name, chunks in readings.items()},
-            tracked_ids=_filled(followed),
+            tracked_ids=cat_filled(followed, -1),
         )
         for ids, readings, followed in zip(texts, parts, tracked, strict=True)
     ]
-    return found if isinstance(text, list) else found[0]
+    return found[0] if is_one else found
 
 
 def _named(model: FrozenModel, lenses: Lenses) -> dict[str, ResidualLens]:
@@ -146,6 +153,7 @@ def _token_ids(model: FrozenModel, text: Text) -> Int[Tensor, " positions"]:
     """
     if isinstance(text, str):
         return model.encode(text, is_any_length=True)[0].cpu()
+    text = torch.as_tensor(text)
     if text.ndim != 1 or not len(text) or text.is_floating_point():
         raise InputError(
             f"the ids of a text must be whole numbers in one row, got {text.dtype} of shape "
@@ -160,21 +168,10 @@ def _token_ids(model: FrozenModel, text: Text) -> Int[Tensor, " positions"]:
     return text.cpu()
 
 
-def _followed(
-    logits: Iterable[Float[Tensor, "rows chunk vocab"]],
-    final: Float[Tensor, "chunk vocab"],
-    wanted: list[int] | None,
-) -> list[list[int]]:
-    """Tokens to follow at each position: those wanted, or the best of every row; the model's."""
-    best = final.argmax(-1).tolist()
-    if wanted is None:
-        others = torch.cat([found.argmax(-1) for found in logits]).T.tolist()
-    else:
-        others = [wanted] * len(best)
-    return [sorted({own, *line}) for own, line in zip(best, others, strict=True)]
-
-
-def _filled(lines: Sequence[Sequence[int]]) -> Int[Tensor, "positions tracked"]:
-    """Lines of different length as one tensor, filled up with -1."""
-    width = max(map(len, lines))
-    return torch.tensor([[*line, *[-1] * (width - len(line))] for line in lines])
+def _tracked_ids(
+    logits: Iterable[Float[Tensor, "rows chunk vocab"]], wanted: list[int]
+) -> Int[Tensor, "chunk tracked"]:
+    """Tokens to follow at each position, those wanted and the best of every row."""
+    best = torch.cat([found.argmax(-1) for found in logits]).cpu()
+    lines = [torch.tensor(sorted({*wanted, *column})) for column in best.T.tolist()]
+    return torch.nn.utils.rnn.pad_sequence(lines, batch_first=True, padding_value=-1)

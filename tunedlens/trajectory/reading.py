@@ -55,7 +55,7 @@ def read_states(
     logits: Float[Tensor, "rows chunk vocab"],
     final: Float[Tensor, "chunk vocab"],
     next_ids: Int[Tensor, " chunk"],
-    tracked: Sequence[Sequence[int]],
+    tracked_ids: Int[Tensor, "chunk tracked"],
     k: int,
 ) -> Reading:
     """What there is to keep of the logits of a few positions; one row at a time.
@@ -64,13 +64,11 @@ def read_states(
         logits: of the lens.
         final: of the model.
         next_ids: the tokens that really come next; -1 where there is none.
-        tracked: at each position, the tokens to follow.
+        tracked_ids: at each position, the tokens to follow; -1 where there are fewer.
         k: best tokens to keep.
     """
-    width = max(map(len, tracked))
-    ids = torch.tensor([[*line, *[0] * (width - len(line))] for line in tracked])
-    is_there = torch.tensor([[i < len(line) for i in range(width)] for line in tracked])
-    followed = torch.cat([next_ids.clamp(min=0)[:, None].cpu(), ids], -1).to(logits.device)
+    followed = torch.cat([next_ids[:, None], tracked_ids], -1)
+    ids = followed.clamp(min=0).to(logits.device)
     model_log_probs = metrics.log_probs(final)
     model_probs = model_log_probs.exp()
     is_above = torch.empty_like(final)  # the same memory for every token and row
@@ -78,7 +76,7 @@ def read_states(
     for row in logits:
         log_probs = metrics.log_probs(row)
         top = log_probs.topk(k, -1)
-        own = log_probs.gather(-1, followed)
+        own = log_probs.gather(-1, ids)
         # As `metrics.rank`, in one comparison: equally probable tokens share the better rank.
         ranks = [torch.gt(log_probs, one[:, None], out=is_above).sum(-1) for one in own.unbind(-1)]
         values = (
@@ -93,31 +91,36 @@ def read_states(
         found.append(tuple(value.cpu() for value in values))
     stacked = [torch.stack(column) for column in zip(*found, strict=True)]
     top_ids, top_log_probs, log_total, entropy, kl, log_probs, ranks_of_all = stacked
-    has_no_next = (next_ids < 0).cpu()
+    log_probs = log_probs.masked_fill(followed < 0, math.nan)
+    ranks_of_all = ranks_of_all.masked_fill(followed < 0, 0)
     return Reading(
         top_ids=top_ids,
         top_log_probs=top_log_probs,
         log_total=log_total,
         entropy_nats=entropy,
         kl_nats=kl,
-        next_log_prob=log_probs[..., 0].masked_fill(has_no_next, math.nan),
-        next_rank=ranks_of_all[..., 0].masked_fill(has_no_next, 0),
-        tracked_log_probs=log_probs[..., 1:].masked_fill(~is_there, math.nan),
-        tracked_ranks=ranks_of_all[..., 1:].masked_fill(~is_there, 0),
+        next_log_prob=log_probs[..., 0],
+        next_rank=ranks_of_all[..., 0],
+        tracked_log_probs=log_probs[..., 1:],
+        tracked_ranks=ranks_of_all[..., 1:],
     )
 
 
 def joined(parts: Sequence[Reading]) -> Reading:
-    """Chunks of positions as one reading; those with fewer tracked tokens are filled up."""
-    width = max(part.tracked_ranks.shape[-1] for part in parts)
-    columns = {}
-    for one in fields(Reading):
-        tensors = [getattr(part, one.name) for part in parts]
-        if one.name.startswith("tracked"):
-            fill = math.nan if tensors[0].is_floating_point() else 0
-            tensors = [
-                torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1]), value=fill)
-                for tensor in tensors
-            ]
-        columns[one.name] = torch.cat(tensors, 1)
-    return Reading(**columns)
+    """Chunks of positions as one reading."""
+    filler = {"tracked_log_probs": math.nan, "tracked_ranks": 0}
+    return Reading(
+        **{
+            one.name: cat_filled([getattr(part, one.name) for part in parts], filler.get(one.name))
+            for one in fields(Reading)
+        }
+    )
+
+
+def cat_filled(parts: Sequence[Tensor], filler: float | None = None) -> Tensor:
+    """Chunks of positions one after the other; the last dimension filled up to the widest."""
+    if filler is None:
+        return torch.cat(tuple(parts), 1)
+    width = max(part.shape[-1] for part in parts)
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(part, (0, width - part.shape[-1]), value=filler) for part in parts], -2)

@@ -1,5 +1,6 @@
 """What lenses say of one text, and what can be asked of it."""
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,7 +14,7 @@ from tunedlens import metrics
 from tunedlens.errors import InputError
 from tunedlens.frozen import FrozenModel
 from tunedlens.lens import ResidualLens
-from tunedlens.tokens import shown
+from tunedlens.tokens import as_text, shown
 from tunedlens.trajectory.reading import Reading
 from tunedlens.trajectory.states import Row, decode, pieces, positions_at_a_time
 from tunedlens.trajectory.top_k import TopK
@@ -46,8 +47,9 @@ DIVERGENCES = {
 class Trajectory:
     """What lenses say of one text, row by row of the model's depth.
 
-    `read[layers, positions]` is a part of it, by numbers or slices; the model's own row, the
-    last one, always stays.
+    `read[layers, positions]` is a part of it, by numbers or slices. Layers are the model's,
+    whatever part is left; its own row, the last one, always stays. Positions are counted in
+    the part, and `positions` has them in the text.
     """
 
     model: FrozenModel
@@ -97,7 +99,7 @@ class Trajectory:
         return [*names[:-1], "model"]
 
     def __getitem__(self, key: int | slice | tuple[int | slice, int | slice]) -> "Trajectory":
-        layers, positions = key if isinstance(key, tuple) else (key, slice(None))
+        layers, positions = key if isinstance(key, tuple) and len(key) == 2 else (key, slice(None))
         wanted = _chosen(layers, self.model.identity.n_layers + 1, "layer")
         rows = [index for index, row in enumerate(self.rows[:-1]) if row.layer in wanted]
         rows.append(len(self.rows) - 1)
@@ -149,7 +151,7 @@ class Trajectory:
             wanted = torch.tensor([[single_id(self.model, of)]])
         is_it = self.tracked_ids == wanted
         if not is_it.any():
-            raise InputError(f"{of!r} was not tracked; give it as `track` to trajectory")
+            raise InputError(f"{self.shown(of)} was not tracked; give it as `track` to trajectory")
         return torch.where(is_it.any(-1), is_it.int().argmax(-1), -1)
 
     def figures(
@@ -166,8 +168,8 @@ class Trajectory:
             metric: one of `FIGURES`; against another, also of `DIVERGENCES`.
             lens: by name; by default the first.
             of: whose probability, log_prob, logit or rank: `top1` is the best token of every
-                row and position, `final` the model's; else a token that was tracked, NaN
-                where it was not. By default `top1`; of a rank, `final`.
+                row and position, `final` the model's; else a token that was tracked, as text
+                or id, NaN where it was not. By default `top1`; of a rank, `final`.
             versus: another trajectory, or another lens of this one, whose figures are
                 subtracted; see `divergence`.
 
@@ -242,7 +244,10 @@ class Trajectory:
         return heatmap(self, metric, lens, **options)
 
     def curves(
-        self, tokens: Sequence[str | int] | None = None, position: int = -1, **options: Any
+        self,
+        tokens: str | int | Sequence[str | int] | None = None,
+        position: int = -1,
+        **options: Any,
     ) -> Any:
         """A figure of tokens followed through the rows; see `plots.curves`."""
         from tunedlens.plots import curves
@@ -287,7 +292,10 @@ class Trajectory:
                             "entropy_nats": reading.entropy_nats[index].tolist(),
                             "kl_nats": reading.kl_nats[index].tolist(),
                             "cross_entropy_nats": (-reading.next_log_prob[index]).tolist(),
-                            "next_rank": reading.next_rank[index].tolist(),
+                            "next_rank": pd.array(
+                                [rank or None for rank in reading.next_rank[index].tolist()],
+                                dtype="Int64",
+                            ),
                         }
                     )
                 )
@@ -311,14 +319,20 @@ class Trajectory:
         """
         return self._wide(self.figures(metric, lens, **options).tolist())
 
-    def top_k(self, position: int = -1, k: int = 5, lens: str | None = None) -> TopK:
+    def top_k(self, position: int = -1, k: int | None = None, lens: str | None = None) -> TopK:
         """The best tokens at one position, row by row: a table to print.
+
+        Args:
+            position: among those that are read.
+            k: how many; by default 5, or fewer if fewer were kept.
+            lens: by name; by default the first.
 
         Raises:
             InputError: there is no such position or lens, or fewer tokens were kept.
         """
         reading, place = self.reading(lens), self.place(position)
         kept = reading.top_ids.shape[-1]
+        k = min(5, kept) if k is None else k
         if not 1 <= k <= kept:
             raise InputError(f"k must be between 1 and {kept}, which were kept; got {k}")
         ids = reading.top_ids[:, place, :k].tolist()
@@ -330,7 +344,9 @@ class Trajectory:
             probs=reading.top_log_probs[:, place, :k].exp().tolist(),
         )
 
-    def probabilities(self, tokens: Sequence[str | int], lens: str | None = None) -> "DataFrame":
+    def probabilities(
+        self, tokens: str | int | Sequence[str | int], lens: str | None = None
+    ) -> "DataFrame":
         """Probability of chosen tokens: a line for every site, layer and position.
 
         `.corr()` of it says which go together. NaN where a token was not tracked.
@@ -340,14 +356,15 @@ class Trajectory:
         """
         import pandas as pd
 
-        names = [token if isinstance(token, str) else self._word(token) for token in tokens]
-        values = [self.figures("probability", lens, of=token).flatten() for token in tokens]
+        ids = single_ids(self.model, tokens)
+        names = [self._word(token) for token in ids]
+        values = [self.figures("probability", lens, of=token).flatten() for token in ids]
         keys = [(*row, position) for row in self.rows for position in self.positions]
         index = pd.MultiIndex.from_tuples(keys, names=["site", "layer", "position"])
         return pd.DataFrame(torch.stack(values, -1).numpy(), index=index, columns=names)
 
     def _word(self, token_id: int) -> str:
-        return str(self.model.tokenizer.decode([token_id]))
+        return as_text(self.model.tokenizer, token_id)
 
     def _name(self, lens: str | None) -> str:
         lens = next(iter(self.readings)) if lens is None else lens
@@ -403,15 +420,14 @@ def single_id(model: FrozenModel, token: str | int) -> int:
     Raises:
         InputError: there is no such id, or the text is several tokens.
     """
-    if isinstance(token, int):
-        if not 0 <= token < model.identity.vocab_size:
-            raise InputError(
-                f"a token id must be between 0 and {model.identity.vocab_size - 1}, got {token}"
-            )
-        return token
+    if not isinstance(token, str):
+        vocab_size = model.identity.vocab_size
+        if not 0 <= operator.index(token) < vocab_size:
+            raise InputError(f"a token id must be between 0 and {vocab_size - 1}, got {token}")
+        return operator.index(token)
     ids = model.encode(token)[0].tolist()
     if len(ids) != 1:
-        parts = ", ".join(repr(str(model.tokenizer.decode([i]))) for i in ids)
+        parts = ", ".join(repr(as_text(model.tokenizer, i)) for i in ids)
         raise InputError(
             f"{token!r} is {len(ids)} tokens ({parts}); track one of them, or give it with or "
             "without the space before it"
@@ -419,17 +435,30 @@ def single_id(model: FrozenModel, token: str | int) -> int:
     return ids[0]
 
 
+def single_ids(model: FrozenModel, tokens: str | int | Sequence[str | int]) -> list[int]:
+    """The ids of one token or several.
+
+    Raises:
+        InputError: there is no such id, or a text is several tokens.
+    """
+    several = [tokens] if isinstance(tokens, str) or not isinstance(tokens, Sequence) else tokens
+    return [single_id(model, token) for token in several]
+
+
 def _chosen(key: int | slice, count: int, what: str) -> range:
     """What a number or slice picks of so many.
 
     Raises:
-        InputError: nothing.
+        InputError: it picks nothing.
     """
-    if isinstance(key, slice):
+    try:
         found = range(count)[key]
+    except (IndexError, TypeError, ValueError):
+        raise InputError(
+            f"{what} must be between {-count} and {count - 1}, or a slice; got {key}"
+        ) from None
+    if isinstance(found, range):
         if not found:
             raise InputError(f"there is no {what} in {key}; there are {count}")
         return found
-    if not isinstance(key, int) or not -count <= key < count:
-        raise InputError(f"{what} must be between {-count} and {count - 1}, or a slice; got {key}")
-    return range(count)[key : key + 1 or None]
+    return range(found, found + 1)
