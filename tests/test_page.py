@@ -29,11 +29,11 @@ def open_page(browser, tmp_path):
     def visit(name):
         page, heard = browser.new_page(), []
         pages.append(page)
-        page.on("request", lambda request: heard.append(request.url))
+        page.on("request", lambda one: one.url.startswith("data:") or heard.append(one.url))
         page.on("console", lambda message: heard.append(message.text))
         page.on("pageerror", lambda error: heard.append(str(error)))
         page.goto((tmp_path / name).as_uri())
-        return page, [text for text in heard if not text.startswith("data:")]
+        return page, heard
 
     yield visit
     for page in pages:
@@ -103,7 +103,15 @@ def test_explorer_asks_for_nothing_and_complains_of_nothing(explorer):
     page, heard = explorer
     cell(page, 1, 3).click()
     page.select_option("#lens", label="tuned − logit")
+    for metric in ("rank", "entropy_nats", "logit"):
+        page.select_option("#metric", metric)
     assert heard == [page.url.split("#")[0]]
+
+
+def test_page_that_does_complain_is_heard(explorer):
+    page, heard = explorer
+    page.evaluate("console.error('that'); fetch('file:///nothing').catch(() => {})")
+    assert len(heard) > 1
 
 
 def test_explorer_says_the_best_token_of_every_cell(explorer, read, tokenizer):
@@ -123,6 +131,45 @@ def test_explorer_colours_by_the_figure_and_lens_that_are_chosen(explorer, read)
         page.select_option("#metric", "kl_nats")
         found = float(cell(page, 1, 4).get_attribute("data-value"))
         assert found == pytest.approx(expected, abs=2e-4)
+
+
+def test_explorer_colours_by_the_token_that_is_chosen(tiny_many_positions, open_page, tmp_path):
+    read = trajectory(tiny_many_positions, None, TEXT, track=["x"])
+    (tmp_path / "explorer.html").write_text(read.to_html())
+    page, heard = open_page("explorer.html")
+    wanted = str(read.model.tokenizer.encode("x")[0])
+    for metric, of in (("rank", "final"), ("logit", "x"), ("probability", "x"), ("rank", "x")):
+        page.select_option("#metric", metric)
+        page.select_option("#of", wanted if of == "x" else of)
+        expected = read.figures(metric, of=of)[2, 5].item()
+        found = float(cell(page, 2, 5).get_attribute("data-value"))
+        assert found == pytest.approx(expected, abs=3e-4)
+    page.select_option("#of", "next")
+    rank = int(read.readings["logit"].next_rank[2, 5])
+    assert int(cell(page, 2, 5).get_attribute("data-value")) == rank
+    end = len(read.tokens) - 1
+    assert not cell(page, 2, end).get_attribute("data-value")  # nothing comes next
+    cell(page, 1, 2).click()  # not the tracked one
+    assert "NaN" not in page.inner_html("#pins")
+    assert len(heard) == 1
+
+
+def test_explorer_has_inputs_below_and_next_tokens_above(explorer, read):
+    page, _ = explorer
+    heads = page.locator(".map thead th").all_text_contents()
+    feet = page.locator(".map tfoot th").all_text_contents()
+    assert feet[1:] == [read.shown(i) for i in read.input_ids.tolist()]
+    assert heads[1:] == [*feet[2:], ""]
+    right = [label.get_attribute("class") == "right" for label in page.locator("thead th").all()]
+    best = read.readings["tuned"].top_ids[-1, :, 0]
+    assert right[1:] == (best == read.next_ids).tolist()
+
+
+def test_explorer_of_one_token_has_a_scale_whatever_is_chosen(read, open_page, tmp_path):
+    (tmp_path / "one.html").write_text(read[:, -1].to_html())
+    page, _ = open_page("one.html")
+    page.select_option("#metric", "cross_entropy_nats")
+    assert page.inner_text("#low") == "0.00"
 
 
 def test_explorer_shows_the_best_tokens_of_what_is_pointed_at(explorer, read, tokenizer):

@@ -88,10 +88,11 @@ def heatmap_pages(
 
 
 def _several(lens: str | Sequence[str] | None) -> list[str | None]:
-    lenses = [lens] if lens is None or isinstance(lens, str) else list(lens)
-    if not lenses:
+    if lens is None or isinstance(lens, str):
+        return [lens]
+    if not lens:
         raise InputError("there is no lens to draw; name one, or leave it out for the first")
-    return lenses
+    return list(lens)
 
 
 def _draw(

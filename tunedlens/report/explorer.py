@@ -38,7 +38,8 @@ def explorer(*trajectories: Trajectory) -> str:
 def _text(trajectory: Trajectory) -> dict[str, Any]:
     readings = trajectory.readings
     words = {i for reading in readings.values() for i in reading.top_ids.flatten().tolist()}
-    words |= {i for i in trajectory.tracked_ids.flatten().tolist() if i >= 0}
+    tracked_ids = trajectory.tracked_ids.tolist()
+    words |= {i for line in tracked_ids for i in line if i >= 0}
     next_ids = trajectory.next_ids.tolist()
     return {
         "tokens": [trajectory.shown(i) for i in trajectory.input_ids.tolist()],
@@ -47,7 +48,9 @@ def _text(trajectory: Trajectory) -> dict[str, Any]:
         "next_ids": next_ids,
         "rows": trajectory.row_names,
         "words": {i: trajectory.shown(i) for i in sorted(words)},
-        "tracked_ids": trajectory.tracked_ids.tolist(),
+        "has_embeddings": trajectory.rows[0] == ("resid_pre", 0),
+        "tracked_ids": tracked_ids,
+        "tracked_everywhere": sorted(set.intersection(*map(set, tracked_ids)) - {-1}),
         "lenses": {name: _figures(reading) for name, reading in readings.items()},
     }
 
@@ -62,6 +65,7 @@ def _figures(reading: Reading) -> dict[str, Any]:
         "cross_entropy_nats": _rounded(-reading.next_log_prob),
         "next_rank": reading.next_rank.tolist(),
         "tracked_log_probs": _rounded(reading.tracked_log_probs),
+        "tracked_ranks": reading.tracked_ranks.tolist(),
     }
 
 
