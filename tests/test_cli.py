@@ -2,6 +2,7 @@ import csv
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import pytest
 from conftest import make_gpt2, write_text
+from transformers import AutoTokenizer
 
-from tunedlens import TunedLens, checkpoint, load_model, plots
+from tunedlens import TunedLens, checkpoint, embedded, load_model, plots
 from tunedlens.cli import evaluate_command, train_command
 
 ROOT = Path(__file__).parents[1]
@@ -193,34 +195,61 @@ def test_prompt_is_shown_through_the_layers_of_saved_lenses(here, capsys):
     flags = ["--lens", "steps", "--prompt", "a <b>", "--prompt-file", "prompts.txt"]
     for _ in range(2):
         assert evaluate_command([*flags, "--output", "out"]) == 0
-    names = {path.name for path in (here / "out").iterdir()}
-    pictures = {
-        f"prompt-{n}-{lens}-1.{kind}"
-        for n in (1, 2, 3)
-        for lens in ("logit", "tuned")
-        for kind in plots.KINDS
-    }
-    pictures |= {f"prompt-{n}-curves.{kind}" for n in (1, 2, 3) for kind in plots.KINDS}
-    tables = {f"prompt-{n}.{kind}" for n in (1, 2, 3) for kind in ("csv", "html", "md")}
-    assert names == pictures | tables
-    assert "prompt-2: 'def f\\n'" in capsys.readouterr().out
-    assert "| 0 resid_mid |" in (here / "out" / "prompt-1.md").read_text()
-    with (here / "out" / "prompt-3.csv").open() as file:
+    folders = sorted(path.name for path in (here / "out").iterdir())
+    assert [re.sub("-[0-9a-f]{6}$", "", name) for name in folders] == ["a-b", "def-f", "x-1"]
+    drawn = {f"heatmap-{lens}-1" for lens in ("logit", "tuned")} | {"curves"}
+    pictures = {f"{name}.{kind}" for name in drawn for kind in plots.KINDS}
+    for name in folders:
+        found = {path.name for path in (here / "out" / name).iterdir()}
+        assert found == pictures | {"page.html", "table.csv", "report.md"}
+    assert "'def f\\n'\nbest tokens after ↵" in capsys.readouterr().out
+    report = (here / "out" / folders[0] / "report.md").read_text()
+    assert "| 0 resid_mid |" in report
+    assert "```text\na <b>\n```" in report
+    with (here / "out" / folders[2] / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["lens"] for row in rows} == {"logit", "tuned"}
 
 
+@pytest.mark.usefixtures("lenses")
+def test_another_prompt_leaves_the_first_ones_report_and_other_files(here):
+    (here / "out").mkdir()
+    (here / "out" / "notes.txt").write_text("mine")
+    for prompt in ("x = 1", "日本"):
+        assert evaluate_command(["--lens", "steps", "--prompt", prompt, "--output", "out"]) == 0
+    assert len(list((here / "out").iterdir())) == 3
+    assert (here / "out" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.usefixtures("lenses")
+def test_prompt_for_another_model_than_the_newest_lens_is_made_for(here, capsys):
+    shutil.copytree("steps", "checkpoints/steps")
+    make_gpt2(n_layer=2).save_pretrained("other")
+    AutoTokenizer.from_pretrained(embedded.FOLDER).save_pretrained("other")
+    assert evaluate_command(["--prompt", "x = 1", "--model", "other"]) == 0
+    assert "the logit lens alone: the newest lens was made for" in capsys.readouterr().out
+    assert not list((here / "prompts").glob("*/*tuned*"))
+
+
+def test_long_prompt_is_drawn_in_part_and_read_in_windows(here, tiny_folder):
+    prompt = "a b c " * 50
+    flags = ["--prompt", prompt, "--model", str(tiny_folder), "--stride", "16"]
+    assert evaluate_command(flags) == 0
+    (own,) = (here / "prompts").iterdir()
+    assert len(list(own.glob("heatmap-logit-*.png"))) == 4
+    rows = (own / "table.csv").read_text().splitlines()
+    assert len(rows) > 4 * 150
+
+
 def test_prompt_without_any_lens_gives_the_logit_lens(here, tiny_folder):
     assert evaluate_command(["--prompt", "x = 1", "--model", str(tiny_folder)]) == 0
-    assert (here / "prompts" / "prompt-1.html").exists()
-    assert not list((here / "prompts").glob("*tuned*"))
+    assert list((here / "prompts").glob("x-1-*/page.html"))
+    assert not list((here / "prompts").glob("*/*tuned*"))
 
 
 @pytest.mark.usefixtures("lenses")
 def test_bad_prompts_are_one_line_and_leave_nothing(here, capsys):
     (here / "empty.txt").write_text("\n")
-    (here / "mine").mkdir()
-    (here / "mine" / "thesis.txt").write_text("mine")
     capsys.readouterr()
     for flags, *expected in [
         (["--prompt", ""], "has no tokens"),
@@ -228,7 +257,7 @@ def test_bad_prompts_are_one_line_and_leave_nothing(here, capsys):
         (["--prompt", "x", "--tokens", "5"], "needs no --tokens"),
         (["--prompt-file", "nowhere.txt"], "cannot read --prompt-file nowhere.txt"),
         (["--prompt-file", "empty.txt"], "has no prompt"),
-        (["--prompt", "x", "--output", "mine"], "holds something else than prompts"),
+        (["--prompt", "x", "--by-position"], "needs no --by-position"),
         (["--prompt", "x", "--lens", "unigram"], "the same of every prompt"),
     ]:
         fails(evaluate_command, ["--lens", "steps", *flags], capsys, *expected)

@@ -165,7 +165,12 @@ def _parser() -> argparse.ArgumentParser:
         help="instead of scoring a corpus, show one text through the layers; several times for "
         "several texts",
     )
-    group.add_argument("--prompt-file", type=Path, metavar="FILE", help="prompts, one a line")
+    group.add_argument(
+        "--prompt-file",
+        type=Path,
+        metavar="FILE",
+        help=r"prompts, one a line; \n in a line is a new line",
+    )
     group.add_argument(
         "--stride",
         type=int,

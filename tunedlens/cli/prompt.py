@@ -1,6 +1,8 @@
 """`evaluate.py --prompt`: texts in, tables, heatmaps and a page for each out."""
 
 import dataclasses
+import hashlib
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
     from tunedlens.frozen import FrozenModel
     from tunedlens.lens import ResidualLens
     from tunedlens.trajectory import Trajectory
-
-_PREFIX = "prompt-"
 
 
 def show_prompts(flags: dict[str, Any]) -> int:
@@ -39,13 +39,9 @@ def show_prompts(flags: dict[str, Any]) -> int:
     stride = flags.pop("stride", None)
     model_flags = {field.name for field in dataclasses.fields(ModelConfig)}
     if others := sorted(flags.keys() - model_flags):
-        raise InputError(f"--prompt scores no corpus, so it needs no --{others[0]}")
-    try:
-        specs = lens_specs(asked)
-    except InputError:
-        if asked is not None:
-            raise
-        specs = [LensSpec("logit", "logit")]  # none was trained yet
+        flag = f"--{others[0].replace('_', '-')}"
+        raise InputError(f"--prompt scores no corpus, so it needs no {flag}")
+    specs = lens_specs(asked) if asked else _newest(flags.get("model"))
     saved = [spec for spec in specs if spec.folder is not None]
     if any(spec.kind in BASELINE_TOKENS for spec in specs):
         raise InputError("unigram and mean say the same of every prompt; leave them out")
@@ -55,7 +51,6 @@ def show_prompts(flags: dict[str, Any]) -> int:
     output = output or (
         saved[0].folder / "prompts" if saved and saved[0].folder else Path("prompts")
     )
-    _require_own(output)
     checkpoint.require_writable(output)
     model = load_configured(config.model, None)
     lenses: dict[str, ResidualLens] = {
@@ -64,6 +59,22 @@ def show_prompts(flags: dict[str, Any]) -> int:
     lenses["logit"] = LogitLens.from_model(model)
     _write_prompts(model, lenses, prompts, stride, output)
     return 0
+
+
+def _newest(model: str | None) -> list[LensSpec]:
+    """The newest lens, if there is one for the model; else the logit lens, and says why."""
+    from tunedlens.tracking import say
+
+    try:
+        specs = lens_specs(None)
+    except InputError as error:
+        say(f"the logit lens alone: {error}")
+        return [LensSpec("logit", "logit")]
+    made_for = next(s.manifest["model"]["name"] for s in specs if s.folder is not None)
+    if model is None or model == made_for:
+        return specs
+    say(f"the logit lens alone: the newest lens was made for {made_for}; --lens names another")
+    return [LensSpec("logit", "logit")]
 
 
 def _read_file(path: Path) -> list[str]:
@@ -82,19 +93,11 @@ def _read_file(path: Path) -> list[str]:
     return prompts
 
 
-def _require_own(folder: Path) -> None:
-    """Make sure that nothing but earlier prompts is overwritten.
-
-    Raises:
-        InputError: the folder holds something else.
-    """
-    if folder.is_dir():
-        other = sorted(p.name for p in folder.iterdir() if not p.name.startswith(_PREFIX))
-        if other:
-            raise InputError(
-                f"{folder} holds something else than prompts ({other[0]}); give --output an empty "
-                "or new folder"
-            )
+def _folder_name(prompt: str) -> str:
+    """The prompt's first words, and what tells it from all others."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:24].strip("-")
+    digest = hashlib.sha256(prompt.encode()).hexdigest()[:6]
+    return f"{words}-{digest}" if words else digest
 
 
 def _write_prompts(
@@ -116,16 +119,15 @@ def _write_prompts(
     # All are read before any is written.
     found = trajectory(model, lenses, list(prompts), stride=stride)
     within = _within_blocks(model, prompts, stride)
-    for path in folder.glob(f"{_PREFIX}*"):
-        path.unlink()
-    for number, (prompt, read) in enumerate(zip(prompts, found, strict=True), 1):
-        name = f"{_PREFIX}{number}"
-        report.write_one_text(read, folder, name, within[number - 1] if within else None)
-        say(f"\n{name}: {prompt!r}\nbest tokens after {read.tokens[-1]!r}, with probabilities")
+    for index, (prompt, read) in enumerate(zip(prompts, found, strict=True)):
+        own = folder / _folder_name(prompt)
+        report.write_one_text(read, own, within[index] if within else None)
+        last = read.shown(int(read.input_ids[-1]))
+        say(f"\n{prompt!r}\nbest tokens after {last}, with probabilities")
         for lens in lenses:
             table = read.top_k(lens=lens, k=3).to_text(is_coloured=sys.stdout.isatty())
             say(f"\n{lens} lens\n{table}")
-    say(f"\na report of each, with heatmaps, curves, tables and a page to explore, is in {folder}")
+        say(f"\nreport.md, with heatmaps, curves, tables and a page to explore, is in {own}")
 
 
 def _within_blocks(

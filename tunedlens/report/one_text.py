@@ -1,53 +1,57 @@
-"""What there is to see of one text, as files beside each other."""
+"""What there is to see of one text, as files in a folder."""
 
+import itertools
 from pathlib import Path
 from urllib.parse import quote
 
 from tunedlens import plots
 from tunedlens.checkpoint import write
 from tunedlens.report.explorer import explorer
-from tunedlens.report.tables import code, top_k_markdown
+from tunedlens.report.tables import code, code_block, top_k_markdown
 from tunedlens.trajectory import Trajectory
+
+_MOST_PAGES = 4
+"""Heatmaps of a long text; the page to explore has all of it."""
 
 
 def write_one_text(
-    trajectory: Trajectory, folder: Path, name: str, within_blocks: Trajectory | None = None
+    trajectory: Trajectory, folder: str | Path, within_blocks: Trajectory | None = None
 ) -> None:
-    """Write a text's page, table, figures, and a report of them, all named alike.
+    """Write `report.md` of a text, and its `page.html`, `table.csv`, heatmaps and curves.
 
     Args:
         trajectory: of the text.
-        folder: made if need be.
-        name: of the files; `<name>.md` is the report, `<name>.html` the page to explore.
+        folder: made if need be; what an earlier report of the text had is replaced.
         within_blocks: the same text read after attention and after the MLP, for its table.
 
     Raises:
         InputError: the folder cannot be written.
     """
+    folder = Path(folder)
     figures = {"curves": trajectory.curves()}
     for lens in trajectory.readings:
-        for number, figure in enumerate(plots.heatmap_pages(trajectory, lens=lens), 1):
-            figures[f"{lens}-{number}"] = figure
-    for stem, figure in figures.items():
-        plots.save(figure, folder / f"{name}-{stem}")
-    write(folder / f"{name}.html", explorer(trajectory))
-    write(folder / f"{name}.csv", trajectory.to_dataframe().to_csv(index=False))
+        pages = itertools.islice(plots.heatmap_pages(trajectory, lens=lens), _MOST_PAGES)
+        figures |= {f"heatmap-{lens}-{number}": page for number, page in enumerate(pages, 1)}
+    for earlier in folder.glob("heatmap-*"):
+        earlier.unlink()
+    for name, figure in figures.items():
+        plots.save(figure, folder / name)
+    write(folder / "page.html", explorer(trajectory))
+    write(folder / "table.csv", trajectory.to_dataframe().to_csv(index=False))
     tables = {f"{lens} lens": trajectory.top_k(lens=lens) for lens in trajectory.readings}
     if within_blocks is not None:
         title = "logit lens, after attention (resid_mid) and after the MLP (resid_post)"
         tables[title] = within_blocks.top_k()
+    last = code(trajectory.shown(int(trajectory.input_ids[-1])))
     text = str(trajectory.model.tokenizer.decode(trajectory.input_ids.tolist()))
-    drawn = [stem for stem in figures if stem != "curves"]
     parts = [
-        f"# {name}",
-        code(repr(text)),
-        f"[To explore]({name}.html), [every figure as a table]({name}.csv).",
-        *(
-            f"![{stem}: best tokens by layer and position]({quote(f'{name}-{stem}.png')})"
-            for stem in drawn
-        ),
-        f"## After {code(trajectory.shown(int(trajectory.input_ids[-1])))}",
-        f"![The model's best tokens through the layers]({name}-curves.png)",
+        "# One text through the layers",
+        code_block(text),
+        "[A page to explore](page.html), [every figure as a table](table.csv); what is drawn "
+        "here is the beginning of a long text.",
+        *(f"![{name}]({quote(name)}.png)" for name in figures if name != "curves"),
+        f"## After {last}, the last token",
+        "![The model's best tokens through the layers](curves.png)",
         *(f"Best tokens: {title}\n\n{top_k_markdown(table)}" for title, table in tables.items()),
     ]
-    write(folder / f"{name}.md", "\n\n".join(parts) + "\n")
+    write(folder / "report.md", "\n\n".join(parts) + "\n")

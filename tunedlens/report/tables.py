@@ -191,9 +191,21 @@ def top_k_text(table: TopK, *, is_coloured: bool) -> str:
 
 def code(word: str) -> str:
     """A text as it is, in Markdown."""
-    longest = max((len(run) for run in re.findall("`+", word)), default=0)
-    fence, space = "`" * (longest + 1), " " if longest else ""
+    fence = _fence(word, 1)
+    space = " " if len(fence) > 1 else ""
     return f"{fence}{space}{word}{space}{fence}"
+
+
+def code_block(text: str) -> str:
+    """A text of several lines as it is, in Markdown."""
+    fence = _fence(text, 3)
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _fence(text: str, shortest: int) -> str:
+    """Backticks that end nothing within the text."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    return "`" * max(longest + 1, shortest)
 
 
 def _on_its_ground(cell: str, probability: float) -> str:

@@ -111,8 +111,8 @@ def _windows(count: int, model: FrozenModel, stride: int | None) -> list[_Window
     if stride is None:
         raise InputError(
             f"the text has {count} tokens, but {model.name} reads at most {context}; shorten it, "
-            f"or read it in windows: `stride={context // 2}` gives every position at least "
-            f"{context - context // 2} tokens before it"
+            f"or read it in windows with a stride of {context // 2}, which gives every position "
+            f"at least {context - context // 2} tokens before it"
         )
     windows = [_Window(range(context), range(context))]
     while (end := windows[-1].seen.stop) < count:
