@@ -3,6 +3,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tunedlens import FrozenModel, InputError, neurons
+from tunedlens.tokens import shown
 
 TEXT = "def f(x):\n    return"
 
@@ -51,7 +52,7 @@ def test_neurons_and_what_they_promote_are_those_of_the_definition(request, name
         top = logits.topk(3)
         line = table.loc[neuron]
         assert [line[place, "token"] for place in (1, 2, 3)] == [
-            model.tokenizer.decode([token]) for token in top.indices.tolist()
+            shown(model.tokenizer, token) for token in top.indices.tolist()
         ]
         expected = (top.values - logits.mean()).tolist()
         assert [line[place, "logit"] for place in (1, 2, 3)] == pytest.approx(expected, rel=1e-3)

@@ -205,10 +205,65 @@ def test_differences_have_a_diverging_map_around_0(tiny):
         image = one.heatmap("entropy_nats", versus=versus).axes[0].images[0]
         assert image.norm.vmin == -image.norm.vmax < 0
         assert image.cmap.name == "RdBu"
-        assert image.colorbar.ax.get_ylabel() == f"entropy, nats: {words}"
+        assert image.colorbar.ax.get_ylabel().replace("\n", " ") == f"entropy, nats: {words}"
     expected = one.readings["tuned"].entropy_nats - two.readings["tuned"].entropy_nats
     found = one.heatmap("entropy_nats", versus=two).axes[0].images[0].get_array()
     assert np.allclose(found, expected.numpy())
+
+
+def test_positions_inputs_and_next_tokens_are_named_and_right_ones_bold(read):
+    axes = read[:, 2:7].heatmap().axes[0]
+    ids, best = read.input_ids.tolist(), read.readings["logit"].top_ids[-1, :, 0].tolist()
+    below = [label.get_text() for label in axes.get_xticklabels()]
+    assert below == [f"{style.drawable(read.shown(ids[p]))}\n{p}" for p in range(2, 7)]
+    (top,) = axes.child_axes
+    above = top.get_xticklabels()
+    assert [x.get_text() for x in above] == [
+        style.drawable(read.shown(ids[p + 1])) for p in range(2, 7)
+    ]
+    assert [x.get_fontweight() == "bold" for x in above] == [
+        ids[p + 1] == best[p] for p in range(2, 7)
+    ]
+
+
+def test_right_next_token_is_bold(read):
+    read.text_ids[4] = read.readings["logit"].top_ids[-1, 3, 0]
+    (top,) = read.heatmap().axes[0].child_axes
+    assert top.get_xticklabels()[3].get_fontweight() == "bold"
+
+
+def test_cells_that_say_what_the_model_says_are_outlined(read):
+    best = read.readings["logit"].top_ids
+    best[1, 2, 0] = best[-1, 2, 0]
+    frames = {
+        (round(patch.get_x() + 0.46), round(patch.get_y() + 0.44))
+        for patch in read.heatmap().axes[0].patches
+    }
+    same = best[:-1, :, 0] == best[-1, :, 0]
+    assert frames == {(x, y) for y, x in same.nonzero().tolist()} != set()
+
+
+@pytest.mark.parametrize("of", ["final", "x"])
+def test_heatmap_is_coloured_by_the_token_that_is_asked_for(tiny, of):
+    read = trajectory(tiny, None, "def f(x):", track=["x"])
+    found = read.heatmap("log_prob", of=of).axes[0].images[0].get_array()
+    for layer, hidden in enumerate(tiny.residual_stream(read.input_ids[None])):
+        log_probs = read.lenses["logit"](hidden[0], layer).log_softmax(-1)
+        best = read.readings["logit"].top_ids[-1, :, 0]
+        ids = best if of == "final" else tiny.encode("x")[0].expand(len(best))
+        expected = log_probs.gather(-1, ids[:, None])[:, 0]
+        assert np.allclose(found[layer], expected.numpy(), atol=1e-4)
+
+
+def test_pages_of_a_long_text_have_all_positions_in_the_same_colours(tiny):
+    one, two = trajectory(tiny, None, ["a b c d e f " * 12, "b a d c f e " * 12], stride=16)
+    assert len(one.positions) > 60
+    for versus in (None, two):
+        pages = list(plots.heatmap_pages(one, "entropy_nats", versus=versus))
+        images = [page.axes[0].images[0] for page in pages]
+        drawn = np.concatenate([image.get_array() for image in images], 1)
+        assert np.allclose(drawn, one.figures("entropy_nats", versus=versus).numpy())
+        assert len({(image.norm.vmin, image.norm.vmax) for image in images}) == 1
 
 
 def test_divergence_of_two_texts_is_drawn_from_0(tiny):
@@ -241,7 +296,8 @@ def test_word_that_is_cut_is_no_wider_than_asked_for():
 def test_dollars_are_not_read_as_mathematics(read):
     figure = read.heatmap()
     plots.rendered(figure, "png")
-    assert r"\$" in {label.get_text() for label in figure.axes[0].get_xticklabels()}
+    words = [label.get_text().split("\n")[0] for label in figure.axes[0].get_xticklabels()]
+    assert r"\$" in words
 
 
 @pytest.mark.parametrize(
@@ -273,9 +329,17 @@ def test_curves_follow_tokens_through_the_layers_of_every_lens(tiny, metric):
             ranks = reading.tracked_ranks[:, -1, place]
             expected.append((ranks if metric == "rank" else log_probs.exp()).tolist())
     assert found == expected
-    assert {text.get_text() for text in axes.texts} == {
-        f"{token}, {lens}" for token in ("x", "␣return") for lens in lenses
-    }
+    assert texts(axes) == {"x", "␣return"}
+    assert axes.get_ylabel() == f"{metric} after {read.shown(int(read.input_ids[-1]))} (position 4)"
+    figure = axes.figure
+    figure.draw_without_rendering()
+    for label in axes.texts:  # beside the end of their lines, but for what touches
+        place = read.tracked_places(label.get_text().replace("␣", " "))[-1]
+        reading = read.readings["logit"]
+        end = reading.tracked_ranks if metric == "rank" else reading.tracked_log_probs.exp()
+        height = axes.transData.transform((0, float(end[-1, -1, place])))[1]
+        at = label.get_window_extent()
+        assert abs((at.y0 + at.y1) / 2 - height) < 1.5 * (at.y1 - at.y0)
 
 
 def test_curves_that_cannot_be_drawn_are_refused(read):
@@ -290,7 +354,7 @@ def test_curves_that_cannot_be_drawn_are_refused(read):
 def test_curves_are_by_default_of_what_the_model_finds_probable(read):
     axes = read.curves().axes[0]
     best = read.readings["logit"].top_ids[-1, -1, 0]
-    assert f"{read.shown(int(best))}, logit" in texts(axes)
+    assert read.shown(int(best)) in texts(axes)
     place = read.tracked_places(int(best))[-1]
     probs = read.readings["logit"].tracked_log_probs[:, -1, place].exp().tolist()
     assert list(axes.lines[0].get_ydata()) == probs

@@ -167,8 +167,9 @@ def test_top_k_says_the_same_in_markdown_plain_and_coloured(tiny):
 def test_wide_tables_have_the_words_and_figures_of_every_cell(tiny):
     found = trajectory(tiny, None, TEXT)
     reading = found.readings["logit"]
-    word = tiny.tokenizer.decode([int(reading.top_ids[1, 4, 0])])
-    assert found.words().loc[("resid_pre", 1), (4, found.tokens[4])] == word
+    word = found.shown(int(reading.top_ids[1, 4, 0]))
+    column = (4, found.shown(int(found.input_ids[4])))
+    assert found.words().loc[("resid_pre", 1), column] == word
     for metric, expected in (
         ("kl_nats", reading.kl_nats),
         ("logit", reading.top_logits[..., 0]),

@@ -6,7 +6,7 @@ import torch
 
 from tunedlens.errors import InputError
 from tunedlens.frozen import FrozenModel
-from tunedlens.tokens import as_text
+from tunedlens.tokens import shown
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -65,7 +65,7 @@ def neurons(
     for neuron, tokens, logits in zip(
         chosen.tolist(), best.indices.tolist(), best.values.tolist(), strict=True
     ):
-        words = [as_text(model.tokenizer, token) for token in tokens]
+        words = [shown(model.tokenizer, token) for token in tokens]
         pairs = [value for pair in zip(words, logits, strict=True) for value in pair]
         lines.append([here[neuron].item(), *pairs])
     places = pd.MultiIndex.from_product([range(1, promoted + 1), ["token", "logit"]])

@@ -67,10 +67,11 @@ def js_divergence(
         Lin 1991, "Divergence measures based on the Shannon entropy".
     """
     mixture = torch.logaddexp(log_probs, other) - math.log(2)
-    return (
+    mean = (
         kl_from_log_probs(log_probs.exp(), log_probs, mixture)
         + kl_from_log_probs(other.exp(), other, mixture)
     ) / 2
+    return mean.clamp(min=0)  # of equal ones, rounding may leave less
 
 
 def total_variation(

@@ -25,7 +25,8 @@ def curves(
 ) -> "Figure":
     """Probability or rank of tokens at one position through the layers, in every lens.
 
-    A token has a colour, a lens a dash; ranks are on a log scale, 1 on top.
+    A token has a colour, named where all lenses are the model; a lens has a dash. Ranks are on a
+    log scale, 1 on top.
 
     Args:
         trajectory: of one text.
@@ -65,19 +66,19 @@ def curves(
                     )
                 color = COLORS[index % len(COLORS)]
                 axes.plot(range(len(line)), line, linestyle=dash, color=color)
-                name = f"{word}, {lens}"
-                ends[name], colors[name] = line[-2] if len(line) > 1 else line[-1], color
+            ends[word], colors[word] = line[-1], color  # where all lenses are the model
         names = trajectory.row_names
         ticks = [*range(0, len(names) - 1, max(1, len(names) // 12)), len(names) - 1]
         axes.set_xticks(ticks, [names[index] for index in ticks])
         drawn = zip(_DASH_NAMES, trajectory.readings, strict=False)
         axes.set_xlabel(f"layer ({', '.join(f'{dash} {lens}' for dash, lens in drawn)})")
-        axes.set_ylabel(metric)
+        after = drawable(trajectory.shown(int(trajectory.input_ids[place])))
+        axes.set_ylabel(f"{metric} after {after} (position {trajectory.positions[place]})")
         if metric == "rank":
             axes.set_yscale("log")
             plain_log_ticks(axes)
             axes.invert_yaxis()
         else:
-            axes.set_ylim(0, 1)
+            axes.set_ylim(0, None)
         name_lines(axes, ends, colors, size=8)
     return figure

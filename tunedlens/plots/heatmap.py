@@ -1,6 +1,7 @@
 """One text through the layers as a picture: layers up, positions across."""
 
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
 _MOST_POSITIONS = 60
 _POSITIONS_ON_A_PAGE = 24
 _WIDEST_WORD = 9
+_CELL = 0.62
+"""Width in inches."""
+
+_READABLE = 0.179
+"""From this luminance on, black letters have more contrast than white ones."""
+
 _KNOWN: dict[str | int, str] = {
     "top1": "the lens's best token",
     "final": "the model's best token",
@@ -44,7 +51,8 @@ def heatmap(
             `trajectory.DIVERGENCES`.
         lens: by name; by default the first. Several are drawn one above the other, in the
             same colours.
-        of: whose probability, log_prob, logit or rank; see `Trajectory.figures`.
+        of: whose probability, log_prob, logit or rank; see `Trajectory.figures`. KL has a
+            square-root scale, rank a logarithmic one.
         versus: another text's trajectory, or another lens, whose figures are subtracted.
 
     Raises:
@@ -105,7 +113,7 @@ def _draw(
 ) -> "Figure":
     norm, color_map = colors
     count, n_rows = len(trajectory.positions), len(trajectory.rows)
-    size = (1.6 + 0.62 * count, 1.4 + 0.24 * n_rows * len(lenses))
+    size = (1.9 + _CELL * count, 1.4 + 0.24 * n_rows * len(lenses))  # inches
     with new_figure(*size, has_tokens=True) as figure:
         panels = figure.subplots(len(lenses), squeeze=False, sharex=True)[:, 0].tolist()
         for axes, one, drawn in zip(panels, lenses, values, strict=True):
@@ -114,7 +122,8 @@ def _draw(
             )
             _write_cells(axes, trajectory, one, image)
             axes.set_yticks(range(n_rows), trajectory.row_names, fontsize=7)
-            axes.set_ylabel("layer" if len(lenses) == 1 else f"layer, {one} lens")
+            name = next(iter(trajectory.readings)) if one is None else one
+            axes.set_ylabel(f"layer, {name} lens", fontsize=8)
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
         _name_positions(panels[-1], panels[0], trajectory, versus)
@@ -122,7 +131,7 @@ def _draw(
         bar = figure.colorbar(
             image, ax=panels, pad=0.01, aspect=30, format="%g" if is_log else None
         )
-        bar.set_label(label, fontsize=8)
+        bar.set_label(_folded(label, size[1] - 1), fontsize=8)
     return figure
 
 
@@ -135,7 +144,7 @@ def _colors(
 ) -> tuple[Any, Any]:
     """How values become colours: alike in all panels."""
     from matplotlib import colormaps
-    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.colors import LogNorm, Normalize, PowerNorm
 
     first = 1 if trajectory.positions[0] == 0 and len(trajectory.positions) > 1 else 0
     counted = [v for drawn in values for v in drawn[:, first:].flatten().tolist()]
@@ -152,6 +161,8 @@ def _colors(
         norm = Normalize(0, 1)
     elif metric == "rank":
         norm = LogNorm(1, max(high, 2))
+    elif metric == "kl_nats":  # so that small ones can be told apart beside those of layer 0
+        norm = PowerNorm(0.5, 0, max(high, 1e-9))
     return norm, colormaps[name].with_extremes(bad="0.85")
 
 
@@ -163,10 +174,10 @@ def _write_cells(axes: "Axes", trajectory: Trajectory, lens: str | None, image: 
     grounds = image.cmap(image.norm(image.get_array()))
     for y, line in enumerate(best):
         for x, token in enumerate(line):
-            red, green, blue, _ = grounds[y, x]
-            color = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
-            word = drawable(trajectory.shown(token), _WIDEST_WORD)
-            axes.text(x, y, word, ha="center", va="center", fontsize=6.5, color=color)
+            color = "black" if _luminance(grounds[y, x]) > _READABLE else "white"
+            axes.text(
+                x, y, _word(trajectory, token), ha="center", va="center", fontsize=6.5, color=color
+            )
             if token == best[-1][x] and y < len(best) - 1:
                 corner = (x - 0.46, y - 0.44)
                 axes.add_patch(Rectangle(corner, 0.92, 0.88, fill=False, lw=0.8, edgecolor=color))
@@ -175,21 +186,42 @@ def _write_cells(axes: "Axes", trajectory: Trajectory, lens: str | None, image: 
         axes.axhline(0.5, color="white", linewidth=2)  # and the embeddings
 
 
+def _word(trajectory: Trajectory, token_id: int) -> str:
+    return drawable(trajectory.shown(token_id), _WIDEST_WORD)
+
+
+def _folded(label: str, inches: float) -> str:
+    """A label of 8 points in lines of at most this length."""
+    return textwrap.fill(label, max(int(14 * inches), 12))
+
+
+def _luminance(color: Sequence[float]) -> float:
+    """Relative luminance of a colour, as WCAG 2 defines it."""
+    red, green, blue = (
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color[:3]
+    )
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
 def _name_positions(
     below: "Axes", above: "Axes", trajectory: Trajectory, versus: Trajectory | str | None
 ) -> None:
-    """Input tokens below, true next tokens above, in bold where the model is right."""
-    inputs = [drawable(trajectory.shown(i)) for i in trajectory.input_ids.tolist()]
+    """Input tokens and positions below, true next tokens above."""
+    inputs = [_word(trajectory, i) for i in trajectory.input_ids.tolist()]
     if isinstance(versus, Trajectory):
-        others = [drawable(versus.shown(i)) for i in versus.input_ids.tolist()]
-        inputs = [a if a == b else f"{a} | {b}" for a, b in zip(inputs, others, strict=True)]
-    turn: dict[str, Any] = {"rotation": 45, "fontsize": 7, "rotation_mode": "anchor"}
+        others = [_word(versus, i) for i in versus.input_ids.tolist()]
+        inputs = [a if a == b else f"{a}\n{b}" for a, b in zip(inputs, others, strict=True)]
+    # Not turned: a token of code that is turned is another one.
     places = range(len(trajectory.positions))
-    below.set_xticks(places, inputs, ha="right", **turn)
+    named = [f"{word}\n{place}" for word, place in zip(inputs, trajectory.positions, strict=True)]
+    below.set_xticks(places, named, fontsize=7)
+    width = _CELL * len(trajectory.positions) + 1
+    below.set_xlabel(_folded("input token, position", width), fontsize=8)
     top = above.secondary_xaxis("top")
     following = trajectory.next_ids.tolist()
-    top.set_xticks(places, ["" if i < 0 else drawable(trajectory.shown(i)) for i in following],
-                   ha="left", **turn)  # fmt: skip
+    nexts = ["" if i < 0 else _word(trajectory, i) for i in following]
+    top.set_xticks(places, nexts, fontsize=7)
+    top.set_xlabel(_folded("true next token, bold where the model is right", width), fontsize=8)
     top.tick_params(length=0)
     top.spines[:].set_visible(False)
     best = trajectory.reading().top_ids[-1, :, 0].tolist()
@@ -211,7 +243,7 @@ def _label(
     else:
         label = FIGURES[metric]
         if metric in FIGURES_OF_A_TOKEN:
-            of = whose(metric, of)
+            of = whose(metric, of, versus)
             label += f" of {_KNOWN.get(of) or drawable(trajectory.shown(of))}"
     if isinstance(versus, str):
         mine = ", ".join(one or next(iter(trajectory.readings)) for one in lenses)

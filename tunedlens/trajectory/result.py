@@ -169,7 +169,8 @@ class Trajectory:
             lens: by name; by default the first.
             of: whose probability, log_prob, logit or rank: `top1` is the best token of every
                 row and position, `final` the model's; else a token that was tracked, as text
-                or id, NaN where it was not. By default `top1`; of a rank, `final`.
+                or id, NaN where it was not. By default `top1`; of a rank, or against
+                another, `final`.
             versus: another trajectory, or another lens of this one, whose figures are
                 subtracted; see `divergence`.
 
@@ -180,17 +181,20 @@ class Trajectory:
         if versus is not None and metric in DIVERGENCES:
             return self.divergence(versus, metric, lens)
         if metric not in FIGURES:
-            known = FIGURES if versus is None else FIGURES | DIVERGENCES
-            raise InputError(f"metric must be one of {', '.join(known)}; got {metric!r}")
+            raise InputError(
+                f"metric must be one of {', '.join(FIGURES)} (with versus, also of "
+                f"{', '.join(DIVERGENCES)}); got {metric!r}"
+            )
         if versus is not None:
             other, other_lens = self._other(versus, lens)
+            of = whose(metric, of, versus)
             return self.figures(metric, lens, of=of) - other.figures(metric, other_lens, of=of)
         reading = self.reading(lens)
         if metric == "cross_entropy_nats":
             return -reading.next_log_prob
         if metric not in FIGURES_OF_A_TOKEN:
             return getattr(reading, metric)
-        of = whose(metric, of)
+        of = whose(metric, of, versus)
         if of == "top1":
             log_probs = reading.top_log_probs[..., 0]
             ranks = torch.ones_like(log_probs)
@@ -304,11 +308,13 @@ class Trajectory:
     def words(self, lens: str | None = None) -> "DataFrame":
         """Wide: the best token at every site and layer (down) and position (across).
 
+        Tokens are as `shown` has them; `to_dataframe` has them plain, and their ids.
+
         Raises:
             InputError: there is no such lens.
         """
         best = self.reading(lens).top_ids[..., 0].tolist()
-        return self._wide([[self._word(i) for i in line] for line in best])
+        return self._wide([[self.shown(i) for i in line] for line in best])
 
     def scores(
         self, metric: str = "probability", lens: str | None = None, **options: Any
@@ -317,7 +323,8 @@ class Trajectory:
 
         Takes what `figures` takes.
         """
-        return self._wide(self.figures(metric, lens, **options).tolist())
+        scores = self._wide(self.figures(metric, lens, **options).tolist())
+        return scores.astype("Int64") if metric == "rank" else scores
 
     def top_k(self, position: int = -1, k: int | None = None, lens: str | None = None) -> TopK:
         """The best tokens at one position, row by row: a table to print.
@@ -345,11 +352,19 @@ class Trajectory:
         )
 
     def probabilities(
-        self, tokens: str | int | Sequence[str | int], lens: str | None = None
+        self,
+        tokens: str | int | Sequence[str | int],
+        lens: str | None = None,
+        position: int | None = None,
     ) -> "DataFrame":
         """Probability of chosen tokens: a line for every site, layer and position.
 
         `.corr()` of it says which go together. NaN where a token was not tracked.
+
+        Args:
+            tokens: as text or ids, tracked.
+            lens: by name; by default the first.
+            position: only there, among those that are read; lines are then sites and layers.
 
         Raises:
             InputError: a token was not tracked, is several, or there is no such lens.
@@ -357,11 +372,13 @@ class Trajectory:
         import pandas as pd
 
         ids = single_ids(self.model, tokens)
+        values = torch.stack([self.figures("probability", lens, of=i) for i in ids], -1)
         names = [self._word(token) for token in ids]
-        values = [self.figures("probability", lens, of=token).flatten() for token in ids]
+        if position is not None:
+            return pd.DataFrame(values[:, self.place(position)], self._rows_index(), names)
         keys = [(*row, position) for row in self.rows for position in self.positions]
         index = pd.MultiIndex.from_tuples(keys, names=["site", "layer", "position"])
-        return pd.DataFrame(torch.stack(values, -1).numpy(), index=index, columns=names)
+        return pd.DataFrame(values.flatten(0, 1), index, names)
 
     def _word(self, token_id: int) -> str:
         return as_text(self.model.tokenizer, token_id)
@@ -380,7 +397,8 @@ class Trajectory:
         if self.rows != versus.rows or mine != others:
             raise InputError(
                 f"compared trajectories must have the same rows and as many positions; got "
-                f"{len(self.rows)} rows and {mine} positions, and {len(versus.rows)} and {others}"
+                f"{len(self.rows)} rows and {mine} positions, and {len(versus.rows)} and {others}; "
+                "parts of them, as read[:, 2:], may be compared too"
             )
         size, other_size = (one.model.identity.vocab_size for one in (self, versus))
         if size != other_size:
@@ -402,16 +420,27 @@ class Trajectory:
     def _wide(self, cells: Sequence[Sequence[Any]]) -> "DataFrame":
         import pandas as pd
 
-        index = pd.MultiIndex.from_tuples(self.rows, names=["site", "layer"])
         columns = pd.MultiIndex.from_arrays(
-            [self.positions, self.tokens], names=["position", "token"]
+            [self.positions, [self.shown(i) for i in self.input_ids.tolist()]],
+            names=["position", "token"],
         )
-        return pd.DataFrame(cells, index=index, columns=columns)
+        return pd.DataFrame(cells, self._rows_index(), columns)
+
+    def _rows_index(self) -> Any:
+        import pandas as pd
+
+        return pd.MultiIndex.from_tuples(self.rows, names=["site", "layer"])
 
 
-def whose(metric: str, of: str | int | None) -> str | int:
-    """The token that a figure is of, if not said: each best one; a rank, the model's best."""
-    return of if of is not None else "final" if metric == "rank" else "top1"
+def whose(metric: str, of: str | int | None, versus: Trajectory | str | None = None) -> str | int:
+    """The token that a figure is of, if not said.
+
+    Each best one; a rank, of which that is always 1, and a difference, which would be of two
+    tokens, the model's best.
+    """
+    if of is not None:
+        return of
+    return "top1" if metric != "rank" and versus is None else "final"
 
 
 def single_id(model: FrozenModel, token: str | int) -> int:
