@@ -158,8 +158,10 @@ def test_explorer_has_inputs_below_and_next_tokens_above(explorer, read):
     page, _ = explorer
     heads = page.locator(".map thead th").all_text_contents()
     feet = page.locator(".map tfoot th").all_text_contents()
-    assert feet[1:] == [read.shown(i) for i in read.input_ids.tolist()]
-    assert heads[1:] == [*feet[2:], ""]
+    inputs = [read.shown(i) for i in read.input_ids.tolist()]
+    assert feet[1:] == [f"{word}{position}" for position, word in enumerate(inputs)]
+    assert heads[1:] == [*inputs[1:], ""]
+    assert page.inner_text("h1") == "One text through the layers of tiny"
     right = [label.get_attribute("class") == "right" for label in page.locator("thead th").all()]
     best = read.readings["tuned"].top_ids[-1, :, 0]
     assert right[1:] == (best == read.next_ids).tolist()

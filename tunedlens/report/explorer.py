@@ -42,6 +42,7 @@ def _text(trajectory: Trajectory) -> dict[str, Any]:
     words |= {i for line in tracked_ids for i in line if i >= 0}
     next_ids = trajectory.next_ids.tolist()
     return {
+        "model": trajectory.model.name,
         "tokens": [trajectory.shown(i) for i in trajectory.input_ids.tolist()],
         "positions": trajectory.positions,
         "next": [None if i < 0 else trajectory.shown(i) for i in next_ids],
