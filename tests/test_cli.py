@@ -241,6 +241,14 @@ def test_long_prompt_is_drawn_in_part_and_read_in_windows(here, tiny_folder):
     assert len(rows) > 4 * 150
 
 
+@pytest.mark.usefixtures("lenses")
+def test_evaluation_of_fewer_tokens_leaves_the_one_of_more(here):
+    for tokens in ("60", "30", "45"):
+        assert evaluate_command(["--lens", "steps", "--tokens", tokens, "--no-compile"]) == 0
+    for name, tokens in (("", 60), ("-30-tokens", 30), ("-45-tokens", 45)):
+        assert read(here / "steps" / f"evaluation{name}")["tokens"] == tokens
+
+
 def test_prompt_without_any_lens_gives_the_logit_lens(here, tiny_folder):
     assert evaluate_command(["--prompt", "x = 1", "--model", str(tiny_folder)]) == 0
     assert list((here / "prompts").glob("x-1-*/page.html"))

@@ -282,6 +282,7 @@ def test_dataframe_is_tidy(tiny):
         ({"lenses": {}}, "no lens to read with"),
         ({"text": []}, "no text to read"),
         ({"text": ["fine", ""]}, "no tokens"),
+        ({"text": ["fine", "a b " * 40]}, "text 2 has .* reads at most 32"),
         ({"text": torch.tensor([1, 4096])}, "between 0 and 4095, got 1 to 4096"),
         ({"text": torch.zeros(2, 3, dtype=torch.long)}, r"in one row, got torch.int64 of .*2, 3"),
         ({"text": "a b " * 40, "stride": 0}, "stride must be between 1 and 32"),

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,7 @@ def evaluate_lenses(arguments: Sequence[str] | None) -> int:
     own, same_text = of_same_text(saved, flags.get("dataset"))
     trained = own[0].trained if own else saved[0].trained if saved else TrainConfig()
     config = configured(EvaluateConfig, _as_trained(trained, same_text, flags), flags)
-    output = output or _output(saved, None if same_text else flags["dataset"])
+    output = output or _output(saved, None if same_text else flags["dataset"], config.tokens)
     report.require_own(output)
     checkpoint.require_writable(output)
 
@@ -215,10 +216,16 @@ def _as_trained(trained: TrainConfig, same_text: bool, flags: dict[str, Any]) ->
     return EvaluateConfig(model=model, corpus=trained.corpus)
 
 
-def _output(saved: list[LensSpec], other_dataset: str | None) -> Path:
-    beside = saved[0].folder if saved else None
+def _output(saved: list[LensSpec], other_dataset: str | None, tokens: int | None) -> Path:
+    """Beside the first lens, where no evaluation of more tokens is lost."""
+    from tunedlens import report
+
     name = "evaluation" if other_dataset is None else f"evaluation-{Path(other_dataset).stem}"
-    return Path(name) if beside is None else beside / name
+    folder = Path(name) if not saved or saved[0].folder is None else saved[0].folder / name
+    with suppress(InputError):
+        if tokens is not None and tokens < report.read_evaluation(folder).tokens:
+            return folder.with_name(f"{name}-{tokens}-tokens")
+    return folder
 
 
 def _require_held_out(config: EvaluateConfig, corpora: "Corpora", own: list[LensSpec]) -> None:

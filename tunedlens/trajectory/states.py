@@ -73,7 +73,9 @@ def pieces(
     waiting = [
         (text, window)
         for text, ids in enumerate(texts)
-        for window in _windows(len(ids), model, stride)
+        for window in _windows(
+            "the text" if len(texts) == 1 else f"text {text + 1}", len(ids), model, stride
+        )
     ]
     while waiting:
         count, width = 0, 0
@@ -102,7 +104,7 @@ class _Window(NamedTuple):
     """Those that no earlier window has."""
 
 
-def _windows(count: int, model: FrozenModel, stride: int | None) -> list[_Window]:
+def _windows(name: str, count: int, model: FrozenModel, stride: int | None) -> list[_Window]:
     context = model.context
     if stride is not None and not 1 <= stride <= (context or stride):
         raise InputError(f"stride must be between 1 and {context}, the context; got {stride}")
@@ -110,7 +112,7 @@ def _windows(count: int, model: FrozenModel, stride: int | None) -> list[_Window
         return [_Window(range(count), range(count))]
     if stride is None:
         raise InputError(
-            f"the text has {count} tokens, but {model.name} reads at most {context}; shorten it, "
+            f"{name} has {count} tokens, but {model.name} reads at most {context}; shorten it, "
             f"or read it in windows with a stride of {context // 2}, which gives every position "
             f"at least {context - context // 2} tokens before it"
         )
