@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_lens
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from tunedlens import ConstantLens, InputError, LogitLens, trajectory
+from tunedlens import ConstantLens, FrozenModel, InputError, LogitLens, trajectory
 from tunedlens.frozen import SITES
 from tunedlens.trajectory import FIGURES, states
 
@@ -255,7 +256,15 @@ def test_windows_give_every_position_the_text_before_it(tiny):
         if position + 1 < len(ids):
             value = found.readings["logit"].next_log_prob[-1, position]
             assert value == pytest.approx(log_probs[ids[position + 1]].item(), abs=1e-4)
-    assert found.divergence(found)[:, 40:].abs().max() < 1e-6
+    other = trajectory(tiny, None, text.replace("b", "d"), stride=10, sites=["resid_post"])
+    between = found[-1].divergence(other[-1], "kl_to_other_nats")[-1]
+    for position in (0, 40, 50):
+        start = next(start for start in starts if position < start + 32)
+        p, q = (
+            tiny.model(read.input_ids[None, start : position + 1]).logits[0, -1].log_softmax(-1)
+            for read in (found, other)
+        )
+        assert between[position].item() == pytest.approx((p.exp() * (p - q)).sum().item(), abs=1e-4)
 
 
 def test_dataframe_is_tidy(tiny):
@@ -320,6 +329,61 @@ def test_questions_that_have_no_answer_are_refused(tiny):
         found[:, 50:]
     with pytest.raises(InputError, match="4 rows and 3 positions, and 4 and 1"):
         found[:, :3].divergence(found[:, 0])
+
+
+@torch.no_grad()
+def test_another_architecture_in_half_precision_is_read_where_its_norms_read(tokenizer):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    model = FrozenModel(LlamaForCausalLM(config).bfloat16(), tokenizer)
+    texts = [TEXT, "x = 1"]
+    for read in trajectory(model, None, texts, sites=["resid_mid", "resid_post"]):
+        kept = []
+        handle = model.blocks[1].post_attention_layernorm.register_forward_pre_hook(
+            lambda _module, args, kept=kept: kept.append(args[0][0])
+        )
+        final = model.model.model(read.input_ids[None]).last_hidden_state[0]
+        handle.remove()
+        middle = model.unembedding(kept[0]).log_softmax(-1)
+        best = read.readings["logit"].top_log_probs[2, :, 0]
+        assert torch.allclose(best, middle.max(-1).values, atol=0.02)
+        logits = final.float() @ model.unembedding.weight.T
+        best = read.readings["logit"].top_log_probs[-1, :, 0]
+        assert torch.allclose(best, logits.log_softmax(-1).max(-1).values, atol=0.02)
+
+
+def test_lens_that_is_not_finite_is_refused(tiny):
+    lens = random_lens(tiny)
+    lens.translators[1].bias.data[0] = math.nan
+    with pytest.raises(InputError, match="the lens broken says something that is not finite"):
+        trajectory(tiny, {"broken": lens}, TEXT)
+
+
+def test_token_may_be_called_as_a_figure_is_of(tiny):
+    read = trajectory(tiny, None, TEXT, track="final")
+    word = tiny.encode("final")[0].item()
+    log_probs = tiny.model(read.input_ids[None]).logits[0].log_softmax(-1)[:, word]
+    found = read.probabilities("final").loc["resid_pre", 3]["final"]
+    assert np.allclose(found, log_probs.exp().detach(), atol=1e-6)
+
+
+@pytest.mark.parametrize("several", [list, tuple])
+def test_texts_may_be_ids_in_any_form(tiny, several):
+    ids = tiny.encode(TEXT)[0]
+    expected = trajectory(tiny, None, TEXT)
+    for read in (
+        trajectory(tiny, None, ids),
+        trajectory(tiny, None, ids.tolist()),
+        *trajectory(tiny, None, several([ids, TEXT])),
+        *trajectory(tiny, None, several([ids.tolist()] * 2)),
+    ):
+        assert torch.allclose(read.figures("kl_nats"), expected.figures("kl_nats"), atol=1e-5)
 
 
 def test_lens_of_another_model_is_refused(tiny, model):

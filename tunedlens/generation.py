@@ -44,9 +44,9 @@ def generate(
     pad = torch.nn.utils.rnn.pad_sequence
     input_ids = pad(ids, batch_first=True, padding_side="left")
     mask = pad([torch.ones_like(i) for i in ids], batch_first=True, padding_side="left")
-    devices = [] if model.device.type == "cpu" else [model.device]
+    devices = [model.device] if model.device.type == "cuda" else []
     with (
-        torch.random.fork_rng(devices, device_type=model.device.type),
+        torch.random.fork_rng(devices),
         _writer(lens, model, layer, config) as writer,
     ):
         torch.manual_seed(seed)
