@@ -39,7 +39,9 @@ def learning_curve(curve: LearningCurve) -> "Figure":
             axes.plot(tokens, line, **style)
             shown = f"layer {name}" if name == "0" else name
             ends[shown], colors[shown] = line[-1], style["color"]
-        axes.set_xlabel(f"tokens of steps, from the start at the left ({looks[-1].seconds:.0f} s)")
+        axes.set_xlabel(
+            f"tokens in steps, {looks[-1].seconds:.0f} s in all; left edge: before the first step"
+        )
         axes.set_ylabel("held-out KL(model ‖ lens), nats")
         plain_log_ticks(axes)
         name_lines(axes, ends, colors, size=8)

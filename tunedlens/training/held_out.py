@@ -48,6 +48,11 @@ class HeldOut:
                 f"{config.corpus.seq_len} tokens; give more text or a smaller --seq-len"
             )
 
+    @property
+    def steering_tokens(self) -> int:
+        """What a run is steered by."""
+        return sum(map(len, self._steering_blocks))
+
     @torch.no_grad()
     def kl(self, lens: TunedLens, objective: LensKL) -> list[float]:
         """Mean KL of every layer in nats, on a part and in the precision of training: quick."""

@@ -218,6 +218,10 @@ class Run:
             f"fit       {config.fit}: {start}{budget}; {self.tokens_per_step:,} a step, "
             f"{config.precision} products{', compiled' if config.compile else ''}"
         )
+        say(
+            f"held out  {self.held_out.steering_tokens:,} tokens are looked at as it goes, "
+            f"{config.evaluate_tokens:,} in the end"
+        )
 
 
 def _steps(lens: TunedLens, config: TrainConfig) -> Steps:
