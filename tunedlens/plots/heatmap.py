@@ -65,11 +65,8 @@ def heatmap(
             f"{count} positions are too many to read in one figure; draw a part of at most "
             f"{_MOST_POSITIONS}, as read[:, :40], or plots.heatmap_pages"
         )
-    lenses = _several(lens)
-    values = [trajectory.figures(metric, one, of=of, versus=versus) for one in lenses]
-    label = _label(trajectory, metric, of, lenses, versus)
-    colors = _colors(trajectory, values, metric, is_difference=versus is not None)
-    return _draw(trajectory, lenses, values, colors, label, versus)
+    (figure,) = _pages(trajectory, metric, lens, of, versus, size=count)
+    return figure
 
 
 def heatmap_pages(
@@ -81,56 +78,60 @@ def heatmap_pages(
     versus: Trajectory | str | None = None,
 ) -> Iterator["Figure"]:
     """A long text as several heatmaps in the same colours; see `heatmap`."""
-    lenses = _several(lens)
-    values = [trajectory.figures(metric, one, of=of, versus=versus) for one in lenses]
-    label = _label(trajectory, metric, of, lenses, versus)
-    colors = _colors(trajectory, values, metric, is_difference=versus is not None)
     count = len(trajectory.positions)
     pages = -(-count // _POSITIONS_ON_A_PAGE)
     size = -(-count // pages)  # alike, so that the last one is not a stump
-    for start in range(0, count, size):
-        page = slice(start, start + size)
-        other = versus[:, page] if isinstance(versus, Trajectory) else versus
-        drawn = [value[:, page] for value in values]
-        yield _draw(trajectory[:, page], lenses, drawn, colors, label, other)
+    yield from _pages(trajectory, metric, lens, of, versus, size)
 
 
-def _several(lens: str | Sequence[str] | None) -> list[str | None]:
-    if lens is None or isinstance(lens, str):
-        return [lens]
-    if not lens:
+def _pages(
+    trajectory: Trajectory,
+    metric: str,
+    lens: str | Sequence[str] | None,
+    of: str | int | None,
+    versus: Trajectory | str | None,
+    size: int,
+) -> Iterator["Figure"]:
+    """Heatmaps of so many positions each."""
+    if lens is None:
+        lens = next(iter(trajectory.readings))
+    lenses = [lens] if isinstance(lens, str) else list(lens)
+    if not lenses:
         raise InputError("there is no lens to draw; name one, or leave it out for the first")
-    return list(lens)
+    values = [trajectory.figures(metric, one, of=of, versus=versus) for one in lenses]
+    colors = _colors(trajectory, values, metric, is_difference=versus is not None)
+    label = _label(trajectory, metric, of, lenses, versus)
+    for start in range(0, len(trajectory.positions), size):
+        page = slice(start, start + size)
+        other = versus[:, page] if isinstance(versus, Trajectory) else None
+        drawn = {one: value[:, page] for one, value in zip(lenses, values, strict=True)}
+        yield _draw(trajectory[:, page], other, drawn, colors, label)
 
 
 def _draw(
     trajectory: Trajectory,
-    lenses: Sequence[str | None],
-    values: Sequence[Float[Tensor, "rows positions"]],
+    other: Trajectory | None,
+    values: dict[str, Float[Tensor, "rows positions"]],
     colors: tuple[Any, Any],
     label: str,
-    versus: Trajectory | str | None,
 ) -> "Figure":
+    """One figure, a panel for every lens, all in the same colours."""
     norm, color_map = colors
     count, n_rows = len(trajectory.positions), len(trajectory.rows)
-    size = (1.9 + _CELL * count, 1.4 + 0.24 * n_rows * len(lenses))  # inches
+    size = (1.9 + _CELL * count, 1.4 + 0.24 * n_rows * len(values))  # inches
     with new_figure(*size, has_tokens=True) as figure:
-        panels = figure.subplots(len(lenses), squeeze=False, sharex=True)[:, 0].tolist()
-        for axes, one, drawn in zip(panels, lenses, values, strict=True):
+        panels = figure.subplots(len(values), squeeze=False, sharex=True)[:, 0].tolist()
+        for axes, (lens, drawn) in zip(panels, values.items(), strict=True):
             image = axes.imshow(
                 drawn.numpy(), origin="lower", aspect="auto", norm=norm, cmap=color_map
             )
-            _write_cells(axes, trajectory, one, image)
+            _write_cells(axes, trajectory, lens, image)
             axes.set_yticks(range(n_rows), trajectory.row_names, fontsize=7)
-            name = next(iter(trajectory.readings)) if one is None else one
-            axes.set_ylabel(f"layer, {name} lens", fontsize=8)
+            axes.set_ylabel(f"layer, {lens} lens", fontsize=8)
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
-        _name_positions(panels[-1], panels[0], trajectory, versus)
-        is_log = type(norm).__name__ == "LogNorm"
-        bar = figure.colorbar(
-            image, ax=panels, pad=0.01, aspect=30, format="%g" if is_log else None
-        )
+        _name_positions(panels[-1], panels[0], trajectory, other)
+        bar = figure.colorbar(image, ax=panels, pad=0.01, aspect=30, format="%g")
         bar.set_label(_folded(label, size[1] - 1), fontsize=8)
     return figure
 
@@ -166,7 +167,7 @@ def _colors(
     return norm, colormaps[name].with_extremes(bad="0.85")
 
 
-def _write_cells(axes: "Axes", trajectory: Trajectory, lens: str | None, image: Any) -> None:
+def _write_cells(axes: "Axes", trajectory: Trajectory, lens: str, image: Any) -> None:
     """The best token in every cell, and a frame where it is the model's already."""
     from matplotlib.patches import Rectangle
 
@@ -204,12 +205,12 @@ def _luminance(color: Sequence[float]) -> float:
 
 
 def _name_positions(
-    below: "Axes", above: "Axes", trajectory: Trajectory, versus: Trajectory | str | None
+    below: "Axes", above: "Axes", trajectory: Trajectory, other: Trajectory | None
 ) -> None:
     """Input tokens and positions below, true next tokens above."""
     inputs = [_word(trajectory, i) for i in trajectory.input_ids.tolist()]
-    if isinstance(versus, Trajectory):
-        others = [_word(versus, i) for i in versus.input_ids.tolist()]
+    if other is not None:
+        others = [_word(other, i) for i in other.input_ids.tolist()]
         inputs = [a if a == b else f"{a}\n{b}" for a, b in zip(inputs, others, strict=True)]
     # Not turned: a token of code that is turned is another one.
     places = range(len(trajectory.positions))
@@ -234,7 +235,7 @@ def _label(
     trajectory: Trajectory,
     metric: str,
     of: str | int | None,
-    lenses: Sequence[str | None],
+    lenses: Sequence[str],
     versus: Trajectory | str | None,
 ) -> str:
     """What the colours mean, and in what unit."""
@@ -246,8 +247,7 @@ def _label(
             of = whose(metric, of, versus)
             label += f" of {_KNOWN.get(of) or drawable(trajectory.shown(of))}"
     if isinstance(versus, str):
-        mine = ", ".join(one or next(iter(trajectory.readings)) for one in lenses)
-        label += f": {mine} {'−' if metric in FIGURES else 'and'} {versus}"
+        label += f": {', '.join(lenses)} {'−' if metric in FIGURES else 'and'} {versus}"
     elif versus is not None:
         label += ": this text − the other" if metric in FIGURES else ": this text and the other"
     return label
