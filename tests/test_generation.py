@@ -27,12 +27,13 @@ def by_hand(model, lens, prompt, layer, count, ends=()):
 
 
 @pytest.mark.parametrize("layer", [0, 1, 3])
-def test_a_layer_writes_what_it_says_without_a_cache(tiny, lens, layer):
+def test_a_layer_writes_what_it_says_without_a_cache(tiny, lens, layer, caplog):
     found = lens.generate(tiny, PROMPTS, layer, max_new_tokens=12)
     for prompt, text in zip(PROMPTS, found, strict=True):
         expected = by_hand(tiny, lens, prompt, layer, 12)
         assert text == tiny.tokenizer.decode(expected)
         assert lens.generate(tiny, prompt, layer, max_new_tokens=12) == text
+    assert not caplog.records
 
 
 def test_each_text_ends_at_the_first_of_several_ends(tiny, lens):

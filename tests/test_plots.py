@@ -3,6 +3,7 @@ import re
 import numpy as np
 import pytest
 from conftest import make_evaluation, random_lens
+from matplotlib.textpath import TextPath
 
 from tunedlens import Evaluation, InputError, LogitLens, plots, trajectory
 from tunedlens.fit import LearningCurve, Look
@@ -288,9 +289,13 @@ def test_letters_without_a_font_are_code_points_and_no_warnings(tiny, recwarn, m
     assert labels.count("⟨") > 1  # bytes of what is several tokens
 
 
-def test_word_that_is_cut_is_no_wider_than_asked_for():
-    assert style.drawable("abcdefgh", 5) == "abcd…"
-    assert style.drawable("$$$$$$", 3) == r"\$\$…"
+@pytest.mark.parametrize("word", ["abcdefghij", "WWWWWWWW", "########", "$$$$$$$$$$$$$", "iiiiii"])
+def test_word_that_is_cut_is_no_wider_than_asked_for(word):
+    drawn = style.drawable(word, 4)
+    width = TextPath((0, 0), drawn, size=10).get_extents().width / 10
+    assert width <= 4
+    assert drawn.endswith("…") == (word != "iiiiii")
+    assert drawn.replace(r"\$", "$").rstrip("…") in word
 
 
 def test_dollars_are_not_read_as_mathematics(read):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_lens
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tunedlens import ConstantLens, FrozenModel, InputError, LogitLens, trajectory
 from tunedlens.frozen import SITES
@@ -242,6 +242,40 @@ def test_figures_against_another_lens_are_differences(tiny):
     assert between[-1].max() < 1e-6 < between[:-1].min()  # in the end both are the model
 
 
+@pytest.mark.parametrize("metric", ["probability", "log_prob", "logit", "rank"])
+@pytest.mark.parametrize("of", ["final", " return"])
+def test_difference_of_two_texts_is_of_one_token(tiny, monkeypatch, metric, of):
+    one, two = trajectory(tiny, None, [" return x + 1", " return y - 2"], track=" return")
+    monkeypatch.setattr(states, "_LOGITS_AT_A_TIME", 4096 * 4 * 4)
+    found = one[:, 1:].figures(metric, of=of, versus=two[:, 1:])
+    wanted = tiny.encode(" return")[0].expand(len(one.positions))
+    if of == "final":
+        wanted = tiny.model(one.input_ids[None]).logits[0].argmax(-1)
+    lens = one.lenses["logit"]
+    for row in range(4):
+        values = []
+        for read in (one, two):
+            logits = lens(tiny.residual_stream(read.input_ids[None])[row][0], row)
+            own = logits.gather(-1, wanted[:, None])
+            log_probs = logits.log_softmax(-1).gather(-1, wanted[:, None])[:, 0]
+            values.append(
+                {
+                    "probability": log_probs.exp(),
+                    "log_prob": log_probs,
+                    "logit": own[:, 0],
+                    "rank": 1.0 + (logits > own).sum(-1),
+                }[metric]
+            )
+        assert torch.allclose(found[row], (values[0] - values[1])[1:], atol=1e-4)
+
+
+def test_lenses_in_a_list_are_named_by_their_kind(tiny):
+    found = trajectory(tiny, [random_lens(tiny), LogitLens.from_model(tiny)], TEXT)
+    assert list(found.readings) == ["tuned", "logit"]
+    with pytest.raises(InputError, match=r"several lenses of one kind \(logit, logit\)"):
+        trajectory(tiny, [LogitLens.from_model(tiny)] * 2, TEXT)
+
+
 def test_windows_give_every_position_the_text_before_it(tiny):
     text = "a = b + c\n" * 12  # 72 tokens, the context is 32
     found = trajectory(tiny, None, text, stride=10, sites=["resid_mid", "resid_post"])
@@ -290,6 +324,9 @@ def test_dataframe_is_tidy(tiny):
         ({"track": [9999]}, "between 0 and 4095, got 9999"),
         ({"lenses": {}}, "no lens to read with"),
         ({"text": []}, "no text to read"),
+        ({"text": None}, "expected a text, its token ids, or a list of texts; got NoneType"),
+        ({"text": b"bytes"}, "got bytes"),
+        ({"track": 1.5}, "expected a token as text or id, got 1.5"),
         ({"text": ["fine", ""]}, "no tokens"),
         ({"text": ["fine", "a b " * 40]}, "text 2 has .* reads at most 32"),
         ({"text": torch.tensor([1, 4096])}, "between 0 and 4095, got 1 to 4096"),
@@ -323,12 +360,26 @@ def test_questions_that_have_no_answer_are_refused(tiny):
         found.figures("js_nats")
     with pytest.raises(InputError, match="metric must be one of kl_to_other_nats, js_nats"):
         found.divergence(found, "entropy_nats")
+    with pytest.raises(InputError, match="no token to follow"):
+        found.probabilities([])
+    with pytest.raises(InputError, match="metric must be one of"):
+        found.heatmap(["logit"])
     with pytest.raises(InputError, match="layer must be between -4 and 3, or a slice; got 4"):
         found[4]
     with pytest.raises(InputError, match="no position in slice"):
         found[:, 50:]
     with pytest.raises(InputError, match="4 rows and 3 positions, and 4 and 1"):
         found[:, :3].divergence(found[:, 0])
+
+
+def test_stream_between_blocks_is_read_of_any_architecture(tokenizer):
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=4096, hidden_size=16, n_layer=2, n_head=2)
+    model = FrozenModel(BloomForCausalLM(config), tokenizer)
+    found = trajectory(model, None, TEXT, sites=["resid_pre", "resid_post"])
+    assert found.rows[1:3] == [("resid_post", 0), ("resid_pre", 1)]
+    figures = found.figures("entropy_nats")
+    assert torch.equal(figures[1], figures[2])
 
 
 @torch.no_grad()

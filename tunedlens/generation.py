@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -28,7 +29,6 @@ def generate(
     """
     require_made_for(model, {type(lens).__name__: lens})
     layer = lens.resolve(layer)
-    _check(config)
     if not prompts:
         raise InputError("there is no prompt; give at least one")
     ids = [model.encode(prompt)[0] for prompt in prompts]
@@ -75,19 +75,27 @@ def _writer(
         model.model.generation_config = own
 
 
-def _check(config: GenerationConfig) -> None:
-    sampling = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
-    if not config.do_sample and tuple(sampling.values()) != (1.0, 0, 1.0):
-        raise InputError("temperature, top_k and top_p are of samples; give do_sample=True too")
-    if not config.temperature > 0:
+def sampling(*, do_sample: bool, temperature: float, top_k: int, top_p: float) -> dict[str, Any]:
+    """The settings of samples; none for the best token, where transformers would warn of them.
+
+    Raises:
+        InputError: a setting has no meaning.
+    """
+    if not do_sample:
+        if (temperature, top_k, top_p) != (1.0, 0, 1.0):
+            raise InputError("temperature, top_k and top_p are of samples; give do_sample=True too")
+        return {"do_sample": False}
+    if not temperature > 0:
         raise InputError(
-            f"temperature must be more than 0, got {config.temperature}; leave do_sample out for "
-            "the best token"
+            f"temperature must be more than 0, got {temperature}; leave do_sample out for the "
+            "best token"
         )
-    if config.top_k < 0:
-        raise InputError(f"top_k must be 1 or more, or 0 for all tokens; got {config.top_k}")
-    if not 0 < config.top_p <= 1:
-        raise InputError(f"top_p must be between 0 and 1, got {config.top_p}")
+    if top_k < 0:
+        raise InputError(f"top_k must be 1 or more, or 0 for all tokens; got {top_k}")
+    if not 0 < top_p <= 1:
+        raise InputError(f"top_p must be between 0 and 1, got {top_p}")
+    settings = {"temperature": float(temperature), "top_k": top_k, "top_p": float(top_p)}
+    return {"do_sample": True} | settings
 
 
 def _ends(model: FrozenModel, asked: int | list[int] | None) -> list[int]:

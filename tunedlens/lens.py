@@ -124,16 +124,12 @@ class ResidualLens(Lens):
             InputError: the lens is another model's, there is no such layer, a setting has no
                 meaning, or a prompt is empty or has no room for so many tokens.
         """
-        from tunedlens.generation import generate
+        from tunedlens.generation import generate, sampling
 
+        samples = sampling(do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p)
         try:
             config = GenerationConfig(
-                max_new_tokens=max_new_tokens,
-                do_sample=do_sample,
-                temperature=float(temperature),
-                top_k=top_k,
-                top_p=float(top_p),
-                eos_token_id=eos_token_id,
+                max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, **samples
             )
         except ValueError as error:
             raise InputError(str(error)) from error

@@ -47,6 +47,8 @@ def curves(
         ranked = sorted(zip(probs, followed, strict=True), reverse=True)
         tokens = [token for _, token in ranked if token >= 0][:_MOST_TOKENS]
     ids = single_ids(trajectory.model, tokens)
+    if not ids:
+        raise InputError("there is no token to follow; give at least one")
     if len(trajectory.readings) > len(_DASHES):
         raise InputError(
             f"{len(trajectory.readings)} lenses are too many to tell apart by their dashes; read "

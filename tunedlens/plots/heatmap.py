@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_POSITIONS = 60
-_POSITIONS_ON_A_PAGE = 24
-_WIDEST_WORD = 9
+_WIDEST_WORD = 6.0
+"""In sizes of its letters."""
 _CELL = 0.62
 """Width in inches."""
 
@@ -76,10 +76,22 @@ def heatmap_pages(
     *,
     of: str | int | None = None,
     versus: Trajectory | str | None = None,
+    per_page: int = 24,
 ) -> Iterator["Figure"]:
-    """A long text as several heatmaps in the same colours; see `heatmap`."""
+    """A long text as several heatmaps in the same colours; see `heatmap`.
+
+    Args:
+        trajectory: as of `heatmap`.
+        metric: likewise.
+        lens: likewise.
+        of: likewise.
+        versus: likewise.
+        per_page: positions on each, at most; 24 are 17 inches wide, 8 are 7.
+    """
+    if not 1 <= per_page <= _MOST_POSITIONS:
+        raise InputError(f"per_page must be between 1 and {_MOST_POSITIONS}, got {per_page}")
     count = len(trajectory.positions)
-    pages = -(-count // _POSITIONS_ON_A_PAGE)
+    pages = -(-count // per_page)
     size = -(-count // pages)  # alike, so that the last one is not a stump
     yield from _pages(trajectory, metric, lens, of, versus, size)
 
@@ -181,10 +193,15 @@ def _write_cells(axes: "Axes", trajectory: Trajectory, lens: str, image: Any) ->
             )
             if token == best[-1][x] and y < len(best) - 1:
                 corner = (x - 0.46, y - 0.44)
-                axes.add_patch(Rectangle(corner, 0.92, 0.88, fill=False, lw=0.8, edgecolor=color))
-    axes.axhline(len(best) - 1.5, color="white", linewidth=2)  # the model apart
+                axes.add_patch(
+                    Rectangle(corner, 0.92, 0.88, fill=False, lw=0.8, edgecolor=color, zorder=3)
+                )
+    rule: dict[str, Any] = {"color": "white", "linewidth": 2}
+    if image.cmap.name == "RdBu":  # whose middle is white
+        rule = {"color": "0.25", "linewidth": 1.2}
+    axes.axhline(len(best) - 1.5, **rule)  # the model apart
     if trajectory.rows[0] == ("resid_pre", 0):
-        axes.axhline(0.5, color="white", linewidth=2)  # and the embeddings
+        axes.axhline(0.5, **rule)  # and the embeddings
 
 
 def _word(trajectory: Trajectory, token_id: int) -> str:
@@ -249,5 +266,6 @@ def _label(
     if isinstance(versus, str):
         label += f": {', '.join(lenses)} {'−' if metric in FIGURES else 'and'} {versus}"
     elif versus is not None:
+        label = label.replace("model's", "model's (here)")
         label += ": this text − the other" if metric in FIGURES else ": this text and the other"
     return label

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunedlens.checkpoint import write
-from tunedlens.tokens import display_width
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,26 +90,39 @@ def _families() -> list[str]:
     return ["DejaVu Sans", *(name for name in _WIDE_FONTS if name in installed)]
 
 
-@cache
-def _is_in_a_font(letter: str) -> bool:
+def _fonts() -> list[Any]:
     from matplotlib.font_manager import findfont, get_font
 
-    fonts = (get_font(findfont(family)) for family in _families())
-    return any(font.get_char_index(ord(letter)) for font in fonts)
+    return [get_font(findfont(family)) for family in _families()]
 
 
-def drawable(text: str, widest: int | None = None) -> str:
+@cache
+def _is_in_a_font(letter: str) -> bool:
+    return any(font.get_char_index(ord(letter)) for font in _fonts())
+
+
+@cache
+def _advance(letter: str) -> float:
+    """Width of a letter, in sizes of the letters."""
+    for font in _fonts():
+        if font.get_char_index(ord(letter)):
+            font.set_size(100, 72)
+            return font.load_char(ord(letter)).linearHoriAdvance / 65536 / 100
+    return 1.0
+
+
+def drawable(text: str, widest: float | None = None) -> str:
     """A text as matplotlib can draw it: as it is, with nothing read as mathematics.
 
     Letters that no installed font has become their code points.
 
     Args:
         text: the text.
-        widest: cut it after so many columns.
+        widest: cut it if it is wider, in sizes of its letters.
     """
     drawn = "".join(letter if _is_in_a_font(letter) else f"U+{ord(letter):04X}" for letter in text)
-    if widest is not None and display_width(drawn) > widest:
-        while display_width(drawn) >= widest:
+    if widest is not None and sum(map(_advance, drawn)) > widest:
+        while drawn and sum(map(_advance, drawn + "…")) > widest:
             drawn = drawn[:-1]
         drawn += "…"
     return drawn.replace("$", r"\$")

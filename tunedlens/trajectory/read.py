@@ -17,7 +17,7 @@ from tunedlens.trajectory.states import decode, pieces, positions_at_a_time, row
 
 Text = str | list[int] | Int[Tensor, " positions"]
 Texts = list[str] | list[list[int]] | list[Tensor] | tuple[Text, ...]
-Lenses = ResidualLens | Mapping[str, ResidualLens] | None
+Lenses = ResidualLens | Sequence[ResidualLens] | Mapping[str, ResidualLens] | None
 
 
 @overload
@@ -56,7 +56,7 @@ def trajectory(
 
     Args:
         model: the model.
-        lenses: one, several by name, or None for the logit lens.
+        lenses: one, several (by name if two are of one kind), or None for the logit lens.
         text: text, or its token ids. Of a list of them, each has a trajectory of its own;
             they go through the model together.
         sites: where to look, of `frozen.SITES`; whatever they are, the model's own row is the
@@ -86,6 +86,10 @@ def trajectory(
                 f"{', '.join(inside)}; read these with the logit lens alone"
             )
     wanted = single_ids(model, track)
+    if not isinstance(text, (str, Tensor, list, tuple)):
+        raise InputError(
+            f"expected a text, its token ids, or a list of texts; got {type(text).__name__}"
+        )
     is_one = isinstance(text, (str, Tensor)) or (len(text) > 0 and isinstance(text[0], int))
     given: Any = [text] if is_one else text
     texts = [_token_ids(model, one) for one in given]
@@ -133,9 +137,17 @@ def _named(model: FrozenModel, lenses: Lenses) -> dict[str, ResidualLens]:
     if lenses is None:
         return {"logit": LogitLens.from_model(model)}
     if isinstance(lenses, ResidualLens):
-        return {type(lenses).__name__.removesuffix("Lens").lower(): lenses}
+        return {_by_type(lenses): lenses}
     if not lenses:
         raise InputError("there is no lens to read with; give one, or None for the logit lens")
+    if not isinstance(lenses, Mapping):
+        names = [_by_type(lens) for lens in lenses]
+        if len(set(names)) < len(names):
+            raise InputError(
+                f"there are several lenses of one kind ({', '.join(names)}); give a dict that "
+                "names them"
+            )
+        lenses = dict(zip(names, lenses, strict=True))
     for name, lens in lenses.items():
         if not isinstance(lens, ResidualLens):
             raise InputError(
@@ -143,6 +155,10 @@ def _named(model: FrozenModel, lenses: Lenses) -> dict[str, ResidualLens]:
                 "expected lenses that are the model at the last state"
             )
     return dict(lenses)
+
+
+def _by_type(lens: ResidualLens) -> str:
+    return type(lens).__name__.removesuffix("Lens").lower()
 
 
 def _token_ids(model: FrozenModel, text: Text) -> Int[Tensor, " positions"]:

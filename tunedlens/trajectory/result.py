@@ -1,5 +1,6 @@
 """What lenses say of one text, and what can be asked of it."""
 
+import itertools
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -172,7 +173,8 @@ class Trajectory:
                 or id, NaN where it was not. By default `top1`; of a rank, or against
                 another, `final`.
             versus: another trajectory, or another lens of this one, whose figures are
-                subtracted; see `divergence`.
+                subtracted; see `divergence`. Of a token both figures are of the same one, but
+                for `top1`: another text is read again for that of this one.
 
         Raises:
             InputError: there is no such metric, lens or tracked token, or the other one
@@ -180,7 +182,7 @@ class Trajectory:
         """
         if versus is not None and metric in DIVERGENCES:
             return self.divergence(versus, metric, lens)
-        if metric not in FIGURES:
+        if not isinstance(metric, str) or metric not in FIGURES:
             raise InputError(
                 f"metric must be one of {', '.join(FIGURES)} (with versus, also of "
                 f"{', '.join(DIVERGENCES)}); got {metric!r}"
@@ -188,7 +190,12 @@ class Trajectory:
         if versus is not None:
             other, other_lens = self._other(versus, lens)
             of = whose(metric, of, versus)
-            return self.figures(metric, lens, of=of) - other.figures(metric, other_lens, of=of)
+            mine = self.figures(metric, lens, of=of)
+            if other is self or metric not in FIGURES_OF_A_TOKEN or of == "top1":
+                return mine - other.figures(metric, other_lens, of=of)
+            best = self.reading().top_ids[-1, :, 0]
+            ids = best if of == "final" else torch.full_like(best, single_id(self.model, of))
+            return mine - other._figures_of(ids, metric, other_lens)
         reading = self.reading(lens)
         if metric == "cross_entropy_nats":
             return -reading.next_log_prob
@@ -228,7 +235,7 @@ class Trajectory:
             InputError: there is no such metric or lens, or the other one has other rows,
                 another number of positions or another vocabulary.
         """
-        if metric not in DIVERGENCES:
+        if not isinstance(metric, str) or metric not in DIVERGENCES:
             raise InputError(f"metric must be one of {', '.join(DIVERGENCES)}; got {metric!r}")
         other, other_lens = self._other(versus, lens)
         between = {
@@ -236,8 +243,12 @@ class Trajectory:
             "js_nats": metrics.js_divergence,
             "total_variation": metrics.total_variation,
         }[metric]
-        mine, others = self._log_probs(self._name(lens)), other._log_probs(other_lens)
-        return torch.cat([between(p, q).cpu() for p, q in zip(mine, others, strict=True)], 1)
+        mine, others = self._logits(self._name(lens)), other._logits(other_lens)
+        found = []
+        for logits, other_logits in zip(mine, others, strict=True):
+            p, q = metrics.log_probs(logits), metrics.log_probs(other_logits)
+            found.append(between(p, q).cpu())
+        return torch.cat(found, 1)
 
     def heatmap(
         self, metric: str = "probability", lens: str | Sequence[str] | None = None, **options: Any
@@ -372,6 +383,8 @@ class Trajectory:
         import pandas as pd
 
         ids = single_ids(self.model, tokens)
+        if not ids:
+            raise InputError("there is no token to follow; give at least one")
         values = torch.stack([self.figures("probability", lens, of=i) for i in ids], -1)
         names = [self._word(token) for token in ids]
         if position is not None:
@@ -408,14 +421,31 @@ class Trajectory:
         name = self._name(lens)
         return versus, name if name in versus.readings else versus._name(None)
 
-    def _log_probs(self, lens: str) -> Iterator[Float[Tensor, "rows chunk vocab"]]:
+    def _figures_of(
+        self, ids: Int[Tensor, " positions"], metric: str, lens: str
+    ) -> Float[Tensor, "rows positions"]:
+        """One figure of these tokens, tracked or not: the text is read again."""
+        found, chunks = [], iter(ids)
+        for logits in self._logits(lens):
+            here = torch.stack(list(itertools.islice(chunks, logits.shape[1]))).to(logits.device)
+            log_probs = metrics.log_probs(logits)
+            own = log_probs.gather(-1, here[None, :, None].expand(len(logits), -1, 1))[..., 0]
+            value = {
+                "probability": own.exp(),
+                "log_prob": own,
+                "logit": own + logits.logsumexp(-1),
+                "rank": 1.0 + (log_probs > own[..., None]).sum(-1),
+            }[metric]
+            found.append(value.cpu())
+        return torch.cat(found, 1)
+
+    def _logits(self, lens: str) -> Iterator[Float[Tensor, "rows chunk vocab"]]:
         """What a lens says at these rows and positions, a few positions at a time."""
         found = pieces(self.model, [self.text_ids], self.rows, self.stride)
         states = [torch.cat(parts) for parts in zip(*(p.states for p in found), strict=True)]
         size = positions_at_a_time(self.model, 2 * len(self.rows))
         for part in torch.tensor(self.positions).split(size):
-            logits = decode(self.lenses[lens], self.rows, [state[part] for state in states])
-            yield metrics.log_probs(logits)
+            yield decode(self.lenses[lens], self.rows, [state[part] for state in states])
 
     def _wide(self, cells: Sequence[Sequence[Any]]) -> "DataFrame":
         import pandas as pd
@@ -451,9 +481,13 @@ def single_id(model: FrozenModel, token: str | int) -> int:
     """
     if not isinstance(token, str):
         vocab_size = model.identity.vocab_size
-        if not 0 <= operator.index(token) < vocab_size:
+        try:
+            token = operator.index(token)
+        except TypeError:
+            raise InputError(f"expected a token as text or id, got {token!r}") from None
+        if not 0 <= token < vocab_size:
             raise InputError(f"a token id must be between 0 and {vocab_size - 1}, got {token}")
-        return operator.index(token)
+        return token
     ids = model.encode(token)[0].tolist()
     if len(ids) != 1:
         parts = ", ".join(repr(as_text(model.tokenizer, i)) for i in ids)

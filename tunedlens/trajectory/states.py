@@ -131,8 +131,9 @@ def _states(
     rows: Sequence[Row],
 ) -> list[Float[Tensor, "batch seq d_model"]]:
     sites = {row.site for row in rows}
-    if sites == {"resid_pre"}:
-        found = {"resid_pre": model.residual_stream(input_ids, attention_mask)}
+    if sites <= {"resid_pre", "resid_post"}:
+        stream = model.residual_stream(input_ids, attention_mask)
+        found = {"resid_pre": stream, "resid_post": stream[1:]}
     else:
         found = model.sites(input_ids, attention_mask, sites)
     return [found[row.site][row.layer] for row in rows]
