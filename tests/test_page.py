@@ -189,6 +189,41 @@ def test_explorer_shows_the_best_tokens_of_what_is_pointed_at(explorer, read, to
         assert int(rank) == place + 1
 
 
+def test_explorer_says_in_words_what_a_cell_is_coloured_by(explorer, read):
+    page, _ = explorer
+    page.select_option("#metric", "rank")
+    cell(page, 1, 3).hover()
+    rank = int(read.figures("rank", "tuned")[1, 3])
+    assert page.inner_text("#tip .coloured") == f"rank of the model's best token: {rank}"
+    page.select_option("#lens", label="tuned − logit")
+    page.select_option("#metric", "kl_nats")
+    cell(page, 1, 4).hover()
+    one, other = (read.readings[name].kl_nats[1, 4].item() for name in ("tuned", "logit"))
+    expected = f"KL(model ‖ lens), nats: tuned {one:.3f} − logit {other:.3f} = {one - other:.3f}"
+    assert page.inner_text("#tip .coloured") == expected
+
+
+def test_explorer_is_touched_on_a_phone(browser, read, tmp_path):
+    (tmp_path / "phone.html").write_text(read.to_html())
+    context = browser.new_context(has_touch=True, viewport={"width": 390, "height": 800})
+    page = context.new_page()
+    page.goto((tmp_path / "phone.html").as_uri())
+    cell(page, 2, 1).tap()
+    assert "probability" in page.inner_text("#tip")
+    context.close()
+
+
+def test_explorer_marks_what_is_pinned_and_follows_its_address(explorer, read):
+    page, _ = explorer
+    cell(page, 2, 3).click()
+    assert "pinned" in cell(page, 2, 3).get_attribute("class")
+    token = int(read.readings["tuned"].top_ids[1, 5, 0])
+    page.evaluate(f"location.hash = 'lens=logit&colour=kl_nats&pin=0.5.{token}'")
+    page.wait_for_function("document.getElementById('lens').value === 'logit'")
+    assert "(position 5)" in page.inner_text("#pins figcaption")
+    assert "square-root scale" in page.inner_text("#high")
+
+
 def test_explorer_follows_a_token_that_is_clicked_until_it_is_clicked_again(explorer, read):
     page, _ = explorer
     cell(page, 1, 6).click()
@@ -223,8 +258,8 @@ def test_explorer_keeps_what_is_chosen_in_the_address(explorer):
     page.reload()
     assert cell(page, 1, 4).get_attribute("data-value") == value
     assert page.inner_html("#pins") == curve
+    page.goto("about:blank")
     page.goto(heard[0] + "#lens=nobody&colour=loss&pin=0.99.1&pin=x")
-    page.reload()
     assert page.input_value("#lens") == "tuned"
     assert not page.locator("#pins figure").count()
 
