@@ -197,15 +197,19 @@ def test_prompt_is_shown_through_the_layers_of_saved_lenses(here, capsys):
         assert evaluate_command([*flags, "--output", "out"]) == 0
     folders = sorted(path.name for path in (here / "out").iterdir())
     assert [re.sub("-[0-9a-f]{6}$", "", name) for name in folders] == ["a-b", "def-f", "x-1"]
-    drawn = {f"heatmap-{lens}-1" for lens in ("logit", "tuned")} | {"curves"}
+    drawn = {f"heatmap-{name}-1" for name in ("logit", "tuned", "rank", "kl_nats")} | {"curves"}
     pictures = {f"{name}.{kind}" for name in drawn for kind in plots.KINDS}
     for name in folders:
         found = {path.name for path in (here / "out" / name).iterdir()}
-        assert found == pictures | {"page.html", "table.csv", "report.md"}
+        tables = {"table.csv", "words-logit.csv", "words-tuned.csv"}
+        assert found == pictures | tables | {"page.html", "report.md"}
     assert "'def f\\n'\nbest tokens after ↵" in capsys.readouterr().out
     report = (here / "out" / folders[0] / "report.md").read_text()
     assert "| 0 resid_mid |" in report
     assert "```text\na <b>\n```" in report
+    assert "the whole text" not in report
+    for path in re.findall(r"\]\(([^)]+)\)", report):
+        assert (here / "out" / folders[0] / path).exists()
     with (here / "out" / folders[2] / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["lens"] for row in rows} == {"logit", "tuned"}
@@ -237,6 +241,7 @@ def test_long_prompt_is_drawn_in_part_and_read_in_windows(here, tiny_folder):
     assert evaluate_command(flags) == 0
     (own,) = (here / "prompts").iterdir()
     assert len(list(own.glob("heatmap-logit-*.png"))) == 4
+    assert "Drawn is the beginning" in (own / "report.md").read_text()
     rows = (own / "table.csv").read_text().splitlines()
     assert len(rows) > 4 * 150
 

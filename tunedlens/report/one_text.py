@@ -17,7 +17,7 @@ _MOST_PAGES = 4
 def write_one_text(
     trajectory: Trajectory, folder: str | Path, within_blocks: Trajectory | None = None
 ) -> None:
-    """Write `report.md` of a text, and its `page.html`, `table.csv`, heatmaps and curves.
+    """Write `report.md` of a text, and its `page.html`, tables, heatmaps and curves.
 
     Args:
         trajectory: of the text.
@@ -28,17 +28,31 @@ def write_one_text(
         InputError: the folder cannot be written.
     """
     folder = Path(folder)
-    figures = {"curves": trajectory.curves()}
-    for lens in trajectory.readings:
-        pages = itertools.islice(plots.heatmap_pages(trajectory, lens=lens), _MOST_PAGES)
-        figures |= {f"heatmap-{lens}-{number}": page for number, page in enumerate(pages, 1)}
-    for earlier in folder.glob("heatmap-*"):
+    lenses = list(trajectory.readings)
+    # What every lens says, each by itself; how far it is from the model, one above the other.
+    drawn = {
+        **{lens: plots.heatmap_pages(trajectory, lens=lens) for lens in lenses},
+        **{
+            metric: plots.heatmap_pages(trajectory, metric, lenses)
+            for metric in ("rank", "kl_nats")
+        },
+    }
+    figures = {
+        f"heatmap-{name}-{number}": page
+        for name, pages in drawn.items()
+        for number, page in enumerate(itertools.islice(pages, _MOST_PAGES), 1)
+    }
+    figures["curves"] = trajectory.curves()
+    is_cut = any(next(pages, None) is not None for pages in drawn.values())
+    for earlier in itertools.chain(folder.glob("heatmap-*"), folder.glob("words-*")):
         earlier.unlink()
     for name, figure in figures.items():
         plots.save(figure, folder / name)
     write(folder / "page.html", explorer(trajectory))
     write(folder / "table.csv", trajectory.to_dataframe().to_csv(index=False))
-    tables = {f"{lens} lens": trajectory.top_k(lens=lens) for lens in trajectory.readings}
+    for lens in lenses:
+        write(folder / f"words-{lens}.csv", trajectory.words(lens).to_csv())
+    tables = {f"{lens} lens": trajectory.top_k(lens=lens) for lens in lenses}
     if within_blocks is not None:
         title = "logit lens, after attention (resid_mid) and after the MLP (resid_post)"
         tables[title] = within_blocks.top_k()
@@ -47,8 +61,10 @@ def write_one_text(
     parts = [
         "# One text through the layers",
         code_block(text),
-        "[A page to explore](page.html), [every figure as a table](table.csv); what is drawn "
-        "here is the beginning of a long text.",
+        "[A page to explore](page.html), [every figure as a table](table.csv), the best words of "
+        + ", ".join(f"[the {lens} lens]({quote(f'words-{lens}.csv')})" for lens in lenses)
+        + ".",
+        *(["Drawn is the beginning; the page has the whole text."] if is_cut else []),
         *(f"![{name}]({quote(name)}.png)" for name in figures if name != "curves"),
         f"## After {last}, the last token",
         "![The model's best tokens through the layers](curves.png)",
