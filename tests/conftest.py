@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from tunedlens import Evaluation, FrozenModel, TunedLens, embedded, load_model, report
 from tunedlens.evaluation import MODEL, Difference, Grid, Result
@@ -47,6 +53,20 @@ def make_gpt2(seed=0, n_layer=3, n_embd=16, vocab_size=4096, n_positions=32):
         gpt2.transformer.ln_f.weight.normal_(1.0, 0.3)
         gpt2.transformer.ln_f.bias.normal_(0.0, 0.3)
     return gpt2
+
+
+def make_llama():
+    """A random model with RMS norms, rotary positions and gated MLPs."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=16,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config)
 
 
 @pytest.fixture

@@ -2,12 +2,10 @@ import copy
 
 import pytest
 import torch
-from conftest import make_gpt2
+from conftest import make_gpt2, make_llama
 from transformers import (
     AutoModelForCausalLM,
     GPTNeoXConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     PhiConfig,
 )
 
@@ -70,15 +68,7 @@ def test_text_that_is_empty_or_too_long_is_refused(tiny):
 
 
 def test_rms_norm_models_are_found_by_structure(tokenizer):
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
-    llama = FrozenModel(LlamaForCausalLM(config), tokenizer)
+    llama = FrozenModel(make_llama(), tokenizer)
     input_ids = torch.arange(6)[None]
     logits = llama.unembedding(llama.residual_stream(input_ids)[-1])
     assert len(llama.blocks) == 2

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from conftest import make_gpt2, random_lens
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from conftest import make_gpt2, make_llama, random_lens
+from transformers import GenerationConfig
 
 from tunedlens import FrozenModel, InputError, LogitLens
 
@@ -76,16 +76,7 @@ def test_settings_of_the_model_do_not_come_into_it(tiny, lens):
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_gated_model_with_rotary_positions_writes_the_same_in_a_batch(tokenizer, layer):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.3,
-    )
-    model = FrozenModel(LlamaForCausalLM(config), tokenizer)
+    model = FrozenModel(make_llama(), tokenizer)
     lens = random_lens(model)
     found = lens.generate(model, PROMPTS, layer, max_new_tokens=8, eos_token_id=4095)
     for prompt, text in zip(PROMPTS, found, strict=True):

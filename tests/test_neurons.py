@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from conftest import make_llama
 
 from tunedlens import FrozenModel, InputError, neurons
 from tunedlens.tokens import shown
@@ -10,16 +10,7 @@ TEXT = "def f(x):\n    return"
 
 @pytest.fixture
 def llama(tokenizer):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=16,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.3,
-    )
-    return FrozenModel(LlamaForCausalLM(config), tokenizer, name="llama")
+    return FrozenModel(make_llama(), tokenizer, name="llama")
 
 
 def by_hand(model, text, layer):

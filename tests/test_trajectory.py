@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import random_lens
-from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
+from conftest import make_llama, random_lens
+from transformers import BloomConfig, BloomForCausalLM
 
 from tunedlens import ConstantLens, FrozenModel, InputError, LogitLens, trajectory
 from tunedlens.frozen import SITES
@@ -384,15 +384,7 @@ def test_stream_between_blocks_is_read_of_any_architecture(tokenizer):
 
 @torch.no_grad()
 def test_another_architecture_in_half_precision_is_read_where_its_norms_read(tokenizer):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-    )
-    model = FrozenModel(LlamaForCausalLM(config).bfloat16(), tokenizer)
+    model = FrozenModel(make_llama().bfloat16(), tokenizer)
     texts = [TEXT, "x = 1"]
     for read in trajectory(model, None, texts, sites=["resid_mid", "resid_post"]):
         kept = []
