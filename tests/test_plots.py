@@ -256,6 +256,20 @@ def test_heatmap_is_coloured_by_the_token_that_is_asked_for(tiny, of):
         assert np.allclose(found[layer], expected.numpy(), atol=1e-4)
 
 
+def test_figure_of_another_width_is_the_same_picture(read):
+    one, other = read.heatmap("kl_nats"), read.heatmap("kl_nats", width=4.0)
+    factor = 4.0 / one.get_figwidth()
+    assert other.get_size_inches() == pytest.approx(one.get_size_inches() * factor)
+    sizes = []
+    for figure in (one, other):
+        figure.draw_without_rendering()
+        cells, bar = figure.axes
+        labels = [*cells.texts, cells.yaxis.label, bar.yaxis.label, *bar.get_yticklabels()[:1]]
+        sizes.append([label.get_fontsize() for label in labels])
+    assert sizes[1] == pytest.approx([size * factor for size in sizes[0]])
+    assert texts(one.axes[0]) == texts(other.axes[0])
+
+
 def test_pages_of_a_long_text_have_all_positions_in_the_same_colours(tiny):
     one, two = trajectory(tiny, None, ["a b c d e f " * 12, "b a d c f e " * 12], stride=16)
     assert len(one.positions) > 60
@@ -313,6 +327,7 @@ def test_dollars_are_not_read_as_mathematics(read):
         ({"of": "zebra crossing"}, "tokens"),
         ({"metric": "js_nats"}, "metric must be one of probability"),
         ({"versus": "tuned"}, "lens must be one of logit"),
+        ({"width": 0}, "width must be more than 0"),
     ],
 )
 def test_heatmap_that_cannot_be_drawn_is_refused(read, options, words):

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tunedlens.errors import InputError
-from tunedlens.plots.style import drawable, new_figure
+from tunedlens.plots.style import drawable, new_figure, scale
 from tunedlens.trajectory import DIVERGENCES, FIGURES, FIGURES_OF_A_TOKEN, Trajectory, whose
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def heatmap(
     *,
     of: str | int | None = None,
     versus: Trajectory | str | None = None,
+    width: float | None = None,
 ) -> "Figure":
     """The best token of every row and position, coloured by a figure.
 
@@ -54,6 +55,8 @@ def heatmap(
         of: whose probability, log_prob, logit or rank; see `Trajectory.figures`. KL has a
             square-root scale, rank a logarithmic one.
         versus: another text's trajectory, or another lens, whose figures are subtracted.
+        width: of the figure in inches; its height and letters scale along. By default it is
+            as wide as letters of 6.5 points need.
 
     Raises:
         InputError: there is no such metric, lens or tracked token, more than 60 positions,
@@ -65,7 +68,7 @@ def heatmap(
             f"{count} positions are too many to read in one figure; draw a part of at most "
             f"{_MOST_POSITIONS}, as read[:, :40], or plots.heatmap_pages"
         )
-    (figure,) = _pages(trajectory, metric, lens, of, versus, size=count)
+    (figure,) = _pages(trajectory, metric, lens, of, versus, width, size=count)
     return figure
 
 
@@ -76,6 +79,7 @@ def heatmap_pages(
     *,
     of: str | int | None = None,
     versus: Trajectory | str | None = None,
+    width: float | None = None,
     per_page: int = 24,
 ) -> Iterator["Figure"]:
     """A long text as several heatmaps in the same colours; see `heatmap`.
@@ -86,6 +90,7 @@ def heatmap_pages(
         lens: likewise.
         of: likewise.
         versus: likewise.
+        width: likewise.
         per_page: positions on each, at most; 24 are 17 inches wide, 8 are 7.
     """
     if not 1 <= per_page <= _MOST_POSITIONS:
@@ -93,7 +98,7 @@ def heatmap_pages(
     count = len(trajectory.positions)
     pages = -(-count // per_page)
     size = -(-count // pages)  # alike, so that the last one is not a stump
-    yield from _pages(trajectory, metric, lens, of, versus, size)
+    yield from _pages(trajectory, metric, lens, of, versus, width, size)
 
 
 def _pages(
@@ -102,12 +107,15 @@ def _pages(
     lens: str | Sequence[str] | None,
     of: str | int | None,
     versus: Trajectory | str | None,
+    width: float | None,
     size: int,
 ) -> Iterator["Figure"]:
     """Heatmaps of so many positions each."""
     if lens is None:
         lens = next(iter(trajectory.readings))
     lenses = [lens] if isinstance(lens, str) else list(lens)
+    if width is not None and not width > 0:
+        raise InputError(f"width must be more than 0 inches, got {width}")
     if not lenses:
         raise InputError("there is no lens to draw; name one, or leave it out for the first")
     values = [trajectory.figures(metric, one, of=of, versus=versus) for one in lenses]
@@ -117,7 +125,10 @@ def _pages(
         page = slice(start, start + size)
         other = versus[:, page] if isinstance(versus, Trajectory) else None
         drawn = {one: value[:, page] for one, value in zip(lenses, values, strict=True)}
-        yield _draw(trajectory[:, page], other, drawn, colors, label)
+        figure = _draw(trajectory[:, page], other, drawn, colors, label)
+        if width is not None:
+            scale(figure, width / figure.get_figwidth())
+        yield figure
 
 
 def _draw(

@@ -128,6 +128,25 @@ def drawable(text: str, widest: float | None = None) -> str:
     return drawn.replace("$", r"\$")
 
 
+def scale(figure: Any, factor: float) -> None:
+    """Make a figure larger or smaller, and its letters and lines along with it."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+    from matplotlib.text import Text
+
+    figure.draw_without_rendering()  # all letters are there from here on
+    for text in figure.findobj(Text):
+        text.set_fontsize(text.get_fontsize() * factor)
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):  # and those of ticks that are yet to come
+            for label in axis.get_ticklabels()[:1]:
+                axis.set_tick_params(labelsize=label.get_fontsize())
+    for line in (*figure.findobj(Line2D), *figure.findobj(Patch)):
+        line.set_linewidth(line.get_linewidth() * factor)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width * factor, height * factor)
+
+
 def rendered(figure: "Figure", kind: str) -> bytes:
     """A figure as the bytes of a PNG, SVG or PDF."""
     import matplotlib
