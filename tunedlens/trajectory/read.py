@@ -140,21 +140,23 @@ def _named(model: FrozenModel, lenses: Lenses) -> dict[str, ResidualLens]:
         return {_by_type(lenses): lenses}
     if not lenses:
         raise InputError("there is no lens to read with; give one, or None for the logit lens")
-    if not isinstance(lenses, Mapping):
-        names = [_by_type(lens) for lens in lenses]
-        if len(set(names)) < len(names):
-            raise InputError(
-                f"there are several lenses of one kind ({', '.join(names)}); give a dict that "
-                "names them"
-            )
-        lenses = dict(zip(names, lenses, strict=True))
-    for name, lens in lenses.items():
+    if isinstance(lenses, Mapping):
+        pairs = list(lenses.items())
+    else:
+        pairs = [(_by_type(lens), lens) for lens in lenses]
+    for name, lens in pairs:
         if not isinstance(lens, ResidualLens):
             raise InputError(
                 f"the lens {name} is a {type(lens).__name__}, which reads no state of a text; "
                 "expected lenses that are the model at the last state"
             )
-    return dict(lenses)
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise InputError(
+            f"there are several lenses of one kind ({', '.join(names)}); give a dict that names "
+            "them"
+        )
+    return dict(pairs)
 
 
 def _by_type(lens: ResidualLens) -> str:
