@@ -13,6 +13,7 @@ ORDER = (
     "config",
     "embedded",
     "tokens",
+    "sites",
     "frozen",
     "corpus",
     "lens",

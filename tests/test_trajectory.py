@@ -9,7 +9,7 @@ from conftest import make_llama, random_lens
 from transformers import BloomConfig, BloomForCausalLM
 
 from tunedlens import ConstantLens, FrozenModel, InputError, LogitLens, trajectory
-from tunedlens.frozen import SITES
+from tunedlens.sites import SITES
 from tunedlens.trajectory import FIGURES, states
 
 TEXT = "def naïve(x):\n    return x + 1\n"

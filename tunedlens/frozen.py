@@ -3,7 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from tunedlens import embedded
 from tunedlens.config import ModelConfig
 from tunedlens.errors import InputError, first_line
-
-SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
-"""Where a block can be looked into, in the order in which it computes: the stream entering it,
-what attention adds, the stream between, what the MLP adds, the stream leaving it."""
+from tunedlens.sites import SITES, BlockSites, find_attention_and_mlp
 
 EMBEDDED = "embedded"
 """As a model's name: the GPT-2 that ships with the package."""
@@ -212,18 +209,12 @@ class FrozenModel(nn.Module):
             states.append(hidden)
             return args, kwargs
 
-        hooks = [
-            module.register_forward_pre_hook(keep, with_kwargs=True)
-            for module in (*self.blocks, self.final_norm)
-        ]
-        try:
-            with torch.set_grad_enabled(differentiable):
-                self.model.base_model(
-                    input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-                )
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with ExitStack() as hooks, torch.set_grad_enabled(differentiable):
+            for module in (*self.blocks, self.final_norm):
+                hooks.enter_context(module.register_forward_pre_hook(keep, with_kwargs=True))
+            self.model.base_model(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            )
         return states
 
     def sites(
@@ -245,64 +236,15 @@ class FrozenModel(nn.Module):
             InputError: a block is not its input plus attention plus MLP, or nothing in it
                 reads the `resid_mid` that is wanted.
         """
-        found: dict[str, list[Tensor]] = {site: [] for site in wanted}
-        here: dict[str, Tensor] = {}  # of the block that is running
-        inputs: list[Tensor] = []  # of its parts, once attention has run
-
-        def enter(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            here.clear()
-            inputs.clear()
-            here["resid_pre"] = args[0] if args else kwargs["hidden_states"]
-
-        def keep(site: str) -> Any:
-            # Attention returns a tuple, an MLP a tensor.
-            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-                here[site] = output[0] if isinstance(output, tuple) else output
-
-            return hook
-
-        def read(_part: nn.Module, args: tuple[Any, ...]) -> None:
-            if "attn_out" in here and args and isinstance(args[0], Tensor):
-                inputs.append(args[0])
-
-        def leave(block: nn.Module, _args: Any, output: Any) -> None:
-            end = output[0] if isinstance(output, tuple) else output
-            here["resid_post"] = end
-            here["resid_mid"] = middle = here["resid_pre"] + here["attn_out"]
-            tolerance = 16 * torch.finfo(end.dtype).eps * end.abs().max()
-
-            def is_there(one: Tensor, other: Tensor) -> bool:
-                return one.shape == other.shape and bool((one - other).abs().max() <= tolerance)
-
-            name = f"block {list(self.blocks).index(block)} of {self.name}"
-            if not is_there(middle + here["mlp_out"], end):
-                raise InputError(
-                    f"{name} is not its input plus attention plus MLP, so it has no terms to read; "
-                    "ask for resid_pre and resid_post"
-                )
-            if "resid_mid" in wanted and not any(is_there(middle, one) for one in inputs):
-                raise InputError(
-                    f"{name} runs attention and MLP side by side, so there is no resid_mid between "
-                    "them; ask for other sites"
-                )
-            for site in wanted:
-                found[site].append(here[site])
-
-        hooks = []
-        for block in self.blocks:
-            attention, mlp = _find_attention_and_mlp(block)
-            hooks += [part.register_forward_pre_hook(read) for part in block.children()]
-            hooks += [
-                block.register_forward_pre_hook(enter, with_kwargs=True),
-                attention.register_forward_hook(keep("attn_out")),
-                mlp.register_forward_hook(keep("mlp_out")),
-                block.register_forward_hook(leave),
-            ]
-        try:
+        watched = [
+            BlockSites(block, f"block {layer} of {self.name}", wanted)
+            for layer, block in enumerate(self.blocks)
+        ]
+        with ExitStack() as hooks:
+            for block in watched:
+                block.watch(hooks)
             states = self.residual_stream(input_ids, attention_mask)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        found = {site: [block.found[site] for block in watched] for site in wanted}
         if "resid_pre" in found:
             found["resid_pre"].append(states[-1])
         return found
@@ -319,7 +261,7 @@ class FrozenModel(nn.Module):
         Raises:
             InputError: the MLP is not such a sum.
         """
-        _, mlp = _find_attention_and_mlp(self.blocks[layer])
+        _, mlp = find_attention_and_mlp(self.blocks[layer])
         d_model = self.identity.d_model
         outputs = [
             module
@@ -327,18 +269,18 @@ class FrozenModel(nn.Module):
             if isinstance(module, (nn.Linear, Conv1D)) and _width_out(module) == d_model
         ]
         kept: dict[str, Tensor] = {}
-        hooks = [
-            mlp.register_forward_hook(lambda _module, _args, output: kept.update(total=output)),
-            *(
-                module.register_forward_pre_hook(lambda _module, args: kept.update(inputs=args[0]))
-                for module in outputs[-1:]
-            ),
-        ]
-        try:
+
+        def keep_inputs(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            kept["inputs"] = args[0]
+
+        def keep_total(_module: nn.Module, _args: Any, output: Any) -> None:
+            kept["total"] = output
+
+        with ExitStack() as hooks:
+            for module in outputs[-1:]:
+                hooks.enter_context(module.register_forward_pre_hook(keep_inputs))
+            hooks.enter_context(mlp.register_forward_hook(keep_total))
             self.model.base_model(input_ids=input_ids, use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
         if outputs and isinstance(kept.get("total"), Tensor):
             weight, bias = outputs[-1].weight, outputs[-1].bias
             vectors = weight if isinstance(outputs[-1], Conv1D) else weight.mT
@@ -375,15 +317,11 @@ class FrozenModel(nn.Module):
             return decode(kept[0][:, -logits.shape[1] :])
 
         place = [*self.blocks, self.final_norm][layer]
-        hooks = (
+        with (
             place.register_forward_pre_hook(keep, with_kwargs=True),
             self.model.get_output_embeddings().register_forward_hook(replace),
-        )
-        try:
+        ):
             yield self.model
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     @torch.no_grad()
     def _check_unembedding(self) -> None:
@@ -528,29 +466,6 @@ def _find_blocks_and_final_norm(model: PreTrainedModel) -> tuple[nn.ModuleList, 
         f"{type(model).__name__}: found no list of {n_layers} blocks with a final norm beside "
         "it and an unembedding; this architecture is not supported"
     )
-
-
-def _find_attention_and_mlp(block: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """By name, as there is no other sign of them.
-
-    Raises:
-        InputError: there is not one of each.
-    """
-    found = []
-    for names in (("attn", "attention"), ("mlp", "feed_forward", "ffn")):
-        parts = [
-            child
-            for name, child in block.named_children()
-            if any(part in name for part in names)
-            and not any(part in name for part in ("norm", "ln", "dropout"))
-        ]
-        if len(parts) != 1:
-            raise InputError(
-                f"{type(block).__name__}: expected one {names[0]} in the block, found "
-                f"{len(parts)}; sites within a block are not supported for this architecture"
-            )
-        found += parts
-    return found[0], found[1]
 
 
 def _width_out(module: nn.Linear | Conv1D) -> int:

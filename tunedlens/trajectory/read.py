@@ -59,7 +59,7 @@ def trajectory(
         lenses: one, several (by name if two are of one kind), or None for the logit lens.
         text: text, or its token ids. Of a list of them, each has a trajectory of its own;
             they go through the model together.
-        sites: where to look, of `frozen.SITES`; whatever they are, the model's own row is the
+        sites: where to look, of `sites.SITES`; whatever they are, the model's own row is the
             last. A lens with translators only reads the stream between blocks.
         k: best tokens to keep at each row and position.
         track: tokens to follow at every position, as text or ids, beside those that are the

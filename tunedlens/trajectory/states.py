@@ -8,8 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tunedlens.errors import InputError
-from tunedlens.frozen import SITES, FrozenModel
+from tunedlens.frozen import FrozenModel
 from tunedlens.lens import Lens
+from tunedlens.sites import SITES
 
 _TOKENS_AT_A_TIME = 2**13
 """In one forward pass, padding included."""
@@ -22,7 +23,7 @@ class Row(NamedTuple):
     """A place in the model's depth."""
 
     site: str
-    """One of `frozen.SITES`."""
+    """One of `sites.SITES`."""
     layer: int
     """Of the block; of `resid_pre` also n, what the final norm sees."""
 
