@@ -60,13 +60,14 @@ def neurons(
         )
     chosen = here.abs().topk(k).indices
     added = here[chosen, None] * vectors[chosen].float()
-    best = (added @ model.unembedding.centred().weight.float().mT).topk(promoted)
+    logits = added @ model.unembedding.weight.float().mT
+    best = (logits - logits.mean(-1, keepdim=True)).topk(promoted)
     lines = []
-    for neuron, tokens, logits in zip(
+    for neuron, tokens, gains in zip(
         chosen.tolist(), best.indices.tolist(), best.values.tolist(), strict=True
     ):
         words = [shown(model.tokenizer, token) for token in tokens]
-        pairs = [value for pair in zip(words, logits, strict=True) for value in pair]
+        pairs = [value for pair in zip(words, gains, strict=True) for value in pair]
         lines.append([here[neuron].item(), *pairs])
     places = pd.MultiIndex.from_product([range(1, promoted + 1), ["token", "logit"]])
     return pd.DataFrame(

@@ -13,7 +13,7 @@ from tunedlens.plots.by_layer import (
 from tunedlens.plots.curves import curves
 from tunedlens.plots.heatmap import heatmap, heatmap_pages
 from tunedlens.plots.learning import draw_learning_curve, learning_curve
-from tunedlens.plots.style import KINDS, rendered, save
+from tunedlens.plots.style import KINDS, rendered, save, styles
 
 __all__ = [
     "DRAWINGS",
@@ -31,5 +31,6 @@ __all__ = [
     "prediction_depth",
     "rendered",
     "save",
+    "styles",
     "transfer",
 ]

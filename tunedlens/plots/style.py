@@ -24,8 +24,8 @@ _KNOWN: dict[str, dict[str, Any]] = {
     "tuned": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
     "closed-form": {"color": "#009E73", "marker": "^", "linestyle": "-."},
     "jacobian": {"color": "#CC79A7", "marker": "D", "linestyle": ":"},
-    "unigram": {"color": "0.45", "marker": "", "linestyle": (0, (5, 2))},
-    "mean": {"color": "0.6", "marker": "", "linestyle": (0, (1, 1))},
+    "unigram": {"color": "#737373", "marker": "", "linestyle": (0, (5, 2))},
+    "mean": {"color": "#999999", "marker": "", "linestyle": (0, (1, 1))},
 }
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 """Okabe and Ito's colours, for lines that are no lens."""

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tunedlens.errors import InputError
+from tunedlens.plots import styles
 from tunedlens.trajectory import Reading, Trajectory
 
 
@@ -41,6 +42,7 @@ def _text(trajectory: Trajectory) -> dict[str, Any]:
     tracked_ids = trajectory.tracked_ids.tolist()
     words |= {i for line in tracked_ids for i in line if i >= 0}
     next_ids = trajectory.next_ids.tolist()
+    looks = styles(list(readings))
     return {
         "model": trajectory.model.name,
         "tokens": [trajectory.shown(i) for i in trajectory.input_ids.tolist()],
@@ -52,8 +54,16 @@ def _text(trajectory: Trajectory) -> dict[str, Any]:
         "has_embeddings": trajectory.rows[0] == ("resid_pre", 0),
         "tracked_ids": tracked_ids,
         "tracked_everywhere": sorted(set.intersection(*map(set, tracked_ids)) - {-1}),
-        "lenses": {name: _figures(reading) for name, reading in readings.items()},
+        "lenses": {
+            name: _figures(reading) | _look(name, looks) for name, reading in readings.items()
+        },
     }
+
+
+def _look(lens: str, looks: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """A lens has the colour and dash that it has in the figures."""
+    dashes = {"-": "none", "--": "5 3", "-.": "6 2 1 2", ":": "1 2"}
+    return {"color": looks[lens]["color"], "dash": dashes.get(looks[lens]["linestyle"], "none")}
 
 
 def _figures(reading: Reading) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from tunedlens.report.explorer import explorer
 from tunedlens.report.tables import code, code_block, top_k_markdown
 from tunedlens.trajectory import Trajectory
 
+_PER_PAGE = 24
 _MOST_PAGES = 4
 """Heatmaps of a long text; the page to explore has all of it."""
 
@@ -30,12 +31,11 @@ def write_one_text(
     folder = Path(folder)
     lenses = list(trajectory.readings)
     # What every lens says, each by itself; how far it is from the model, one above the other.
+    shown = [(lens, "probability", [lens]) for lens in lenses]
+    shown += [(metric, metric, lenses) for metric in ("rank", "kl_nats")]
     drawn = {
-        **{lens: plots.heatmap_pages(trajectory, lens=lens) for lens in lenses},
-        **{
-            metric: plots.heatmap_pages(trajectory, metric, lenses)
-            for metric in ("rank", "kl_nats")
-        },
+        name: plots.heatmap_pages(trajectory, metric, several, per_page=_PER_PAGE)
+        for name, metric, several in shown
     }
     figures = {
         f"heatmap-{name}-{number}": page
@@ -43,7 +43,7 @@ def write_one_text(
         for number, page in enumerate(itertools.islice(pages, _MOST_PAGES), 1)
     }
     figures["curves"] = trajectory.curves()
-    is_cut = any(next(pages, None) is not None for pages in drawn.values())
+    is_cut = len(trajectory.positions) > _MOST_PAGES * _PER_PAGE
     for earlier in itertools.chain(folder.glob("heatmap-*"), folder.glob("words-*")):
         earlier.unlink()
     for name, figure in figures.items():

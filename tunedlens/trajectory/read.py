@@ -13,7 +13,7 @@ from tunedlens.frozen import FrozenModel
 from tunedlens.lens import LogitLens, ResidualLens
 from tunedlens.trajectory.reading import Reading, cat_filled, joined, read_states
 from tunedlens.trajectory.result import Trajectory, single_ids
-from tunedlens.trajectory.states import decode, pieces, positions_at_a_time, rows_of
+from tunedlens.trajectory.states import decode, next_ids, pieces, positions_at_a_time, rows_of
 
 Text = str | list[int] | Int[Tensor, " positions"]
 Texts = list[str] | list[list[int]] | list[Tensor] | tuple[Text, ...]
@@ -78,39 +78,23 @@ def trajectory(
     rows = rows_of(model.identity.n_layers, sites)
     if not 1 <= k <= model.identity.vocab_size:
         raise InputError(f"k must be between 1 and {model.identity.vocab_size}, got {k}")
-    for name, lens in named.items():
-        inside = [site for site in sites if site not in ("resid_pre", "resid_post")]
-        if inside and not isinstance(lens, LogitLens):
-            raise InputError(
-                f"the lens {name} has translators for the stream between blocks only, not for "
-                f"{', '.join(inside)}; read these with the logit lens alone"
-            )
+    _require_readable(sites, named)
     wanted = single_ids(model, track)
-    if not isinstance(text, (str, Tensor, list, tuple)):
-        raise InputError(
-            f"expected a text, its token ids, or a list of texts; got {type(text).__name__}"
-        )
-    is_one = isinstance(text, (str, Tensor)) or (len(text) > 0 and isinstance(text[0], int))
-    given: Any = [text] if is_one else text
-    texts = [_token_ids(model, one) for one in given]
-    if not texts:
-        raise InputError("there is no text to read; give at least one")
+    texts, is_one = _texts(model, text)
 
     parts: list[dict[str, list[Reading]]] = [{name: [] for name in named} for _ in texts]
     tracked: list[list[Int[Tensor, "chunk tracked"]]] = [[] for _ in texts]
+    size = positions_at_a_time(model, len(rows) * len(named))
     for piece in pieces(model, texts, rows, stride):
-        ids = texts[piece.text]
-        end = ids.new_tensor([-1])
-        next_ids = torch.cat([ids[1:], end])[piece.positions.start : piece.positions.stop]
-        size = positions_at_a_time(model, len(rows) * len(named))
-        for part in torch.arange(len(next_ids)).split(size):
+        following = next_ids(texts[piece.text])[list(piece.positions)]
+        for part in torch.arange(len(following)).split(size):
             states = [state[part] for state in piece.states]
             final = model.unembedding(states[-1])
             logits = {name: decode(lens, rows, states) for name, lens in named.items()}
             tracked_ids = _tracked_ids(logits.values(), wanted)
             tracked[piece.text].append(tracked_ids)
             for name in named:
-                reading = read_states(logits[name], final, next_ids[part], tracked_ids, k)
+                reading = read_states(logits[name], final, following[part], tracked_ids, k)
                 if not reading.kl_nats.isfinite().all():
                     raise InputError(
                         f"the lens {name} says something that is not finite of the text; its "
@@ -157,6 +141,38 @@ def _named(model: FrozenModel, lenses: Lenses) -> dict[str, ResidualLens]:
             "them"
         )
     return dict(pairs)
+
+
+def _require_readable(sites: Sequence[str], lenses: Mapping[str, ResidualLens]) -> None:
+    """Make sure that every lens can read every site.
+
+    Raises:
+        InputError: one cannot.
+    """
+    inside = [site for site in sites if site not in ("resid_pre", "resid_post")]
+    for name, lens in lenses.items():
+        if inside and not isinstance(lens, LogitLens):
+            raise InputError(
+                f"the lens {name} has translators for the stream between blocks only, not for "
+                f"{', '.join(inside)}; read these with the logit lens alone"
+            )
+
+
+def _texts(model: FrozenModel, text: Text | Texts) -> tuple[list[Int[Tensor, " positions"]], bool]:
+    """The ids of every text, and whether it is one text rather than a list.
+
+    Raises:
+        InputError: it is neither, or one of them cannot be read.
+    """
+    if not isinstance(text, (str, Tensor, list, tuple)):
+        raise InputError(
+            f"expected a text, its token ids, or a list of texts; got {type(text).__name__}"
+        )
+    is_one = isinstance(text, (str, Tensor)) or (len(text) > 0 and isinstance(text[0], int))
+    given: Any = [text] if is_one else text
+    if not len(given):
+        raise InputError("there is no text to read; give at least one")
+    return [_token_ids(model, one) for one in given], is_one
 
 
 def _by_type(lens: ResidualLens) -> str:

@@ -17,7 +17,7 @@ from tunedlens.frozen import FrozenModel
 from tunedlens.lens import ResidualLens
 from tunedlens.tokens import as_text, shown
 from tunedlens.trajectory.reading import Reading
-from tunedlens.trajectory.states import Row, decode, pieces, positions_at_a_time
+from tunedlens.trajectory.states import Row, decode, next_ids, pieces, positions_at_a_time
 from tunedlens.trajectory.top_k import TopK
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Trajectory:
     @property
     def next_ids(self) -> Int[Tensor, " positions"]:
         """The tokens that really come next; -1 after the text's last one."""
-        return torch.cat([self.text_ids[1:], self.text_ids.new_tensor([-1])])[self.positions]
+        return next_ids(self.text_ids)[self.positions]
 
     @cached_property
     def tokens(self) -> list[str]:
@@ -211,12 +211,7 @@ class Trajectory:
             is_missing = places < 0
             log_probs = log_probs.masked_fill(is_missing, torch.nan)
             ranks = found.float().masked_fill(is_missing, torch.nan)
-        return {
-            "probability": log_probs.exp(),
-            "log_prob": log_probs,
-            "logit": log_probs + reading.log_total,
-            "rank": ranks,
-        }[metric]
+        return _of_token(metric, log_probs, reading.log_total, ranks)
 
     def divergence(
         self, versus: "Trajectory | str", metric: str = "js_nats", lens: str | None = None
@@ -430,13 +425,8 @@ class Trajectory:
             here = torch.stack(list(itertools.islice(chunks, logits.shape[1]))).to(logits.device)
             log_probs = metrics.log_probs(logits)
             own = log_probs.gather(-1, here[None, :, None].expand(len(logits), -1, 1))[..., 0]
-            value = {
-                "probability": own.exp(),
-                "log_prob": own,
-                "logit": own + logits.logsumexp(-1),
-                "rank": 1.0 + (log_probs > own[..., None]).sum(-1),
-            }[metric]
-            found.append(value.cpu())
+            ranks = 1.0 + (log_probs > own[..., None]).sum(-1)
+            found.append(_of_token(metric, own, logits.logsumexp(-1), ranks).cpu())
         return torch.cat(found, 1)
 
     def _logits(self, lens: str) -> Iterator[Float[Tensor, "rows chunk vocab"]]:
@@ -471,6 +461,21 @@ def whose(metric: str, of: str | int | None, versus: Trajectory | str | None = N
     if of is not None:
         return of
     return "top1" if metric != "rank" and versus is None else "final"
+
+
+def _of_token(
+    metric: str,
+    log_probs: Float[Tensor, "rows positions"],
+    log_total: Float[Tensor, "rows positions"],
+    ranks: Float[Tensor, "rows positions"],
+) -> Float[Tensor, "rows positions"]:
+    """One of `FIGURES_OF_A_TOKEN`."""
+    return {
+        "probability": log_probs.exp(),
+        "log_prob": log_probs,
+        "logit": log_probs + log_total,
+        "rank": ranks,
+    }[metric]
 
 
 def single_id(model: FrozenModel, token: str | int) -> int:

@@ -37,6 +37,11 @@ class Piece(NamedTuple):
     """By row."""
 
 
+def next_ids(ids: Int[Tensor, " positions"]) -> Int[Tensor, " positions"]:
+    """The tokens that really come next; -1 after the last one."""
+    return torch.cat([ids[1:], ids.new_tensor([-1])])
+
+
 def rows_of(n_layers: int, sites: Sequence[str]) -> list[Row]:
     """Rows from the first layer to the last, what the final norm sees at the end.
 
