@@ -63,7 +63,9 @@ def _text(trajectory: Trajectory) -> dict[str, Any]:
 def _look(lens: str, looks: dict[str, dict[str, Any]]) -> dict[str, str]:
     """A lens has the colour and dash that it has in the figures."""
     dashes = {"-": "none", "--": "5 3", "-.": "6 2 1 2", ":": "1 2"}
-    return {"color": looks[lens]["color"], "dash": dashes.get(looks[lens]["linestyle"], "none")}
+    look = looks[lens]
+    color = look["color"].replace("#000000", "currentColor")  # black is unseen in the dark
+    return {"color": color, "dash": dashes.get(look["linestyle"], "none")}
 
 
 def _figures(reading: Reading) -> dict[str, Any]:
