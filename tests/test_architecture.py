@@ -10,6 +10,7 @@ import tunedlens
 PACKAGE = Path(tunedlens.__file__).parent
 ORDER = (
     "errors",
+    "memory",
     "config",
     "embedded",
     "tokens",
@@ -21,8 +22,9 @@ ORDER = (
     "generation",
     "neurons",
     "metrics",
-    "fused",
+    "vocab_sample",
     "objective",
+    "backend",
     "fit",
     "trajectory",
     "evaluation",

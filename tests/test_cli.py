@@ -20,7 +20,8 @@ from tunedlens.cli import evaluate_command, train_command
 
 ROOT = Path(__file__).parents[1]
 FAST = ["--seq-len", "16", "--tokens", "640", "--batch-size", "4", "--device", "cpu"]
-FAST += ["--evaluate-tokens", "60", "--start-tokens", "128", "--no-compile"]
+FAST += ["--evaluate-tokens", "60", "--start-tokens", "128", "--precision", "fp32"]
+FAST += ["--kernel", "products"]
 
 
 @pytest.fixture
@@ -249,7 +250,7 @@ def test_long_prompt_is_drawn_in_part_and_read_in_windows(here, tiny_folder):
 @pytest.mark.usefixtures("lenses")
 def test_evaluation_of_fewer_tokens_leaves_the_one_of_more(here):
     for tokens in ("60", "30"):
-        assert evaluate_command(["--lens", "steps", "--tokens", tokens, "--no-compile"]) == 0
+        assert evaluate_command(["--lens", "steps", "--tokens", tokens]) == 0
     for name, tokens in (("", 60), ("-30-tokens", 30)):
         assert read(here / "steps" / f"evaluation{name}")["tokens"] == tokens
 

@@ -13,7 +13,6 @@ from tunedlens import ConstantLens, FrozenModel, InputError, LogitLens, evaluate
 from tunedlens.corpus import Packer, token_bytes
 from tunedlens.evaluation import Evaluation
 from tunedlens.evaluation.tally import per_token
-from tunedlens.fused import can_compile
 
 
 @pytest.fixture
@@ -295,13 +294,6 @@ def test_two_processes_give_the_figures_of_one(tiny, tiny_folder, blocks):
         assert share.tokens == 190
         assert share.tokens_sha256 == expected.tokens_sha256
         assert_alike(share, expected)
-
-
-def test_compiled_figures_are_those_that_are_not(tiny, blocks):
-    if not can_compile(torch.device("cpu")):
-        pytest.skip("needs a C++ compiler")
-    settings = {"extended": True, "transfer": True}
-    assert_alike(run(tiny, blocks, compiled=True, **settings), run(tiny, blocks, **settings))
 
 
 def test_nothing_to_score_is_refused(tiny, blocks):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import random_lens
 
-from tunedlens import InputError, JacobianLens, LogitLens, TunedLens
+from tunedlens import InputError, JacobianLens, TunedLens
 from tunedlens.fit import (
     LearningCurve,
     LeastSquares,
@@ -252,13 +252,6 @@ def test_accumulated_gradient_is_that_of_the_plain_kl(tiny, chunk):
     assert lens.translators[1].weight.grad is None
     for parameter, gradient in zip(parameters, gradients, strict=True):
         assert torch.allclose(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
-
-
-def test_logit_lens_has_no_gradient_to_accumulate(tiny):
-    with pytest.raises(RuntimeError):
-        accumulate_gradient(
-            LogitLens.from_model(tiny), torch.randn(4, 5, 16), LensKL(tiny.unembedding)
-        )
 
 
 def curve(*points):

@@ -31,8 +31,9 @@ def config(tiny_folder, text_file):
         tokens=640,
         start_tokens=128,
         batch_size=4,
-        compile=False,
         evaluate_tokens=60,
+        precision="fp32",
+        kernel="products",
     )
 
 
@@ -210,7 +211,6 @@ def test_training_on_any_gpt2_folder_with_the_real_tokenizer(tmp_path):
         model=ModelConfig(model=str(tmp_path / "gpt2"), device="cpu"),
         corpus=CorpusConfig(dataset=str(tmp_path / "play.txt")),
         tokens=4096,
-        compile=False,
         evaluate_tokens=310,
     )
     evaluation = train(config, tmp_path / "run")

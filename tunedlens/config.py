@@ -13,6 +13,7 @@ from tunedlens.errors import InputError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Precision = Literal["fp32", "bf16"]
+Kernel = Literal["products", "attention"]
 FitName = Literal["preconditioned", "closed-form", "jacobian", "sgd", "adamw", "muon"]
 ONE_PASS: tuple[FitName, ...] = ("closed-form", "jacobian")
 """Fits that take no steps."""
@@ -105,12 +106,13 @@ class TrainConfig:
         "(for the recipes of others, 512,000)",
     )
     most_tokens: int | None = option(
-        None, "without --tokens, the most there may be (default: 8,192 for each of d_model)"
+        None, "without --tokens, the most there may be (default: 2,048 × d_model)"
     )
     start_tokens: int | None = option(
         None,
-        "positions of the first pass, which the closed form is made from (default: 128 for each "
-        "of d_model; for --fit closed-form 1,024; for --fit jacobian 8,192 in all)",
+        "positions of the first pass, which the closed form is made from (default: 128 × d_model, "
+        "and at most a quarter of --tokens; for --fit closed-form 1,024 × d_model; for --fit "
+        "jacobian 8,192)",
     )
     jacobian_targets: JacobianTargets = option(
         "later",
@@ -124,22 +126,29 @@ class TrainConfig:
     )
     batch_size: int | None = option(
         None,
-        "blocks in one step, over all processes (default: about 8 tokens for each of d_model; "
-        "for the recipes of others 2,048 tokens)",
+        "blocks in one step, over all processes (default: about 4 × d_model tokens; for the "
+        "recipes of others 2,048 tokens)",
     )
     micro_batch_size: int | None = option(
-        None, "blocks in one forward pass (gradient accumulation); changes memory, not results"
+        None,
+        "blocks in one forward pass; changes memory, not results (default: about 2,048 tokens on a "
+        "CPU, elsewhere a whole step)",
     )
     skip_first: int = option(0, "positions at the start of each block that are not trained on")
     precision: Precision | None = option(
         None,
-        "matrix products while training: fp32 or bf16; without it, bf16 where the hardware "
-        "multiplies it",
+        "matrix products while training: fp32 or bf16; without it, the faster one, which the run "
+        "measures when it starts",
     )
-    compile: bool | None = option(
+    kernel: Kernel | None = option(
         None,
-        "fuse the objective with torch.compile; without it, where there is a compiler and the run "
-        "is long enough to gain",
+        "how the objective is computed: products holds a chunk of logits, attention (on a CPU) "
+        "none; without it, the faster one, measured likewise",
+    )
+    vocab_sample: int | None = option(
+        None,
+        "tokens of the vocabulary that a step's gradient is estimated from; 0 takes all of them "
+        "(default: 6,144 where the vocabulary is over four times that, else 0)",
     )
     lr: float | None = option(
         None,
@@ -151,7 +160,16 @@ class TrainConfig:
         None, "weight decay towards where the steps start (default: the fit's own)"
     )
     seed: int = option(0, "orders the blocks")
-    evaluate_tokens: int = option(16_384, "held-out positions in each look at them")
+    validation_tokens: int | None = option(
+        None,
+        "held-out positions that the fit is validated on as it goes, in whole blocks (default: "
+        "8,192, or fewer where that would take over a tenth of the run)",
+    )
+    evaluate_tokens: int | None = option(
+        None,
+        "held-out positions of the table at the end (default: 16,384, or fewer where that would "
+        "take over a fifth of the run)",
+    )
 
     def __post_init__(self) -> None:
         _require_choice(self, "fit", get_args(FitName))
@@ -159,10 +177,14 @@ class TrainConfig:
         _require_positive(
             self,
             *("tokens", "most_tokens", "start_tokens", "batch_size", "micro_batch_size"),
-            "evaluate_tokens",
+            *("validation_tokens", "evaluate_tokens"),
         )
         if self.precision is not None:
             _require_choice(self, "precision", get_args(Precision))
+        if self.kernel is not None:
+            _require_choice(self, "kernel", get_args(Kernel))
+        if self.vocab_sample is not None and self.vocab_sample < 0:
+            raise InputError(f"--vocab-sample must be 0 or more, got {self.vocab_sample}")
         if self.fit in ONE_PASS and self.tokens is not None:
             raise InputError(f"--fit {self.fit} takes no steps; give --start-tokens, not --tokens")
         if self.skip_first < 0:
@@ -182,7 +204,8 @@ class TrainConfig:
     def from_json(cls, data: dict[str, Any]) -> Self:
         """The inverse of `dataclasses.asdict`."""
         parts = {"model": ModelConfig(**data["model"]), "corpus": CorpusConfig(**data["corpus"])}
-        return cls(**data | parts)
+        fields = {name: value for name, value in data.items() if name != "compile"}  # of 0.1.0
+        return cls(**fields | parts)
 
 
 @dataclass(frozen=True)
@@ -208,11 +231,6 @@ class EvaluateConfig:
         False, "also every layer's translator at every layer, which takes as many times as long"
     )
     batch_size: int = option(8, "blocks in one forward pass; changes memory, not results")
-    compile: bool | None = option(
-        None,
-        "fuse what comes after the logits with torch.compile; without it, where there is a "
-        "compiler and enough to score",
-    )
 
     def __post_init__(self) -> None:
         _require_positive(self, "tokens", "batch_size")

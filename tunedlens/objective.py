@@ -1,22 +1,31 @@
-"""KL(model || lens) and its exact gradient, a chunk of tokens at a time.
+"""KL(model ‖ lens) and its gradient, without an array of logits per layer.
 
-For logits z = W norm(x) with softmax q, and p the model's distribution, the gradient of
-KL(p || q) in z is q - p. So one pass over a chunk gives both the loss and its gradient:
-the model's p is made once and shared by all layers, nothing is kept for a backward pass
-through the vocabulary, and memory is a few chunks of (tokens, vocab), whatever the number
-of layers and tokens.
+Write the logits as z = W n + b, with n the normed state, and A(n) = log Σ_v exp z_v for their
+log-normaliser, whose gradient is the mean row E_q[W] under the softmax q. Then, for the model's
+normed final state m with softmax p,
+
+    KL(p ‖ q) = A(n) − A(m) − ⟨E_p[W], n − m⟩,
+
+and its gradient in n is E_q[W] − E_p[W]. So a token's d_model numbers E_p[W] and one scalar are
+all that the layers need of the model, and they are made once for all layers (`ModelSide`). The
+lens's side, E_q[W] and A(n), is softmax attention with query n and the rows of W as keys and
+values, or as two matrix products with a softmax in between; a sample of the rows estimates both
+(`tunedlens.vocab_sample`). Both formulas need logits that are linear in n: a model that caps its
+logits takes the gradient q − p in the logits instead.
 """
 
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tunedlens.config import Kernel
 from tunedlens.frozen import Unembedding
-from tunedlens.fused import Fused, is_out_of_memory
 from tunedlens.metrics import kl_divergence
+from tunedlens.vocab_sample import VocabSample
 
 
 def reference_kl(
@@ -24,10 +33,10 @@ def reference_kl(
     final: Float[Tensor, "tokens d_model"],
     unembedding: Unembedding,
 ) -> Float[Tensor, " layers"]:
-    """Mean KL(model || lens) of every layer, in nats, by its definition and autograd.
+    """Mean KL(model ‖ lens) of every layer, in nats, by its definition and autograd.
 
     Holds all logits of all layers at once. `LensKL` gives the same in a fraction of the
-    memory and time; this is what it is held to.
+    memory and time, and the tests compare it with this.
     """
     model_logits = unembedding(final)
     return torch.stack(
@@ -35,34 +44,83 @@ def reference_kl(
     )
 
 
-def chunk_tokens(vocab_size: int, device: torch.device) -> int:
-    """Tokens whose logits are held at a time, a few times over.
+def chunk_tokens(rows: int, device: torch.device) -> int:
+    """Tokens whose logits are held at a time.
 
-    Enough that a product is worth its reading of the unembedding and an accelerator is
-    busy; more would only take memory.
+    Enough that a product is worth reading the unembedding for, or that a GPU is busy; more
+    would only take memory, and on a CPU leave its caches.
+
+    Args:
+        rows: of the unembedding, or of a sample of it.
+        device: where the products run.
     """
-    elements = 3 * 2**23 if device.type == "cpu" else 2**26
-    return min(max(256, elements // vocab_size), 1024 if device.type == "cpu" else 8192)
+    elements = 3 * 2**23 if device.type == "cpu" else 2**28
+    return min(max(256, elements // rows), _most_tokens(device))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed, on whatever device."""
+    # On a CPU it is a plain RuntimeError of the allocator.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _most_tokens(device: torch.device) -> int:
+    return 1024 if device.type == "cpu" else 8192
+
+
+class ModelSide(NamedTuple):
+    """What the KL needs of the model's distribution p at every token, the same for all layers."""
+
+    mean_row: Float[Tensor, "tokens d_model"]
+    """E_p[W]: the mean row of the unembedding under p."""
+    offset: Float[Tensor, " tokens"]
+    """A(m) − ⟨E_p[W], m⟩, in nats: KL(p ‖ q) is A(n) − ⟨E_p[W], n⟩ less this."""
+
+
+class Keys(NamedTuple):
+    """Rows of the unembedding that a softmax runs over, in the dtype of the products."""
+
+    rows: Float[Tensor, "rows width"]
+    """The unembedding, a column of ones, and two more where each row has an offset of its own."""
+    d_model: int
+
+    def query(
+        self, normed: Float[Tensor, "tokens d_model"], shift: Float[Tensor, " tokens"] | None
+    ) -> Float[Tensor, "tokens width"]:
+        """Normed states such that the product with the rows is their logits less the shift.
+
+        A shift near the largest logit leaves the logits that matter near 0, where half precision
+        is fine. It is rounded to that precision; `shift_of` tells what is taken away.
+        """
+        query = normed.new_ones(len(normed), self.rows.shape[1], dtype=self.rows.dtype)
+        query[:, : self.d_model] = normed
+        query[:, self.d_model] = 0 if shift is None else -shift
+        return query
+
+    def shift_of(self, query: Float[Tensor, "tokens width"]) -> Float[Tensor, " tokens"]:
+        """The shift as the product takes it away."""
+        return -_summable(query[:, self.d_model])
 
 
 class LensKL:
-    """Mean KL(model || lens) of every layer, in nats, with its exact gradient.
+    """KL(model ‖ lens) of every layer, in nats, and its gradient.
 
-    Called with translated states it returns one figure per layer, differentiable in the
-    translated states, so that any optimiser can use it. Without a gradient to compute
-    (`torch.no_grad`) it takes half the time.
+    Called with translated states it returns one mean per layer, differentiable in the
+    translated states, so that any optimizer can use it. Training uses the parts:
+    `model_side` once per token, `keys` once per step, `gradient` once per layer.
 
     When memory runs out, the chunk is halved with a warning and the work goes on.
 
     Args:
         unembedding: norm and unembedding; pass `Unembedding.centred()`, which leaves the
             softmax as it is and keeps the logits near 0, where half precision is fine.
-        dtype: of the matrix products; softmax and sums stay in float32, or in float64
+        dtype: of the matrix products. Their results are summed in float32, or in float64
             where the unembedding is.
-        chunk: tokens at a time; by default `chunk_tokens`.
-        compiled: fuse what lies between the products with `torch.compile`, which takes
-            seconds once and then saves a good part of the time; where it fails, a warning
-            is given and the same is done without.
+        kernel: `products` multiplies, takes the softmax in place and multiplies again;
+            `attention` calls the flash attention kernel that torch has for CPUs, which
+            holds no logits.
+        chunk: tokens whose logits over the whole vocabulary are held at a time; by default
+            `chunk_tokens`.
     """
 
     def __init__(
@@ -70,16 +128,16 @@ class LensKL:
         unembedding: Unembedding,
         *,
         dtype: torch.dtype = torch.float32,
+        kernel: Kernel = "products",
         chunk: int | None = None,
-        compiled: bool = False,
     ) -> None:
-        vocab_size = unembedding.weight.shape[0]
-        self.chunk = chunk or chunk_tokens(vocab_size, unembedding.weight.device)
-        self._unembedding = unembedding
-        self._weight = unembedding.weight.to(dtype)
-        self._memory: tuple[Tensor, Tensor] | None = None
-        self._model_side = Fused(_model_side, compiled)
-        self._lens_side = Fused(_lens_side, compiled)
+        weight = unembedding.weight
+        self.chunk = chunk or chunk_tokens(len(weight), weight.device)
+        self.dtype = dtype
+        self._attend = _attention if kernel == "attention" else self._two_products
+        self._norm, self._bias = unembedding.norm, unembedding.bias
+        self._all_keys = _keys(weight.to(dtype), self._bias)
+        self._workspace = self._all_keys.rows.new_empty(0)
 
     def __call__(
         self,
@@ -92,114 +150,192 @@ class LensKL:
             translated: what the lens makes of each layer's state, before the final norm.
             final: the model's last state, before the final norm.
         """
-        return _Function.apply(translated, final, self)
+        result: Tensor = _Function.apply(translated, self.model_side(final), self)
+        return result
 
-    def measure(
-        self, translated: Tensor, final: Tensor, with_gradient: bool
-    ) -> tuple[Float[Tensor, " layers"], Float[Tensor, "layers tokens d_model"] | None]:
-        """The figures, and their gradient if it is asked for."""
-        tokens = len(final)
-        kl = translated.new_zeros(len(translated))
-        gradient = torch.empty_like(translated) if with_gradient else None
+    def keys(self, sample: VocabSample | None = None) -> Keys:
+        """The rows that the lens's softmax runs over: all of them, or a sample."""
+        if sample is None:
+            return self._all_keys
+        offsets = -sample.log_inclusion
+        if self._bias is not None:
+            offsets = offsets + self._bias[sample.ids]
+        rows = self._all_keys.rows[sample.ids, : self._all_keys.d_model]
+        return _keys(rows, offsets)
+
+    @torch.no_grad()
+    def model_side(
+        self,
+        final: Float[Tensor, "tokens d_model"],
+        usage: Float[Tensor, " vocab"] | None = None,
+    ) -> ModelSide:
+        """What the layers need of the model's distribution, exactly.
+
+        Args:
+            final: the model's last state, before the final norm.
+            usage: the squares of the model's probabilities, summed over tokens, are added to
+                it; `draw_sample` makes its proposal of them.
+        """
+        keys, found = self._all_keys, []
+
+        def measure(tokens: slice) -> None:
+            normed = self._norm(final[tokens])
+            query = keys.query(normed, None)
+            if self.dtype.itemsize < 4:
+                query = keys.query(normed, self._products(query, keys).amax(-1))
+            mean_row, log_normaliser = self._two_products(query, keys)
+            inner = _inner(mean_row, query)
+            found.append(ModelSide(mean_row, log_normaliser + keys.shift_of(query) - inner))
+            if usage is not None:
+                probs = self._logits(len(query), keys)  # the softmax was taken in place
+                squares = torch.mul(probs, probs, out=probs)
+                usage.add_((squares.new_ones(1, len(squares)) @ squares)[0])
+
+        self._in_chunks(len(final), keys, measure)
+        return ModelSide(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+    @torch.no_grad()
+    def kl(
+        self, translated: Float[Tensor, "tokens d_model"], model: ModelSide
+    ) -> Float[Tensor, " tokens"]:
+        """Exact KL of one layer at every token, in nats, at half the cost of the gradient."""
+        keys, kl = self._all_keys, torch.empty_like(model.offset)
+
+        def measure(tokens: slice) -> None:
+            part = ModelSide(*(value[tokens] for value in model))
+            query, inner = _shifted_query(keys, self._norm(translated[tokens]), part)
+            log_normaliser = self._softmax(query, keys)[1] + keys.shift_of(query)
+            kl[tokens] = log_normaliser - inner - part.offset
+
+        self._in_chunks(len(kl), keys, measure)
+        return kl
+
+    @torch.no_grad()
+    def gradient(
+        self,
+        translated: Float[Tensor, "tokens d_model"],
+        model: ModelSide,
+        keys: Keys | None = None,
+    ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, "tokens d_model"]]:
+        """KL of one layer at every token, in nats, and its gradient in the translated states.
+
+        Args:
+            translated: what the lens makes of the layer's state, before the final norm.
+            model: the model's side of the same tokens.
+            keys: of a sample, which makes both results estimates; by default all.
+        """
+        keys = keys or self._all_keys
+        kl, gradient = torch.empty_like(model.offset), torch.empty_like(translated)
+
+        def measure(tokens: slice) -> None:
+            with torch.enable_grad():
+                x = translated[tokens].detach().requires_grad_()
+                normed = self._norm(x)
+            part = ModelSide(*(value[tokens] for value in model))
+            query, inner = _shifted_query(keys, normed.detach(), part)
+            mean_row, log_normaliser = self._attend(query, keys)
+            kl[tokens] = log_normaliser + keys.shift_of(query) - inner - part.offset
+            grad_normed = (mean_row - part.mean_row).to(normed.dtype)
+            (gradient[tokens],) = torch.autograd.grad(normed, x, grad_normed)
+
+        self._in_chunks(len(kl), keys, measure)
+        return kl, gradient
+
+    def _two_products(self, query: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
+        """E_q[W] and A(n), with the logits of a chunk in memory."""
+        probs, log_normaliser = self._softmax(query, keys)
+        return _summable(probs @ keys.rows[:, : keys.d_model]), log_normaliser
+
+    def _softmax(self, query: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
+        """Probabilities, in the workspace, and A(n)."""
+        logits = self._products(query, keys)
+        largest = _summable(logits.amax(-1))
+        torch.softmax(logits, -1, out=logits)
+        return logits, largest - _summable(logits.amax(-1)).log()
+
+    def _products(self, query: Tensor, keys: Keys) -> Float[Tensor, "tokens rows"]:
+        return torch.mm(query, keys.rows.T, out=self._logits(len(query), keys))
+
+    def _logits(self, tokens: int, keys: Keys) -> Float[Tensor, "tokens rows"]:
+        """The same memory for every chunk and layer.
+
+        On a CPU, memory that is new at every product costs as much as the softmax.
+        """
+        size = tokens * len(keys.rows)
+        if self._workspace.numel() < size:
+            self._workspace = self._workspace.new_empty(size)
+        return self._workspace[:size].view(tokens, len(keys.rows))
+
+    def _in_chunks(self, tokens: int, keys: Keys, measure: Callable[[slice], None]) -> None:
+        device, rows = keys.rows.device, len(self._all_keys.rows)
         start = 0
         while start < tokens:
-            part = slice(start, start + self.chunk)
-            out = None if gradient is None else gradient[:, part]
+            # Of a sample, more tokens have as many logits.
+            count = max(1, min(self.chunk * rows // len(keys.rows), _most_tokens(device)))
             try:
-                kl += self._measure_chunk(translated[:, part], final[part], out)
-                start += self.chunk
+                measure(slice(start, start + count))
+                start += count
                 continue
             except RuntimeError as error:
                 if self.chunk == 1 or not is_out_of_memory(error):
                     raise
             # Here the exception is gone, and with it its hold on the chunk's tensors.
             self.chunk //= 2
-            self._memory = None
+            self._workspace = self._workspace.new_empty(0)
             warnings.warn(
                 f"out of memory: going on with {self.chunk} tokens at a time", stacklevel=2
             )
-            if translated.device.type == "cuda":
+            if device.type == "cuda":
                 torch.cuda.empty_cache()
-        return kl / tokens, None if gradient is None else gradient.div_(tokens)
-
-    def _measure_chunk(
-        self, translated: Tensor, final: Tensor, gradient: Tensor | None
-    ) -> Float[Tensor, " layers"]:
-        """Summed KL of every layer over a chunk; writes its gradient into `gradient`."""
-        norm, weight, bias = self._unembedding.norm, self._weight, self._unembedding.bias
-        logits, model_probs = self._buffers(len(final))
-        torch.mm(norm(final).to(weight.dtype), weight.T, out=logits)
-        negative_entropy = self._model_side(logits, bias, model_probs)
-        sums = []
-        for layer, hidden in enumerate(translated.detach()):
-            with torch.enable_grad():
-                x = hidden.requires_grad_(gradient is not None)
-                normed = norm(x)
-            torch.mm(normed.detach().to(weight.dtype), weight.T, out=logits)
-            with_gradient = gradient is not None
-            kl = self._lens_side(logits, bias, model_probs, negative_entropy, with_gradient)
-            sums.append(kl.sum())
-            if gradient is not None:
-                grad_normed = (logits @ weight).to(normed.dtype)  # they are q - p by now
-                (gradient[layer],) = torch.autograd.grad(normed, x, grad_normed)
-        return torch.stack(sums).to(translated.dtype)
-
-    def _buffers(
-        self, tokens: int
-    ) -> tuple[Float[Tensor, "tokens vocab"], Float[Tensor, "tokens vocab"]]:
-        """For logits and the model's probabilities, the same memory for every chunk and layer.
-
-        On a CPU, memory that is new at every product costs as much as the softmax.
-        """
-        if self._memory is None or len(self._memory[0]) < tokens:
-            shape, like = (tokens, len(self._weight)), self._weight
-            sums = torch.promote_types(like.dtype, torch.float32)
-            self._memory = (like.new_empty(shape), like.new_empty(shape, dtype=sums))
-        logits, probs = self._memory
-        return logits[:tokens], probs[:tokens]
 
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, translated: Tensor, final: Tensor, objective: LensKL) -> Tensor:
-        kl, gradient = objective.measure(translated, final, ctx.needs_input_grad[0])
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
-        return kl
+    def forward(ctx: Any, translated: Tensor, model: ModelSide, objective: LensKL) -> Tensor:
+        if not ctx.needs_input_grad[0]:
+            return torch.stack([objective.kl(layer, model).mean() for layer in translated])
+        found = [objective.gradient(layer, model) for layer in translated]
+        ctx.save_for_backward(torch.stack([gradient for _, gradient in found]))
+        return torch.stack([kl.mean() for kl, _ in found])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return grad_outputs[0][:, None, None] * gradient, None, None
+        return grad_outputs[0][:, None, None] * gradient / gradient.shape[1], None, None
 
 
-def _model_side(
-    logits: Float[Tensor, "tokens vocab"],
-    bias: Float[Tensor, " vocab"] | None,
-    probs: Float[Tensor, "tokens vocab"],
-) -> Float[Tensor, " tokens"]:
-    """What all layers share: fills in `probs`, returns their negative entropy."""
-    log_probs = _raised(logits, bias).log_softmax(-1)
-    torch.exp(log_probs, out=probs)
-    return torch.linalg.vecdot(probs, log_probs)
+def _attention(query: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
+    """E_q[W] and A(n) from torch's flash attention for CPUs, which holds no logits."""
+    rows = keys.rows[None, None]
+    # The public function does not return the log-sum-exp.
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    output, log_normaliser = attend(query[None, None], rows, rows, scale=1.0)
+    return _summable(output[0, 0, :, : keys.d_model]), _summable(log_normaliser.flatten())
 
 
-def _lens_side(
-    logits: Float[Tensor, "tokens vocab"],
-    bias: Float[Tensor, " vocab"] | None,
-    probs: Float[Tensor, "tokens vocab"],
-    negative_entropy: Float[Tensor, " tokens"],
-    with_gradient: bool,
-) -> Float[Tensor, " tokens"]:
-    """KL of every token; turns `logits` into its gradient in them, q - p, if asked to."""
-    log_probs = _raised(logits, bias).log_softmax(-1)
-    kl = negative_entropy - torch.linalg.vecdot(probs, log_probs)
-    if with_gradient:
-        logits.copy_(log_probs.exp_().sub_(probs))
-    return kl
+def _keys(weight: Float[Tensor, "rows d_model"], offsets: Float[Tensor, " rows"] | None) -> Keys:
+    """Rows with a column of ones, and the offsets in two: rounded, and what is left of them."""
+    columns = [weight, weight.new_ones(len(weight), 1)]
+    if offsets is not None:
+        rounded = offsets.to(weight.dtype)
+        columns += [rounded[:, None], (offsets - rounded).to(weight.dtype)[:, None]]
+    return Keys(torch.cat(columns, 1), weight.shape[1])
 
 
-def _raised(logits: Tensor, bias: Tensor | None) -> Tensor:
-    """In the precision of sums, with the bias that few unembeddings have."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits if bias is None else logits + bias
+def _shifted_query(
+    keys: Keys, normed: Float[Tensor, "tokens d_model"], model: ModelSide
+) -> tuple[Float[Tensor, "tokens width"], Float[Tensor, " tokens"]]:
+    """The query of a lens, and ⟨E_p[W], n⟩, which is near the logits that matter: its shift."""
+    query = keys.query(normed, None)
+    inner = _inner(model.mean_row, query)
+    query[:, keys.d_model] = -inner
+    return query, inner
+
+
+def _inner(mean_row: Tensor, query: Tensor) -> Float[Tensor, " tokens"]:
+    """⟨E_p[W], n⟩ with the state as rounded for the products."""
+    return torch.linalg.vecdot(mean_row, query[:, : mean_row.shape[1]].to(mean_row.dtype))
+
+
+def _summable(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -9,6 +9,7 @@ import transformers
 from tunedlens.cli.evaluate import evaluate_lenses
 from tunedlens.cli.train import INTERRUPTED, train_lens
 from tunedlens.errors import InputError
+from tunedlens.memory import keep_freed_memory
 
 
 def train_command(arguments: Sequence[str] | None = None) -> int:
@@ -39,6 +40,7 @@ def _guarded(
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
+    keep_freed_memory()
     try:
         return command(arguments)
     except InputError as error:

@@ -35,8 +35,6 @@ Without flags it takes the newest lens under checkpoints/ and the text it was tr
 """
 
 DEFAULT_TOKENS = 65_536
-_PASSES = 10
-"""Without fusing, the figures of a logit take about as many times as long as its gradient."""
 
 
 def evaluate_lenses(arguments: Sequence[str] | None) -> int:
@@ -57,7 +55,6 @@ def evaluate_lenses(arguments: Sequence[str] | None) -> int:
     from tunedlens.corpus import load_corpora, token_bytes, with_defaults
     from tunedlens.evaluation import evaluate
     from tunedlens.frozen import load_configured
-    from tunedlens.fused import is_worth_compiling
     from tunedlens.tracking import Tracker, progress_bar, say
 
     specs = lens_specs(asked)
@@ -94,10 +91,6 @@ def evaluate_lenses(arguments: Sequence[str] | None) -> int:
     lenses = {
         spec.name: loaded.get(spec.name) or _unsaved(spec.kind, model, training) for spec in specs
     }
-    logits = tokens * model.identity.vocab_size * model.identity.n_layers * len(lenses)
-    compiled = config.compile
-    if compiled is None:
-        compiled = is_worth_compiling(_PASSES * logits, model.device)
     with progress_bar(tokens, "evaluating", show=is_main) as bar:
         evaluation = evaluate(
             model,
@@ -109,7 +102,6 @@ def evaluate_lenses(arguments: Sequence[str] | None) -> int:
             extended=config.metrics == "all",
             by_position=config.by_position,
             transfer=config.transfer,
-            compiled=compiled,
             accelerator=accelerator,
             progress=bar.update,
         )
@@ -122,7 +114,7 @@ def evaluate_lenses(arguments: Sequence[str] | None) -> int:
     provenance = report.provenance(model, ["python", "evaluate.py", *arguments]) | {
         "lenses": sources,
         "corpus": about,
-        "config": dataclasses.asdict(config) | {"compile": compiled},
+        "config": dataclasses.asdict(config),
         "processes": accelerator.num_processes,
     }
     evaluation = dataclasses.replace(evaluation, provenance=provenance)

@@ -4,9 +4,10 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, islice
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -17,10 +18,12 @@ from tunedlens.errors import InputError
 from tunedlens.evaluation.results import Evaluation
 from tunedlens.evaluation.tally import OF_TRANSFER, Tally, per_token
 from tunedlens.frozen import FrozenModel
-from tunedlens.fused import Fused
 from tunedlens.lens import AffineLens, ConstantLens, Lens, ResidualLens
 from tunedlens.metrics import GROUPS, GroupSums
 from tunedlens.objective import chunk_tokens
+
+_CACHED_LOGITS = 2**21
+"""As many as a few arrays of them fit into the cache of a CPU."""
 
 
 def evaluate(
@@ -34,7 +37,6 @@ def evaluate(
     extended: bool = False,
     by_position: bool = False,
     transfer: bool = False,
-    compiled: bool = False,
     accelerator: Accelerator | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
@@ -50,7 +52,6 @@ def evaluate(
         extended: all metrics that there are, not only the standard ones.
         by_position: also the figures of a position, and bits per byte, by position in the block.
         transfer: also every translator at every layer, for lenses that have any.
-        compiled: fuse what comes after the logits with `torch.compile`.
         accelerator: adds up the shares of several processes.
         progress: told how many positions were just scored.
 
@@ -62,7 +63,7 @@ def evaluate(
     blocks = iter(blocks)
     first = list(islice(blocks, 1))
     names = per_token(extended)
-    scorer = _Scorer(model, lenses, names, transfer=transfer, compiled=compiled)
+    scorer = _Scorer(model, lenses, names, transfer=transfer)
     tally = Tally(
         list(lenses),
         scorer.rows,
@@ -139,7 +140,6 @@ class _Scorer:
         lenses: by name.
         names: of the figures of a position.
         transfer: also use every translator at every layer.
-        compiled: fuse what comes after the logits.
     """
 
     def __init__(
@@ -149,13 +149,11 @@ class _Scorer:
         names: tuple[str, ...],
         *,
         transfer: bool,
-        compiled: bool,
     ) -> None:
         self._model, self._names = model, names
         self._unembedding = unembedding = model.unembedding.centred()
         self._parts = (unembedding.norm, unembedding.weight, unembedding.bias)
         self._memory = unembedding.weight.new_empty(0, len(unembedding.weight))
-        self._figures = Fused(_figures, compiled)
         n_layers = model.identity.n_layers
         self._decodings: list[tuple[Lens, int]] = []
         self.rows: list[list[int]] = []
@@ -187,50 +185,59 @@ class _Scorer:
         Float[Tensor, "2 translators layers lenses batch"],
     ]:
         """Figures at every position, and for transfer their sums, on the CPU."""
-        *states, final = (
-            state[:, :-1].flatten(0, 1) for state in self._model.residual_stream(input_ids)
-        )
-        next_ids, n_layers = input_ids[:, 1:].flatten(), len(states)
+        scored = scored.to(input_ids.device)
+        *states, final = (state[:, :-1][scored] for state in self._model.residual_stream(input_ids))
+        next_ids, n_layers = input_ids[:, 1:][scored], len(states)
         shape = (len(self._names), len(self._decodings) + 1, len(next_ids))
         figures = final.new_empty(shape, dtype=torch.float32)
         transfer = torch.zeros(
             (len(OF_TRANSFER), n_layers, n_layers, len(self._transferred), len(scored)),
             dtype=torch.float64,
         )
-        # Which scored tokens are in which block, and in which group.
-        in_block = torch.block_diag(*scored.double().unbind())
-        in_group = torch.zeros(GROUPS, len(next_ids)).index_add_(0, groups, in_block.float())
-        in_group = in_group.to(final.device)
+        block_of = torch.arange(len(scored), device=scored.device)[:, None].expand_as(scored)
+        in_block = F.one_hot(block_of[scored], len(scored)).double().T.cpu()
+        used, group_of = groups.to(scored.device).unique(return_inverse=True)
+        in_group = F.one_hot(group_of[block_of[scored]], len(used)).float().T
         chunk = chunk_tokens(self._model.identity.vocab_size, final.device)
         for start in range(0, len(next_ids), chunk):
             part = slice(start, start + chunk)
-            log_probs = metrics.log_probs(self._unembedding(final[part]))
-            model = (log_probs.exp(), log_probs, log_probs.argmax(-1), next_ids[part])
+            model = _Model.of(self._unembedding(final[part]), next_ids[part])
             for row, decoding in enumerate([*self._decodings, None]):
+                logits = self._buffer(len(model.probs))
                 if decoding is None:
-                    logits = self._buffer(len(log_probs)).copy_(log_probs)
+                    logits.copy_(model.log_probs)
                 else:
-                    logits = self._logits(*decoding, states[decoding[1]][part])
-                figures[:, row, part], total = self._figures(logits, *model, self._names)
-                sums = (in_group[:, part].to(total) / total) @ logits  # by now weights
-                self.distributions.sums[:, row] += sums.to(self.distributions.sums)
+                    self._decode(*decoding, states[decoding[1]][part], logits)
+                figures[:, row, part] = self._figures(logits, model, self._names)
+                # By now they are probabilities.
+                sums = in_group[:, part] @ logits
+                self.distributions.sums[:, row].index_add_(
+                    0, used.to(self.distributions.sums.device), sums.to(self.distributions.sums)
+                )
             for column, lens in enumerate(self._transferred):
                 for translator in range(n_layers):
                     for layer, hidden in enumerate(states):
-                        logits = self._logits(lens, translator, hidden[part])
-                        found, _ = self._figures(logits, *model, OF_TRANSFER)
+                        logits = self._buffer(len(model.probs))
+                        self._decode(lens, translator, hidden[part], logits)
+                        found = self._figures(logits, model, OF_TRANSFER)
                         sums = found.double().cpu() @ in_block[:, part].mT
                         transfer[:, translator, layer, column] += sums
-        return figures.cpu().unflatten(-1, scored.shape), transfer
+        everywhere = figures.new_zeros(*shape[:2], *scored.shape)
+        everywhere[:, :, scored] = figures
+        return everywhere.cpu(), transfer
 
-    def _logits(self, lens: Lens, layer: int, hidden: Tensor) -> Float[Tensor, "tokens vocab"]:
-        """Up to one constant per position; in the buffer."""
-        logits, (norm, weight, bias) = self._buffer(len(hidden)), self._parts
+    def _decode(
+        self, lens: Lens, layer: int, hidden: Tensor, logits: Float[Tensor, "tokens vocab"]
+    ) -> None:
+        """Writes the logits, up to one constant per position."""
+        norm, weight, bias = self._parts
         if not isinstance(lens, ResidualLens):
-            return logits.copy_(lens(hidden, layer))
+            logits.copy_(lens(hidden, layer))
+            return
         normed = norm(lens.transform_hidden(hidden, layer).to(weight.dtype))
         torch.mm(normed, weight.T, out=logits)
-        return logits if bias is None else logits.add_(bias)
+        if bias is not None:
+            logits.add_(bias)
 
     def _buffer(self, tokens: int) -> Float[Tensor, "tokens vocab"]:
         """The same memory every time: on a CPU, new memory costs as much as the softmax."""
@@ -238,48 +245,80 @@ class _Scorer:
             self._memory = self._parts[1].new_empty(tokens, len(self._parts[1]))
         return self._memory[:tokens]
 
+    def _figures(
+        self, logits: Float[Tensor, "tokens vocab"], model: "_Model", names: tuple[str, ...]
+    ) -> Float[Tensor, "metrics tokens"]:
+        """The figures of these names at every position; turns logits into probabilities.
+
+        On a CPU, a few rows at a time, which stay in its cache from one pass to the next.
+        """
+        rows = len(logits)
+        if logits.device.type == "cpu":
+            rows = max(1, _CACHED_LOGITS // logits.shape[1])
+        parts = [
+            _figures(part, _Model(*(value[start : start + rows] for value in model)), names)
+            for start, part in zip(range(0, len(logits), rows), logits.split(rows), strict=True)
+        ]
+        return torch.cat(parts, 1)
+
+
+class _Model(NamedTuple):
+    """What figures need of the model's distribution and of the text, at some positions."""
+
+    probs: Float[Tensor, "tokens vocab"]
+    log_probs: Float[Tensor, "tokens vocab"]
+    negative_entropy: Float[Tensor, " tokens"]
+    top1: Int[Tensor, " tokens"]
+    next_ids: Int[Tensor, " tokens"]
+
+    @classmethod
+    def of(cls, logits: Float[Tensor, "tokens vocab"], next_ids: Int[Tensor, " tokens"]) -> Self:
+        log_probs = metrics.log_probs(logits)
+        probs = log_probs.exp()
+        negative_entropy = torch.linalg.vecdot(probs, log_probs)
+        return cls(probs, log_probs, negative_entropy, log_probs.argmax(-1), next_ids)
+
 
 def _figures(
-    logits: Float[Tensor, "tokens vocab"],
-    model_probs: Float[Tensor, "tokens vocab"],
-    model_log_probs: Float[Tensor, "tokens vocab"],
-    model_top1: Int[Tensor, " tokens"],
-    next_ids: Int[Tensor, " tokens"],
-    names: tuple[str, ...],
-) -> tuple[Float[Tensor, "metrics tokens"], Float[Tensor, " tokens"]]:
-    """The figures of these names at every position; turns logits into weights.
+    logits: Float[Tensor, "tokens vocab"], model: _Model, names: tuple[str, ...]
+) -> Float[Tensor, "metrics tokens"]:
+    """The figures of these names at every position; turns logits into probabilities.
 
-    Probabilities are weights over their total, which is returned as well. The standard
-    figures take one exponential for each logit: log q is the logit, less the largest, less the
-    logarithm of the total, which is one number for all of a position.
+    Every figure takes whole rows in as few passes as possible: log Z is the largest logit less
+    the logarithm of its probability, and KL, entropy and cross-entropy are log Z and one inner
+    product or less.
     """
-    shifted = logits - logits.amax(-1, keepdim=True)
-    weights = shifted.exp()
-    total = weights.sum(-1)
-    log_total = total.log()
+    largest = logits.amax(-1)
+    probs = logits.softmax(-1)
+    log_normaliser = largest - probs.amax(-1).log()
+    next_logits = logits.gather(-1, model.next_ids[:, None])[:, 0]
+    expected = torch.linalg.vecdot(model.probs, logits)
     found = {
-        "kl_nats": (model_probs * (model_log_probs - shifted)).sum(-1) + log_total,
-        "cross_entropy_nats": log_total - shifted.gather(-1, next_ids[:, None])[:, 0],
+        "kl_nats": model.negative_entropy - expected + log_normaliser,
+        "cross_entropy_nats": log_normaliser - next_logits,
     }
     if "entropy_nats" in names:
-        model_rank = metrics.rank(shifted, model_top1)
-        next_rank = metrics.rank(shifted, next_ids)
+        model_rank = metrics.rank(logits, model.top1)
+        is_models = model.next_ids == model.top1
+        is_correct = is_models & (model_rank == 1)
+        # Few other tokens are the lens's best, so their rank is taken only where it may be 1.
+        others = ~is_models & (next_logits == largest)
+        if others.any():
+            is_correct[others] = metrics.rank(logits[others], model.next_ids[others]) == 1
         found |= {
-            "entropy_nats": log_total - (weights * shifted).sum(-1) / total,
+            "entropy_nats": log_normaliser - torch.linalg.vecdot(probs, logits),
             "top1_agreement": (model_rank == 1).float(),
             "top10_agreement": (model_rank <= 10).float(),
-            "accuracy": (next_rank == 1).float(),
+            "accuracy": is_correct.float(),
         }
     if "js_nats" in names:
-        log_probs = shifted - log_total[:, None]
+        log_probs = logits - log_normaliser[:, None]
         found |= {
-            "reverse_kl_nats": metrics.kl_from_log_probs(
-                log_probs.exp(), log_probs, model_log_probs
-            ),
-            "js_nats": metrics.js_divergence(log_probs, model_log_probs),
-            "reciprocal_rank": 1 / next_rank.float(),
+            "reverse_kl_nats": metrics.kl_from_log_probs(probs, log_probs, model.log_probs),
+            "js_nats": metrics.js_divergence(log_probs, model.log_probs),
+            "reciprocal_rank": 1 / metrics.rank(logits, model.next_ids).float(),
             "model_top1_rank": model_rank.float(),
-            "confidence": 1 / total,
+            "confidence": probs.amax(-1),
         }
-    logits.copy_(weights)
-    return torch.stack([found[name] for name in names]), total
+    logits.copy_(probs)
+    return torch.stack([found[name] for name in names])

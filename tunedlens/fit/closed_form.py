@@ -5,6 +5,8 @@ O(d_model · vocab). As a lens it is already good, and as a start it spares the 
 of their way; the sums that it is made of also tell them what size each input has.
 """
 
+from collections.abc import Sequence
+
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float
@@ -14,12 +16,15 @@ from tunedlens.metrics import reduce_sums
 
 RIDGES = tuple(10.0**exponent for exponent in range(-8, 1))
 """From what float64 can tell from none to half of the mean square of the inputs."""
+_FLOAT32_TOKENS = 4096
+"""So many are summed in float32 before the sum is added to those in float64."""
 
 
 class LeastSquares:
     """Streaming sums, in float64, of the regression of `final - h` on `h` and a constant.
 
-    The sums of two parts of a text add up to those of the whole.
+    The sums of two parts of a text add up to those of the whole. They are made in float32, a
+    few thousand tokens at a time, on the states' device, and kept in float64 on the CPU.
 
     Args:
         n_layers: number of states to map.
@@ -27,26 +32,71 @@ class LeastSquares:
     """
 
     def __init__(self, n_layers: int, d_model: int) -> None:
-        width = d_model + 1  # the last input is always 1, so that the bias is one more column
-        self.inputs = torch.zeros(n_layers, width, width, dtype=torch.float64)
-        self.products = torch.zeros(n_layers, width, d_model, dtype=torch.float64)
-        self.squares = torch.zeros(n_layers, dtype=torch.float64)
+        self._d_model, width = d_model, d_model + 1
+        # The last input is always 1, so that the bias is one more column.
+        self._inputs = torch.zeros(n_layers, width, width, dtype=torch.float64)
+        self._products = torch.zeros(n_layers, width, d_model, dtype=torch.float64)
+        self._squares = torch.zeros(n_layers, dtype=torch.float64)
+        self._pending: list[Tensor] = []
+        self._pending_tokens = 0
 
     def add(
         self,
-        hidden: Float[Tensor, "layers tokens d_model"],
+        hidden: Sequence[Float[Tensor, "tokens d_model"]],
         final: Float[Tensor, "tokens d_model"],
     ) -> None:
-        """Count further tokens."""
-        inputs = torch.cat([hidden, torch.ones_like(hidden[..., :1])], -1)
-        targets = final - hidden
-        self.inputs += (inputs.mT @ inputs).double().cpu()
-        self.products += (inputs.mT @ targets).double().cpu()
-        self.squares += targets.square().sum((1, 2)).double().cpu()
+        """Count further tokens: the state of every layer, and the final one."""
+        if not self._pending:
+            sums = (self._inputs, self._products, self._squares)
+            self._pending = [final.new_zeros(part.shape) for part in sums]
+        inputs, products, squares = self._pending
+        d_model = self._d_model
+        for layer, state in enumerate(hidden):
+            target = final - state
+            inputs[layer, :d_model, :d_model].addmm_(state.T, state)
+            inputs[layer, d_model, :d_model].add_(state.sum(0))
+            products[layer, :d_model].addmm_(state.T, target)
+            products[layer, d_model].add_(target.sum(0))
+            squares[layer].add_(target.square_().sum())
+        inputs[:, d_model, d_model] += len(final)
+        self._pending_tokens += len(final)
+        if self._pending_tokens >= _FLOAT32_TOKENS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._pending_tokens:
+            return
+        for total, pending in zip(
+            (self._inputs, self._products, self._squares), self._pending, strict=True
+        ):
+            total += pending.to(total)
+            pending.zero_()
+        d_model = self._d_model
+        self._inputs[:, :d_model, d_model] = self._inputs[:, d_model, :d_model]
+        self._pending_tokens = 0
 
     def reduce(self, accelerator: Accelerator) -> None:
         """Add up the sums of all processes, in each of them."""
-        reduce_sums(accelerator, self.inputs, self.products, self.squares)
+        self._flush()
+        reduce_sums(accelerator, self._inputs, self._products, self._squares)
+
+    @property
+    def inputs(self) -> Float[Tensor, "layers d_model_plus_1 d_model_plus_1"]:
+        """Sum of x xᵀ over tokens, the last of x being 1."""
+        self._flush()
+        return self._inputs
+
+    @property
+    def products(self) -> Float[Tensor, "layers d_model_plus_1 d_model"]:
+        """Sum of x (final − h)ᵀ over tokens."""
+        self._flush()
+        return self._products
+
+    @property
+    def squares(self) -> Float[Tensor, " layers"]:
+        """Sum of the squares of final − h."""
+        self._flush()
+        return self._squares
 
     @property
     def second_moment(self) -> Float[Tensor, "layers d_model_plus_1 d_model_plus_1"]:

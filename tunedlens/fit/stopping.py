@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-FLAT = 0.01
-"""A layer is flat where doubling its tokens lowered its held-out KL by less than this share."""
+FLAT = 0.02
+"""A layer is flat where doubling its tokens lowered its held-out KL by less than this fraction."""
 
 
 @dataclass
@@ -17,6 +17,8 @@ class Look:
     """Since the run began, looks included."""
     kl_nats: list[float]
     """Of every layer."""
+    standard_error: float | None = None
+    """Of the mean over layers, clustered by block; None where there is a single block."""
 
     @property
     def mean_kl_nats(self) -> float:

@@ -89,11 +89,15 @@ def rank(
     Of tokens that are equally probable, the one with the lower id comes first.
     """
     own = log_probs.gather(-1, ids[..., None])
-    # As floats, exact to 2^24, all this is done with the vector instructions of log_probs.
-    places = torch.arange(log_probs.shape[-1], device=ids.device, dtype=torch.float32)
-    is_earlier = places < ids[..., None].float()
-    before = torch.where(is_earlier, log_probs >= own, log_probs > own)
-    return 1 + before.float().sum(-1).long()
+    # As floats, exact to 2^24, comparisons are added up with vector instructions.
+    compared = torch.empty_like(log_probs, dtype=torch.float32)
+    above = torch.gt(log_probs, own, out=compared).sum(-1).long()
+    at_least = torch.ge(log_probs, own, out=compared).sum(-1).long()
+    is_tied = at_least > above + 1
+    if is_tied.any():
+        earlier = torch.arange(log_probs.shape[-1], device=ids.device) < ids[is_tied][:, None]
+        above[is_tied] += ((log_probs[is_tied] == own[is_tied]) & earlier).sum(-1)
+    return 1 + above
 
 
 def _expected(

@@ -1,4 +1,4 @@
-"""The held-out blocks that a run looks at again and again."""
+"""The held-out blocks that a run is validated on, in between and at its end."""
 
 from collections.abc import Mapping
 from itertools import islice
@@ -13,16 +13,24 @@ from tunedlens.evaluation import Evaluation, evaluate
 from tunedlens.fit import LeastSquares
 from tunedlens.frozen import FrozenModel
 from tunedlens.lens import Lens, TunedLens
-from tunedlens.objective import LensKL
+from tunedlens.metrics import RatioSums, estimates, reduce_sums
+from tunedlens.objective import LensKL, ModelSide
 from tunedlens.training.states import StateReader
 
 _BLOCKS_AT_A_TIME = 8
-_STEERING_TOKENS = 8192
-"""Enough to see a layer stop falling, as it is the same text every time."""
 
 
 class HeldOut:
-    """Held-out text, for the figures that a run is steered by and for those it ends with."""
+    """Held-out text, for the KL that a run is steered by and for the table it ends with.
+
+    Args:
+        model: the frozen model.
+        corpora: the text.
+        config: with nothing left open.
+        reader: runs the model on this process's blocks.
+        accelerator: adds up the shares of several processes.
+        table_tokens: the most positions that the table may have.
+    """
 
     def __init__(
         self,
@@ -31,44 +39,57 @@ class HeldOut:
         config: TrainConfig,
         reader: StateReader,
         accelerator: Accelerator,
+        *,
+        table_tokens: int,
     ) -> None:
         self._model = model
         self._config = config
         self._reader = reader
         self._accelerator = accelerator
-        assert config.corpus.seq_len is not None  # with_defaults has set it
-        needed = -(-config.evaluate_tokens // (config.corpus.seq_len - 1))
+        seq_len, look_tokens = config.corpus.seq_len or 0, config.validation_tokens or 1
+        needed = max(-(-table_tokens // (seq_len - 1)), -(-look_tokens // seq_len))
         self._blocks = list(islice(corpora.validation.sample(), needed))
-        steering = -(-min(config.evaluate_tokens, _STEERING_TOKENS) // config.corpus.seq_len)
-        self._steering_blocks = self._blocks[:steering]
+        self._look_blocks = self._blocks[: -(-look_tokens // seq_len)]
+        self._model_sides: list[ModelSide] = []
         self._token_bytes = token_bytes(model.tokenizer)
         if not self._blocks:
             raise InputError(
-                f"the held-out side of {config.corpus.dataset} has no block of "
-                f"{config.corpus.seq_len} tokens; give more text or a smaller --seq-len"
+                f"the held-out side of {config.corpus.dataset} has no block of {seq_len} tokens; "
+                "give more text or a smaller --seq-len"
             )
 
     @property
-    def steering_tokens(self) -> int:
-        """What a run is steered by."""
-        return sum(map(len, self._steering_blocks))
+    def look_tokens(self) -> int:
+        """Positions that a run is steered by: whole blocks."""
+        return sum(map(len, self._look_blocks))
 
     @torch.no_grad()
-    def kl(self, lens: TunedLens, objective: LensKL) -> list[float]:
-        """Mean KL of every layer in nats, on a part and in the precision of training: quick."""
-        sums = torch.zeros(lens.n_layers + 1, device=self._model.device)
-        for batch in torch.stack(self._steering_blocks).split(_BLOCKS_AT_A_TIME):
+    def kl(self, lens: TunedLens, objective: LensKL) -> tuple[list[float], float | None]:
+        """Mean KL of every layer in nats, and the standard error of their mean.
+
+        Exact, in the precision of training. The model's side is computed once and kept.
+        """
+        is_first, sums = not self._model_sides, RatioSums(lens.n_layers + 1)
+        index = 0
+        for batch in torch.stack(self._look_blocks).split(_BLOCKS_AT_A_TIME):
             for states in self._reader.read(batch):
-                for chunk in states.split(objective.chunk, dim=1):
-                    translated = [
-                        lens.transform_hidden(chunk[layer], layer) for layer in range(lens.n_layers)
+                if is_first:
+                    self._model_sides.append(objective.model_side(states[-1]))
+                model = self._model_sides[index]
+                index += 1
+                kl = torch.stack(
+                    [
+                        objective.kl(lens.transform_hidden(states[layer], layer), model)
+                        for layer in range(lens.n_layers)
                     ]
-                    count = chunk.shape[1]
-                    sums[:-1] += objective(torch.stack(translated), chunk[-1]) * count
-                    sums[-1] += count
-        if self._accelerator.num_processes > 1:
-            sums = self._accelerator.reduce(sums, "sum")
-        return (sums[:-1] / sums[-1]).tolist()
+                )
+                by_block = kl.cpu().double().unflatten(1, (-1, self._reader.positions)).sum(-1)
+                with_mean = torch.cat([by_block, by_block.mean(0, keepdim=True)])
+                counts = torch.full((by_block.shape[1],), self._reader.positions)
+                sums.add(with_mean[:, None], counts)
+        reduce_sums(self._accelerator, sums.moments)
+        found = estimates(*sums.estimates())
+        return [estimate.value for estimate in found[:-1]], found[-1].standard_error
 
     def least_squares(self, n_layers: int, d_model: int) -> LeastSquares:
         """Sums of the regression, to judge a solution by."""
@@ -79,14 +100,14 @@ class HeldOut:
         sums.reduce(self._accelerator)
         return sums
 
-    def score(self, lenses: Mapping[str, Lens]) -> Evaluation:
-        """The figures that a run reports, with float32 products."""
+    def score(self, lenses: Mapping[str, Lens], tokens: int) -> Evaluation:
+        """The table that a run reports, with float32 products, on at most so many positions."""
         return evaluate(
             self._model,
             lenses,
             self._blocks,
             self._token_bytes,
-            tokens=self._config.evaluate_tokens,
+            tokens=tokens,
             batch_size=self._config.micro_batch_size or _BLOCKS_AT_A_TIME,
             accelerator=self._accelerator,
         )

@@ -29,15 +29,18 @@ from tunedlens.fit import (
 )
 from tunedlens.frozen import load_configured
 from tunedlens.lens import JacobianLens
+from tunedlens.metrics import reduce_sums
+from tunedlens.objective import Keys, ModelSide
 from tunedlens.tracking import Tracker, progress_bar, say
+from tunedlens.training.costs import count_looks, next_look
 from tunedlens.training.run import Run
-from tunedlens.training.settings import settled
+from tunedlens.training.settings import budget, settled
+from tunedlens.vocab_sample import draw_sample
 
 _STEPS_PER_FIGURE = 16
 """Reading a figure waits for the device, so it is not done at every step."""
-_FIRST_LOOKS = (16, 23)
-"""In steps; from then on every second look is at twice as many, so that looks cost a small
-share whatever the budget."""
+_STEPS_BEFORE_ESTIMATE = 4
+"""The first ones are slower, so the time that a run takes is said after so many."""
 _SECONDS_PER_SAVE = 300
 
 
@@ -143,14 +146,15 @@ def _mean_jacobian(run: Run, stop: threading.Event) -> JacobianLens:
 def _take_steps(run: Run, tracker: Tracker, stop: threading.Event) -> None:
     """The loop, from where the run stands to its last step."""
     config, progress = run.config, run.progress
-    budget = config.tokens or config.most_tokens or 0
+    most = budget(config)
     looks = progress.curve.looks
     if not looks:
         _note(run, tracker)
-    saved = time.monotonic()
+    started = saved = time.monotonic()
+    steps_taken = 0
     batches = run.corpora.train.batches(config.batch_size or 1, config.seed, progress.position)
-    with progress_bar(budget, config.fit, progress.tokens, run.is_main) as bar:
-        while progress.tokens < budget:
+    with progress_bar(most, config.fit, progress.tokens, run.is_main) as bar:
+        while progress.tokens < most:
             flat = progress.curve.flat_layers()
             active = [config.tokens is not None or not is_flat for is_flat in flat]
             if not any(active):
@@ -168,20 +172,25 @@ def _take_steps(run: Run, tracker: Tracker, stop: threading.Event) -> None:
                 raise
             kl = _gradient(run, batch.input_ids, active)
             kl, stopping = _reduce(run, kl, stop.is_set())
-            run.steps.step(active, progress.tokens / budget)
+            run.steps.step(active, progress.tokens / most)
+            steps_taken += 1
             progress.step += 1
             progress.tokens += run.tokens_per_step
             progress.position = batch.position
             bar.update(run.tokens_per_step)
 
             if progress.step % _STEPS_PER_FIGURE == 0:
-                mean = kl.sum().item() / sum(active)
-                bar.set_postfix_str(f"KL {mean:.3f} nats")
-                tracker.log({"train/kl_nats": mean}, progress.step)
-            due = _next_look([look.step for look in looks])
-            if progress.step >= due or progress.tokens >= budget:
+                if not config.vocab_sample:  # else it is an estimate, and no KL to report
+                    mean = kl.sum().item() / sum(active)
+                    tracker.log({"train/kl_nats": mean}, progress.step)
+                bar.set_postfix_str(f"held-out KL {looks[-1].mean_kl_nats:.3f} nats")
+            if steps_taken == _STEPS_BEFORE_ESTIMATE and run.is_main:
+                seconds = (time.monotonic() - started) / steps_taken
+                _say_how_long(run, seconds, most)
+            due = next_look([look.step for look in looks])
+            if progress.step >= due or progress.tokens >= most:
                 _note(run, tracker)
-            if stopping and progress.tokens < budget:
+            if stopping and progress.tokens < most:
                 run.save()
                 raise Interrupted(f"stopped after {progress.tokens:,} tokens")
             if time.monotonic() - saved > _SECONDS_PER_SAVE:
@@ -190,11 +199,16 @@ def _take_steps(run: Run, tracker: Tracker, stop: threading.Event) -> None:
     run.save()
 
 
-def _next_look(looks: list[int]) -> int:
-    """The step of the next look, from those of the looks that have been (the first at 0)."""
-    if len(looks) <= len(_FIRST_LOOKS):
-        return _FIRST_LOOKS[len(looks) - 1]
-    return max(looks[-1] + 1, 2 * looks[-2])
+def _say_how_long(run: Run, seconds_per_step: float, most: int) -> None:
+    """Say how long the steps that are left take, with the looks between them."""
+    steps = -(-(most - run.progress.tokens) // run.tokens_per_step)
+    looks = max(0, count_looks(-(-most // run.tokens_per_step)) - len(run.progress.curve.looks))
+    minutes = (steps * seconds_per_step + looks * run.look_seconds) / 60
+    at_most = "at most " if run.config.tokens is None else "about "
+    say(
+        f"{run.tokens_per_step / seconds_per_step:,.0f} tokens a second: "
+        f"{at_most}{max(1, round(minutes))} more minute{'s' * (round(minutes) > 1)}"
+    )
 
 
 def _note(run: Run, tracker: Tracker) -> None:
@@ -207,10 +221,11 @@ def _note(run: Run, tracker: Tracker) -> None:
         )
     if run.is_main:
         seen = look.tokens + run.progress.start_tokens
+        error = f" ± {look.standard_error:.4f}" if look.standard_error else ""
         by_layer = " ".join(f"{kl:.3f}" for kl in look.kl_nats)
         say(
             f"{seen:>11,} tokens {look.seconds:>5.0f} s   held-out KL "
-            f"{look.mean_kl_nats:.4f} nats   by layer {by_layer}"
+            f"{look.mean_kl_nats:.4f}{error} nats   by layer {by_layer}"
         )
     figures = {f"held_out/kl_nats/{layer}": value for layer, value in enumerate(look.kl_nats)}
     tracker.log(figures, look.step)
@@ -219,12 +234,42 @@ def _note(run: Run, tracker: Tracker) -> None:
 def _gradient(
     run: Run, input_ids: Int[Tensor, "batch seq"], active: list[bool]
 ) -> Float[Tensor, " layers"]:
-    """Leave this process's share of the gradient; return its share of the mean KL."""
+    """Leave this process's share of the gradient; return its share of the mean KL.
+
+    From a sample of the vocabulary, the states of the whole step are held until the sample is
+    drawn: it depends on all tokens of the step, so that it does not depend on how they are cut
+    into micro-batches and processes.
+    """
+    objective, size = run.objective, run.config.vocab_sample or 0
     layers = [layer for layer, learns in enumerate(active) if learns]
     kl = torch.zeros(len(active), device=run.model.device)
-    for states in run.reader.read(input_ids):
-        share = states.shape[1] / run.tokens_per_step
-        kl += accumulate_gradient(run.steps.lens, states, run.objective, layers=layers, share=share)
+
+    def accumulate(states: list[Tensor], model: ModelSide, keys: Keys) -> None:
+        share = len(states[-1]) / run.tokens_per_step
+        kl.add_(
+            accumulate_gradient(
+                run.steps.lens,
+                states,
+                objective,
+                model=model,
+                keys=keys,
+                layers=layers,
+                share=share,
+            )
+        )
+
+    if not size:
+        for states in run.reader.read(input_ids):
+            accumulate(states, objective.model_side(states[-1]), objective.keys())
+        return kl
+    usage = torch.zeros(run.model.identity.vocab_size, device=run.model.device)
+    held = [
+        (states, objective.model_side(states[-1], usage)) for states in run.reader.read(input_ids)
+    ]
+    reduce_sums(run.accelerator, usage)
+    keys = objective.keys(draw_sample(usage, size, run.config.seed, run.progress.step))
+    while held:
+        accumulate(*held.pop(0), keys)
     return kl
 
 

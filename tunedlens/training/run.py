@@ -18,8 +18,9 @@ from tunedlens.frozen import FrozenModel
 from tunedlens.lens import AffineLens, LogitLens, TunedLens
 from tunedlens.objective import LensKL
 from tunedlens.tracking import Tracker, say
+from tunedlens.training.costs import Costs
 from tunedlens.training.held_out import HeldOut
-from tunedlens.training.settings import trained_positions
+from tunedlens.training.settings import budget
 from tunedlens.training.states import StateReader
 
 
@@ -69,14 +70,29 @@ class Run:
         self.corpora = corpora
         self.accelerator = accelerator
         self.reader = StateReader(model, config, accelerator)
-        self.held_out = HeldOut(model, corpora, config, self.reader, accelerator)
-        self.objective = LensKL(
-            model.unembedding.centred(), dtype=self.reader.dtype, compiled=bool(config.compile)
+        self.tokens_per_step = (config.batch_size or 1) * self.reader.positions
+        self.costs = Costs.of(config, model)
+        self.held_out = HeldOut(
+            model,
+            corpora,
+            config,
+            self.reader,
+            accelerator,
+            table_tokens=self._table_tokens(budget(config)),
         )
-        self.tokens_per_step = (config.batch_size or 1) * trained_positions(config)
+        self.objective = LensKL(
+            model.unembedding.centred(),
+            dtype=self.reader.dtype,
+            kernel=config.kernel or "products",
+        )
         self.steps = _steps(TunedLens.from_model(model), config)
         self.progress = Progress()
+        self.look_seconds = 0.0
+        """Of the last look."""
         self._started = time.monotonic()
+
+    def _table_tokens(self, tokens: int) -> int:
+        return self.config.evaluate_tokens or self.costs.table_tokens(tokens)
 
     @property
     def is_main(self) -> bool:
@@ -85,10 +101,12 @@ class Run:
 
     def look(self) -> Look:
         """Held-out KL of every layer, put on the learning curve."""
-        kl_nats = self.held_out.kl(self.steps.result(), self.objective)
+        start = time.monotonic()
+        kl_nats, standard_error = self.held_out.kl(self.steps.result(), self.objective)
+        self.look_seconds = time.monotonic() - start
         self.progress.seconds = time.monotonic() - self._started
         progress = self.progress
-        look = Look(progress.step, progress.tokens, progress.seconds, kl_nats)
+        look = Look(progress.step, progress.tokens, progress.seconds, kl_nats, standard_error)
         progress.curve.looks.append(look)
         return look
 
@@ -162,7 +180,9 @@ class Run:
                     self.steps.revert(layer)
         lens = lens or self.steps.result()
         kind = checkpoint.kind_of(lens)
-        evaluation = self.held_out.score({"logit": LogitLens.from_model(self.model), kind: lens})
+        lenses = {"logit": LogitLens.from_model(self.model), kind: lens}
+        tokens = self._table_tokens(self.progress.tokens)
+        evaluation = self.held_out.score(lenses, tokens)
         self.progress.seconds = time.monotonic() - self._started
         final = evaluation.by_layer(kind, "kl_nats")
         tracker.summarise({f"held_out/kl_nats/{i}": e.value for i, e in enumerate(final)})
@@ -208,19 +228,23 @@ class Run:
             tokens = f"{config.start_tokens:,} tokens"
             say(f"fit       {config.fit}: {tokens}, {config.precision} products")
             return
-        budget = (
-            f"at most {config.most_tokens:,} tokens, until held-out KL is flat"
+        tokens = (
+            f"at most {config.most_tokens:,} tokens, until held-out KL hardly falls"
             if config.tokens is None
             else f"{config.tokens:,} tokens"
         )
         start = f"{first}, then " if config.fit == "preconditioned" else ""
-        say(
-            f"fit       {config.fit}: {start}{budget}; {self.tokens_per_step:,} a step, "
-            f"{config.precision} products{', compiled' if config.compile else ''}"
+        say(f"fit       {config.fit}: {start}{tokens}; {self.tokens_per_step:,} a step")
+        rows = (
+            f"a sample of {config.vocab_sample:,} tokens of the vocabulary"
+            if config.vocab_sample
+            else "the whole vocabulary"
         )
+        say(f"gradient  from {rows}; {config.precision}, kernel: {config.kernel}")
+        most = self._table_tokens(budget(config))
         say(
-            f"held out  {self.held_out.steering_tokens:,} tokens are looked at as it goes, "
-            f"{config.evaluate_tokens:,} in the end"
+            f"held out  {self.held_out.look_tokens:,} tokens for validation, "
+            f"{'' if config.evaluate_tokens else 'at most '}{most:,} for the table at the end"
         )
 
 

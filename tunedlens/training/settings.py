@@ -2,24 +2,32 @@
 
 import dataclasses
 
-import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
-from tunedlens.config import ONE_PASS, Precision, TrainConfig
+from tunedlens.backend import Backend, fastest_backend
+from tunedlens.config import ONE_PASS, TrainConfig
 from tunedlens.corpus import with_defaults
 from tunedlens.errors import InputError
 from tunedlens.fit import RECIPES
 from tunedlens.frozen import FrozenModel
-from tunedlens.fused import is_worth_compiling
+from tunedlens.training.costs import Costs, trained_positions
 
 _TOKENS_OF_RECIPES = 512_000
 _STEP_OF_RECIPES = 2048
 _TOKENS_OF_JACOBIAN = 8192
 """Each takes d_model backward passes."""
+_VOCAB_SAMPLE = 6144
+_SMALL_VOCABULARY = 4
+"""In samples: a vocabulary up to so many of them is taken whole."""
+_MICRO_BATCH_TOKENS_OF_CPU = 2048
+"""More in one forward pass is not faster there."""
 
 
 def settled(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -> TrainConfig:
-    """The same with nothing left open but `tokens`, `ridge` and `micro_batch_size`.
+    """The same with nothing left open but `tokens`, `ridge` and `evaluate_tokens`.
+
+    The precision and the kernel are measured, by the main process for all.
 
     Raises:
         InputError: something that was asked for cannot be had.
@@ -28,12 +36,24 @@ def settled(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -
     config = dataclasses.replace(config, corpus=with_defaults(config.corpus, model))
     positions = trained_positions(config)
     ours = config.fit in ("preconditioned", *ONE_PASS)
-    step = 8 * d_model if ours else _STEP_OF_RECIPES
+    step = 4 * d_model if ours else _STEP_OF_RECIPES
     first_pass = {"closed-form": 1024 * d_model, "jacobian": _TOKENS_OF_JACOBIAN}
     recipe = RECIPES["preconditioned" if ours else config.fit]
     tokens = config.tokens if ours else config.tokens or _TOKENS_OF_RECIPES
-    most_tokens = config.most_tokens or 8192 * d_model
-    logits = (tokens or most_tokens) * model.identity.vocab_size * model.identity.n_layers
+    start_tokens = first_pass.get(config.fit, 128 * d_model)
+    if tokens is not None:
+        start_tokens = min(start_tokens, max(1, tokens // 4))
+    is_large = model.identity.vocab_size > _SMALL_VOCABULARY * _VOCAB_SAMPLE
+    sample = _VOCAB_SAMPLE if is_large and config.fit == "preconditioned" else 0
+    micro_batch_size = config.micro_batch_size
+    if micro_batch_size is None and model.device.type == "cpu":
+        micro_batch_size = max(1, _MICRO_BATCH_TOKENS_OF_CPU // positions)
+    backend = Backend(config.precision or "fp32", config.kernel or "products")
+    if config.precision is None or config.kernel is None:
+        if accelerator.is_main_process:
+            backend = fastest_backend(model.unembedding, config.precision, config.kernel)
+        if processes > 1:
+            (backend,) = broadcast_object_list([backend])
 
     def own(given: float | None, default: float) -> float:
         return default if given is None else given
@@ -41,15 +61,13 @@ def settled(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -
     config = dataclasses.replace(
         config,
         tokens=tokens,
-        most_tokens=most_tokens,
-        start_tokens=config.start_tokens or first_pass.get(config.fit, 128 * d_model),
+        most_tokens=config.most_tokens or 2048 * d_model,
+        start_tokens=config.start_tokens or start_tokens,
         batch_size=config.batch_size or max(processes, round(step / positions), 1),
-        precision=config.precision or fast_precision(model.device),
-        compile=(
-            config.fit not in ONE_PASS and is_worth_compiling(logits, model.device)
-            if config.compile is None
-            else config.compile
-        ),
+        micro_batch_size=micro_batch_size,
+        precision=backend.precision,
+        kernel=backend.kernel,
+        vocab_sample=sample if config.vocab_sample is None else config.vocab_sample,
         lr=own(config.lr, recipe.learning_rate),
         momentum=own(config.momentum, recipe.momentum),
         weight_decay=own(config.weight_decay, recipe.weight_decay),
@@ -63,29 +81,17 @@ def settled(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -
         raise InputError(
             f"--device is each process's own where there are {processes}; leave it out"
         )
+    if config.kernel == "attention" and model.device.type != "cpu":
+        raise InputError("--kernel attention is for CPUs; leave it out, or choose products")
+    if config.validation_tokens is None:
+        costs = Costs.of(config, model)
+        validation_tokens = costs.validation_tokens(budget(config))
+        if config.evaluate_tokens is not None:
+            validation_tokens = min(validation_tokens, config.evaluate_tokens)
+        config = dataclasses.replace(config, validation_tokens=validation_tokens)
     return config
 
 
-def trained_positions(config: TrainConfig) -> int:
-    """Positions of one block that are trained on.
-
-    Raises:
-        InputError: there are none.
-    """
-    seq_len = config.corpus.seq_len
-    assert seq_len is not None  # with_defaults has set it
-    if config.skip_first >= seq_len:
-        raise InputError(
-            f"--skip-first must be less than --seq-len ({seq_len}), got {config.skip_first}"
-        )
-    return seq_len - config.skip_first
-
-
-def fast_precision(device: torch.device) -> Precision:
-    """bf16 where the hardware multiplies it, else fp32."""
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if device.type == "cpu":
-        capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-        return "bf16" if capabilities.get("amx_bf16") else "fp32"
-    return "fp32"
+def budget(config: TrainConfig) -> int:
+    """The most tokens that the steps of a settled config may take."""
+    return 0 if config.fit in ONE_PASS else config.tokens or config.most_tokens or 0

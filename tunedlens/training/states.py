@@ -7,8 +7,10 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tunedlens.backend import DTYPES
 from tunedlens.config import TrainConfig
 from tunedlens.frozen import FrozenModel
+from tunedlens.training.costs import trained_positions
 
 
 class StateReader:
@@ -21,8 +23,13 @@ class StateReader:
     """
 
     def __init__(self, model: FrozenModel, config: TrainConfig, accelerator: Accelerator) -> None:
-        self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self.dtype = DTYPES[config.precision or "fp32"]
         self._model, self._config, self._accelerator = model, config, accelerator
+
+    @property
+    def positions(self) -> int:
+        """Positions of one block that take part."""
+        return trained_positions(self._config)
 
     def share(self, input_ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "share seq"]:
         """This process's blocks, on the model's device."""
@@ -36,12 +43,16 @@ class StateReader:
 
     def read(
         self, input_ids: Int[Tensor, "batch seq"]
-    ) -> Iterator[Float[Tensor, "states tokens d_model"]]:
-        """All states of this process's blocks, a micro-batch at a time, in float32."""
+    ) -> Iterator[list[Float[Tensor, "tokens d_model"]]]:
+        """All states of this process's blocks, a micro-batch at a time, in float32.
+
+        They are the model's own tensors where it has them in float32 and no position is left
+        out.
+        """
         skipped, mine = self._config.skip_first, self.share(input_ids)
         if not len(mine):
             return
         for rows in mine.split(self._config.micro_batch_size or len(mine)):
             with self.autocast():
                 states = self._model.residual_stream(rows)
-            yield torch.stack([state[:, skipped:].flatten(0, 1).float() for state in states])
+            yield [state[:, skipped:].flatten(0, 1).float() for state in states]

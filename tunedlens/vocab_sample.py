@@ -1,0 +1,65 @@
+"""A random sample of the vocabulary that stands for all of it in one training step.
+
+Token v is in the sample with a known probability π_v, so Σ exp(z_v) / π_v over the sample is an
+unbiased estimate of the sum over the vocabulary, and likewise with W_v beside it. A softmax over
+the sample, of logits less log π_v, estimates E_q[W] with a bias that falls as 1 / size.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_FLOOR = 0.02
+"""Share of the proposal that is uniform: no token has π_v = 0."""
+_FIXED_POINT_STEPS = 32
+
+
+class VocabSample(NamedTuple):
+    """Some tokens, and how probable it was for each to be among them."""
+
+    ids: Int[Tensor, " size"]
+    log_inclusion: Float[Tensor, " size"]
+    """log π_v, at most 0."""
+
+
+def inclusion_probabilities(usage: Float[Tensor, " vocab"], size: int) -> Float[Tensor, " vocab"]:
+    """π_v of every token: proportional to the root of its usage, at most 1, `size` in all.
+
+    With usage the sum of p_v² over the tokens of a step, these are the probabilities for which
+    the variance of an estimate of p is least; a token that some position is sure of is in the
+    sample for certain.
+    """
+    proposal = usage.cpu().double().sqrt()
+    proposal = proposal / proposal.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    proposal = (1 - _FLOOR) * proposal + _FLOOR / len(usage)
+    probabilities = proposal * size
+    for _ in range(_FIXED_POINT_STEPS):
+        capped = probabilities >= 1
+        if not (probabilities > 1).any():
+            break
+        rest = proposal.masked_fill(capped, 0)
+        scale = (size - capped.sum()) / rest.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        probabilities = torch.where(capped, 1.0, scale * proposal)
+    return probabilities.clamp(max=1)
+
+
+def draw_sample(usage: Float[Tensor, " vocab"], size: int, seed: int, step: int) -> VocabSample:
+    """The sample of one step, a function of usage, seed and step alone.
+
+    Tokens are drawn independently, so the number of them varies around `size`. Each has a
+    uniform number of its own, so that a difference of usage in its last digits, as another
+    number of processes makes, hardly ever changes the sample.
+
+    Args:
+        usage: squares of the model's probabilities, summed over the tokens of the step.
+        size: expected number of tokens.
+        seed: of the run.
+        step: number of the step.
+    """
+    probabilities = inclusion_probabilities(usage, size)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    uniform = torch.rand(len(usage), dtype=torch.float64, generator=generator)
+    ids = (uniform < probabilities).nonzero()[:, 0]
+    return VocabSample(ids.to(usage.device), probabilities[ids].log().to(usage))
