@@ -2,6 +2,7 @@
 
     python benchmarks/evaluation.py                 the embedded GPT-2
     python benchmarks/evaluation.py --gpt2          a random one of GPT-2 small's shape
+    python benchmarks/evaluation.py --model M       a model folder, such as real_model.py makes
 
 Two lenses, logit and tuned, at every layer, in float32. The floor is the model's own forward
 pass and the matrix products of 2 · d_model · vocab FLOPs per token, layer and lens, into
@@ -23,7 +24,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tunedlens import CorpusConfig, FrozenModel, LogitLens, TunedLens, evaluate, load_model
 from tunedlens.corpus import load_corpora, token_bytes, with_defaults
-from tunedlens.fused import can_compile
+from tunedlens.memory import keep_freed_memory
 from tunedlens.objective import chunk_tokens
 
 BLOCKS_AT_A_TIME = 8
@@ -38,12 +39,14 @@ def gpt2_shaped() -> FrozenModel:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpt2", action="store_true")
+    parser.add_argument("--model")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     flags = parser.parse_args()
-    model = gpt2_shaped() if flags.gpt2 else load_model(device="cpu")
+    keep_freed_memory()
+    model = gpt2_shaped() if flags.gpt2 else load_model(flags.model, device="cpu")
     model.to(flags.device)
     model.unembedding.to(flags.device)
     config = with_defaults(CorpusConfig(dataset="embedded", seq_len=flags.seq_len), model)
@@ -52,11 +55,11 @@ def main() -> None:
     batches = torch.stack(blocks).to(flags.device).split(BLOCKS_AT_A_TIME)
     lenses = {"logit": LogitLens.from_model(model), "tuned": TunedLens.from_model(model)}
     sizes = token_bytes(model.tokenizer)
-    if flags.gpt2:  # a tokenizer with fewer tokens than the model
+    if len(sizes) < model.identity.vocab_size:  # a tokenizer with fewer tokens than the model
         sizes = F.pad(sizes, (0, model.identity.vocab_size - len(sizes)))
 
-    def ours(compiled: bool) -> Callable[[], object]:
-        return lambda: evaluate(model, lenses, blocks, sizes, compiled=compiled)
+    def ours() -> None:
+        evaluate(model, lenses, blocks, sizes)
 
     @torch.no_grad()
     def peer() -> None:
@@ -79,16 +82,13 @@ def main() -> None:
     @torch.no_grad()
     def floor() -> None:
         for ids in batches:
-            states = [s.flatten(0, 1) for s in model.residual_stream(ids)]
+            states = [s[:, :-1].flatten(0, 1) for s in model.residual_stream(ids)]
             for _ in lenses:
                 for hidden in states[:-1]:
                     for part in hidden.split(chunk):
                         torch.mm(part, model.unembedding.weight.T, out=logits[: len(part)])
 
-    runs: dict[str, Callable[[], object]] = {"floor": floor, "ours, eager": ours(compiled=False)}
-    if can_compile(torch.device(flags.device)):
-        runs["ours, compiled"] = ours(compiled=True)
-    runs[PEER] = peer
+    runs: dict[str, Callable[[], object]] = {"floor": floor, "ours": ours, PEER: peer}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(flags.rounds + 1):
         for name, run in runs.items():

@@ -22,7 +22,7 @@ from tunedlens.lens import AffineLens, ConstantLens, Lens, ResidualLens
 from tunedlens.metrics import GROUPS, GroupSums
 from tunedlens.objective import chunk_tokens
 
-_CACHED_LOGITS = 2**21
+_CACHED_LOGITS = 2**20
 """As many as a few arrays of them fit into the cache of a CPU."""
 
 

@@ -47,9 +47,10 @@ class HeldOut:
         self._reader = reader
         self._accelerator = accelerator
         seq_len, look_tokens = config.corpus.seq_len or 0, config.validation_tokens or 1
-        needed = max(-(-table_tokens // (seq_len - 1)), -(-look_tokens // seq_len))
+        look_blocks = max(1, look_tokens // seq_len)
+        needed = max(-(-table_tokens // (seq_len - 1)), look_blocks)
         self._blocks = list(islice(corpora.validation.sample(), needed))
-        self._look_blocks = self._blocks[: -(-look_tokens // seq_len)]
+        self._look_blocks = self._blocks[:look_blocks]
         self._model_sides: list[ModelSide] = []
         self._token_bytes = token_bytes(model.tokenizer)
         if not self._blocks:
