@@ -1,6 +1,6 @@
 """Peak memory of a gradient beyond states, translators and unembedding.
 
-    python benchmarks/memory.py [--device cuda]
+    python benchmarks/memory.py [--device cuda] [--kernel attention]
 
 Every row is a process of its own (on a CPU the peak of its resident memory is read from the
 kernel, so Linux only there). The last column is what the logits of all layers would take in
@@ -33,12 +33,12 @@ def resident_bytes(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def measure(layers: int, tokens: int, vocab: int, device: torch.device) -> int:
+def measure(layers: int, tokens: int, vocab: int, device: torch.device, kernel: str) -> int:
     torch.manual_seed(0)
     unembedding = Unembedding(nn.LayerNorm(D_MODEL), torch.randn(vocab, D_MODEL), None).to(device)
     lens = TunedLens(unembedding, ModelIdentity("random", None, layers, D_MODEL, vocab, ""))
     states = torch.randn(layers + 1, tokens, D_MODEL, device=device)
-    objective = LensKL(unembedding.centred(), dtype=torch.bfloat16)
+    objective = LensKL(unembedding.centred(), dtype=torch.bfloat16, kernel=kernel)
     for parameter in lens.parameters():
         parameter.grad = torch.zeros_like(parameter)
     if device.type == "cuda":
@@ -55,15 +55,17 @@ def measure(layers: int, tokens: int, vocab: int, device: torch.device) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--kernel", default="products")
     parser.add_argument("--shape", type=int, nargs=3, help="one shape, in this process")
     flags = parser.parse_args()
     if flags.shape:
-        print(measure(*flags.shape, torch.device(flags.device)))
+        print(measure(*flags.shape, torch.device(flags.device), flags.kernel))
         return
     print("| layers | tokens | vocabulary | peak, MB | all logits, MB |")
     print("|---:|---:|---:|---:|---:|")
     for shape in SHAPES:
-        command = [sys.executable, __file__, "--device", flags.device, "--shape"]
+        command = [sys.executable, __file__, "--device", flags.device]
+        command += ["--kernel", flags.kernel, "--shape"]
         output = subprocess.run(
             [*command, *map(str, shape)], capture_output=True, text=True, check=True
         ).stdout

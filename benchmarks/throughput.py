@@ -1,6 +1,7 @@
 """One training step at GPT-2 small's shape: ours, tuned-lens' inner loop, the products alone.
 
     python benchmarks/throughput.py [--device cuda] [--tokens 1024]
+    python benchmarks/throughput.py --model M       at the shape of a model folder
 
 All on the same tensors, in one process, in turns; medians of several. tuned-lens' loop is
 written after its version 0.2.0: autocast, autograd through the logits, one backward pass
@@ -15,12 +16,14 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from tunedlens import TunedLens
 from tunedlens.fit import accumulate_gradient
 from tunedlens.frozen import ModelIdentity, Unembedding
-from tunedlens.fused import can_compile
+from tunedlens.memory import keep_freed_memory
 from tunedlens.objective import LensKL
+from tunedlens.vocab_sample import draw_sample
 
 
 def seconds(step: Callable[[], object], device: torch.device) -> float:
@@ -36,14 +39,19 @@ def seconds(step: Callable[[], object], device: torch.device) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--model", help="a folder, for its shape")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--d-model", type=int, default=768)
     parser.add_argument("--vocab", type=int, default=50257)
+    parser.add_argument("--sample", type=int, default=6144)
     parser.add_argument("--rounds", type=int, default=5)
     flags = parser.parse_args()
     device = torch.device(flags.device)
     layers, tokens, d_model, vocab = flags.layers, flags.tokens, flags.d_model, flags.vocab
+    if flags.model:
+        config = AutoConfig.from_pretrained(flags.model)
+        layers, d_model, vocab = config.num_hidden_layers, config.hidden_size, config.vocab_size
     torch.manual_seed(0)
     norm = nn.LayerNorm(d_model)
     unembedding = Unembedding(norm, torch.randn(vocab, d_model) * 0.1, None).to(device)
@@ -51,9 +59,17 @@ def main() -> None:
     lens = TunedLens(unembedding, identity)
     states = torch.randn(layers + 1, tokens, d_model, device=device)
 
-    def ours(compiled: bool) -> Callable[[], object]:
-        objective = LensKL(unembedding.centred(), dtype=torch.bfloat16, compiled=compiled)
-        return lambda: accumulate_gradient(lens, states, objective)
+    keep_freed_memory()
+    objective = LensKL(unembedding.centred(), dtype=torch.bfloat16)
+
+    def exact() -> None:
+        accumulate_gradient(lens, states, objective)
+
+    def sampled() -> None:
+        usage = torch.zeros(vocab, device=device)
+        model = objective.model_side(states[-1], usage)
+        keys = objective.keys(draw_sample(usage, flags.sample, seed=0, step=0))
+        accumulate_gradient(lens, states, objective, model=model, keys=keys)
 
     def peer() -> None:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
@@ -78,10 +94,12 @@ def main() -> None:
                 torch.mm(hidden, weight.T, out=logits[:count])
                 torch.mm(logits[:count], weight, out=gradient[:count])
 
-    steps = {"the products alone": products, "ours, eager": ours(compiled=False)}
-    if can_compile(device):
-        steps["ours, compiled"] = ours(compiled=True)
-    steps["tuned-lens' loop"] = peer
+    steps: dict[str, Callable[[], object]] = {
+        "the products alone": products,
+        "ours, exact": exact,
+        f"ours, {flags.sample:,} tokens of the vocabulary": sampled,
+        "tuned-lens' loop": peer,
+    }
     for step in steps.values():
         step()
     times: dict[str, list[float]] = {name: [] for name in steps}

@@ -258,8 +258,8 @@ def curve(*points):
     return LearningCurve([Look(i, tokens, 0.0, kl) for i, (tokens, kl) in enumerate(points)])
 
 
-def test_a_layer_is_flat_once_two_looks_say_that_doubling_brings_less_than_a_hundredth():
-    looks = ((0, [3.0, 3.0]), (100, [2.0, 1.0]), (150, [1.5, 0.8]), (200, [1.0, 0.991]))
+def test_a_layer_is_flat_once_two_looks_say_that_doubling_brings_less_than_a_fiftieth():
+    looks = ((0, [3.0, 3.0]), (100, [2.0, 1.0]), (150, [1.5, 0.8]), (200, [1.0, 0.981]))
     assert curve(*looks).flat_layers() == [False, False]
     assert curve(*looks, (300, [0.9, 0.9])).flat_layers() == [False, True]
     assert curve(*looks, (300, [0.9, 0.7])).flat_layers() == [False, False]

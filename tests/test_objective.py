@@ -1,14 +1,18 @@
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import make_gpt2
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from tunedlens import FrozenModel, metrics
+from tunedlens import FrozenModel, TunedLens, metrics
 from tunedlens.frozen import Unembedding
 from tunedlens.objective import LensKL, reference_kl
 from tunedlens.vocab_sample import VocabSample, draw_sample, inclusion_probabilities
 
+LENS = Path(__file__).parents[1] / "checkpoints" / "embedded"
+LENS_TEXT = Path(__file__).read_text()[:1200]
 NORMS = {"LayerNorm": nn.LayerNorm, "RMSNorm": nn.RMSNorm, "Llama's RMSNorm": LlamaRMSNorm}
 
 
@@ -268,3 +272,22 @@ def test_model_side_adds_up_squared_probabilities():
     LensKL(unembedding, dtype=torch.float64, chunk=10).model_side(final, usage)
     expected = unembedding(final).softmax(-1).square().sum(0)
     assert torch.allclose(usage, expected, rtol=1e-12)
+
+
+def test_bfloat16_gradient_is_nearer_to_the_truth_than_q_minus_p_at_every_layer_of_a_lens(model):
+    lens = TunedLens.load(LENS, model)
+    states = [state[0] for state in model.residual_stream(LENS_TEXT)]
+    unembedding = model.unembedding.centred()
+    kl = LensKL(unembedding, dtype=torch.bfloat16)
+    side = kl.model_side(states[-1])
+    # Without the norm's own gradient, as the two forms differ before it.
+    exact = unembedding.weight.double()
+    probs = (unembedding.norm(states[-1]).double() @ exact.T).softmax(-1)
+    for layer in range(lens.n_layers):
+        with torch.no_grad():
+            normed = unembedding.norm(lens.transform_hidden(states[layer], layer))
+            truth = ((normed.double() @ exact.T).softmax(-1) - probs) @ exact
+            bare = Unembedding(nn.Identity(), unembedding.weight, None)
+            ours = LensKL(bare, dtype=torch.bfloat16).gradient(normed, side)[1]
+            older = q_minus_p_in_bfloat16(normed, unembedding.norm(states[-1]), bare)
+        assert (ours - truth).norm() < (older - truth).norm()

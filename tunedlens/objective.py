@@ -109,7 +109,8 @@ class LensKL:
     translated states, so that any optimizer can use it. Training uses the parts:
     `model_side` once per token, `keys` once per step, `gradient` once per layer.
 
-    When memory runs out, the chunk is halved with a warning and the work goes on.
+    Holds one copy of the unembedding, in `dtype`. When memory runs out, the chunk is halved with
+    a warning and the work goes on.
 
     Args:
         unembedding: norm and unembedding; pass `Unembedding.centred()`, which leaves the

@@ -127,14 +127,16 @@ class LeastSquares:
 
     def best_ridge(self, held_out: "LeastSquares") -> Float[Tensor, " layers"]:
         """For every layer the one of `RIDGES` whose solution errs least on held-out text."""
-        # In the eigenbasis of the inputs a ridge is one division.
-        values, vectors = torch.linalg.eigh(self.inputs)
-        mean_square = values.mean(-1, keepdim=True)
-        products, their_products = (vectors.mT @ sums.products for sums in (self, held_out))
-        their_inputs = vectors.mT @ held_out.inputs @ vectors
-        errors = []
-        for ridge in RIDGES:
-            solution = products / (values.clamp(min=0) + ridge * mean_square)[..., None]
-            change = solution * (their_inputs @ solution - 2 * their_products)
-            errors.append(change.sum((1, 2)))
-        return torch.tensor(RIDGES, dtype=torch.float64)[torch.stack(errors).argmin(0)]
+        ridges = torch.tensor(RIDGES, dtype=torch.float64)
+        best = []
+        for inputs, products, their_inputs, their_products in zip(
+            self.inputs, self.products, held_out.inputs, held_out.products, strict=True
+        ):
+            # In the eigenbasis of the inputs a ridge is one division.
+            values, vectors = torch.linalg.eigh(inputs)
+            damped = values.clamp(min=0) + ridges[:, None] * values.mean()
+            solutions = (vectors.T @ products) / damped[..., None]
+            curvature, slope = vectors.T @ their_inputs @ vectors, vectors.T @ their_products
+            errors = [(x * (curvature @ x - 2 * slope)).sum() for x in solutions]
+            best.append(torch.stack(errors).argmin())
+        return ridges[torch.stack(best)]

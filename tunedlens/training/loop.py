@@ -95,18 +95,24 @@ def train(
 
 
 def _first_pass(run: Run, steps: Preconditioned) -> None:
-    """Let the fit see the first tokens of the text, and start a new lens from them."""
+    """Let the fit see the first tokens of the text, and start a new lens from them.
+
+    The steps of a new lens go on with the text that follows.
+    """
     config, model = run.config, run.model.identity
     shape = (model.n_layers, model.d_model)
     sums, left = LeastSquares(*shape), config.start_tokens or 0
     batches = run.corpora.train.batches(config.batch_size or 1, config.seed)
     with progress_bar(left, "closed form", show=run.is_main) as bar:
         while left > 0:
-            for states in run.reader.read(next(batches).input_ids):
+            batch = next(batches)
+            for states in run.reader.read(batch.input_ids):
                 sums.add(states[:-1], states[-1])
             left -= run.tokens_per_step
             run.progress.start_tokens += run.tokens_per_step
             bar.update(run.tokens_per_step)
+    if run.progress.step == 0:
+        run.progress.position = batch.position
     sums.reduce(run.accelerator)
     ridge: float | Tensor
     if config.ridge is None:
