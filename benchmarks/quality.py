@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tunedlens import CorpusConfig, ModelConfig, TrainConfig, checkpoint, train
+from tunedlens.memory import keep_freed_memory
 
 HERE = Path(__file__).parent
 RATES = {
@@ -85,14 +86,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512_000, help="budget of the recipes")
     parser.add_argument("--most-tokens", type=int, help="of ours (default: train.py's)")
     parser.add_argument("--evaluate-tokens", type=int, default=16_384)
+    parser.add_argument("--validation-tokens", type=int, default=8192, help="the same for all")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="sweep two rates instead of all")
     parser.add_argument("--fits", nargs="+", default=["sgd", "muon"])
     flags = parser.parse_args()
+    keep_freed_memory()
     base = TrainConfig(
         model=ModelConfig(model=flags.model),
         corpus=CorpusConfig(dataset=flags.dataset, seq_len=flags.seq_len),
         evaluate_tokens=flags.evaluate_tokens,
+        validation_tokens=flags.validation_tokens,
         most_tokens=flags.most_tokens,
     )
     results = Results(HERE / f"quality-{flags.name}.json", base)

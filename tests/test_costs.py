@@ -34,23 +34,23 @@ def test_looks_come_at_ever_greater_distances():
 
 
 @pytest.mark.parametrize("tokens", [300_000, 1_000_000, 5_000_000])
-@pytest.mark.parametrize("vocab_size", [49_152, 256_000])
+@pytest.mark.parametrize("vocab_size", [32_000, 49_152])
 def test_validation_takes_a_tenth_and_the_table_a_fifth_at_most(tokens, vocab_size):
     found = costs(vocab_size)
     run = found.start_tokens * found.first_pass + tokens * found.step
     looks = count_looks(-(-tokens // found.step_tokens))
-    assert found.validation_tokens(tokens) * looks * found.look <= 0.101 * run
-    assert found.table_tokens(tokens) * found.table <= 0.201 * run
+    assert found.validation_tokens(tokens) * looks * found.look <= 0.1 * run
+    assert found.table_tokens(tokens) * found.table <= 0.2 * run
 
 
-def test_a_short_run_is_validated_on_a_thousand_tokens_all_the_same():
+def test_a_short_run_is_validated_on_one_block_and_has_a_table_of_two():
     assert costs().validation_tokens(4096) == 1024
-    assert costs().table_tokens(4096) == 1024
+    assert costs().table_tokens(4096) == 2 * 1023
 
 
 def test_a_long_run_is_validated_on_so_many_tokens_and_no_more():
     assert costs(vocab_size=4096, sample=0).validation_tokens(10**8) == 8192
-    assert costs(vocab_size=4096, sample=0).table_tokens(10**8) == 16_384
+    assert costs(vocab_size=4096, sample=0).table_tokens(10**8) == 16 * 1023
 
 
 def test_the_step_counts_the_products_of_the_sample():

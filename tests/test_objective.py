@@ -253,7 +253,6 @@ def test_bias_of_the_sampled_gradient_falls_as_one_over_the_size():
         along = exact_gradient / exact_gradient.norm()
         bias_of_gradient.append(((mean - exact_gradient) * along).sum().item())
     for bias in (bias_of_kl, bias_of_gradient):
-        print(bias)
         assert bias[0] / bias[1] == pytest.approx(2, abs=0.7)
         assert bias[1] / bias[2] == pytest.approx(2, abs=0.7)
 

@@ -48,8 +48,9 @@ def test_python_runs_and_prints_what_the_page_says(page, tmp_path, monkeypatch):
 def tracked_pages():
     """Markdown files of the project: no virtual environment that lies in its folder."""
     command = ["git", "ls-files", "*.md"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if found.returncode:  # not a checkout
+    try:
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # no git, or not a checkout
         return sorted([*ROOT.glob("*.md"), *ROOT.glob("[!.]*/*.md")])
     return [ROOT / name for name in found.stdout.splitlines() if (ROOT / name).exists()]
 

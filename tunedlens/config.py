@@ -17,6 +17,7 @@ Kernel = Literal["products", "attention"]
 FitName = Literal["preconditioned", "closed-form", "jacobian", "sgd", "adamw", "muon"]
 ONE_PASS: tuple[FitName, ...] = ("closed-form", "jacobian")
 """Fits that take no steps."""
+LEAST_VOCAB_SAMPLE = 64
 JacobianTargets = Literal["later", "same"]
 MetricSet = Literal["standard", "all"]
 Split = Literal["train", "validation", "all"]
@@ -159,11 +160,12 @@ class TrainConfig:
     weight_decay: float | None = option(
         None, "weight decay towards where the steps start (default: the fit's own)"
     )
-    seed: int = option(0, "orders the blocks")
+    seed: int = option(0, "orders the blocks and draws the samples of the vocabulary")
     validation_tokens: int | None = option(
         None,
         "held-out positions that the fit is validated on as it goes, in whole blocks (default: "
-        "8,192, or fewer where that would take over a tenth of the run)",
+        "8,192, or fewer where that would take over a tenth of the run or be more than "
+        "--evaluate-tokens)",
     )
     evaluate_tokens: int | None = option(
         None,
@@ -183,8 +185,13 @@ class TrainConfig:
             _require_choice(self, "precision", get_args(Precision))
         if self.kernel is not None:
             _require_choice(self, "kernel", get_args(Kernel))
-        if self.vocab_sample is not None and self.vocab_sample < 0:
-            raise InputError(f"--vocab-sample must be 0 or more, got {self.vocab_sample}")
+        if self.vocab_sample is not None and not (
+            self.vocab_sample == 0 or self.vocab_sample >= LEAST_VOCAB_SAMPLE
+        ):
+            raise InputError(
+                f"--vocab-sample must be 0 (all of it) or at least {LEAST_VOCAB_SAMPLE}, got "
+                f"{self.vocab_sample}"
+            )
         if self.fit in ONE_PASS and self.tokens is not None:
             raise InputError(f"--fit {self.fit} takes no steps; give --start-tokens, not --tokens")
         if self.skip_first < 0:

@@ -54,7 +54,7 @@ def chunk_tokens(rows: int, device: torch.device) -> int:
         rows: of the unembedding, or of a sample of it.
         device: where the products run.
     """
-    elements = 3 * 2**23 if device.type == "cpu" else 2**28
+    elements = 3 * 2**23 if device.type == "cpu" else 2**26
     return min(max(256, elements // rows), _most_tokens(device))
 
 
@@ -81,7 +81,8 @@ class Keys(NamedTuple):
     """Rows of the unembedding that a softmax runs over, in the dtype of the products."""
 
     rows: Float[Tensor, "rows width"]
-    """The unembedding, a column of ones, and two more where each row has an offset of its own."""
+    """The unembedding, a column of ones, two more where each row has an offset of its own, and
+    zeros up to a multiple of 8, which GPUs multiply faster."""
     d_model: int
 
     def query(
@@ -115,8 +116,8 @@ class LensKL:
     Args:
         unembedding: norm and unembedding; pass `Unembedding.centred()`, which leaves the
             softmax as it is and keeps the logits near 0, where half precision is fine.
-        dtype: of the matrix products. Their results are summed in float32, or in float64
-            where the unembedding is.
+        dtype: of the matrix products. Their results are rounded to it; what is made of them is
+            added up in float32, or in float64 where the unembedding is.
         kernel: `products` multiplies, takes the softmax in place and multiplies again;
             `attention` calls the flash attention kernel that torch has for CPUs, which
             holds no logits.
@@ -170,7 +171,7 @@ class LensKL:
         final: Float[Tensor, "tokens d_model"],
         usage: Float[Tensor, " vocab"] | None = None,
     ) -> ModelSide:
-        """What the layers need of the model's distribution, exactly.
+        """What the layers need of the model's distribution, over the whole vocabulary.
 
         Args:
             final: the model's last state, before the final norm.
@@ -185,12 +186,13 @@ class LensKL:
             if self.dtype.itemsize < 4:
                 query = keys.query(normed, self._products(query, keys).amax(-1))
             mean_row, log_normaliser = self._two_products(query, keys)
-            inner = _inner(mean_row, query)
-            found.append(ModelSide(mean_row, log_normaliser + keys.shift_of(query) - inner))
+            offset = log_normaliser + keys.shift_of(query) - _inner(mean_row, query)
             if usage is not None:
                 probs = self._logits(len(query), keys)  # the softmax was taken in place
                 squares = torch.mul(probs, probs, out=probs)
-                usage.add_((squares.new_ones(1, len(squares)) @ squares)[0])
+                usage.add_(squares.sum(0, dtype=usage.dtype))
+            # Last, so that a chunk that is repeated for lack of memory counts once.
+            found.append(ModelSide(mean_row, offset))
 
         self._in_chunks(len(final), keys, measure)
         return ModelSide(*(torch.cat(parts) for parts in zip(*found, strict=True)))
@@ -199,7 +201,10 @@ class LensKL:
     def kl(
         self, translated: Float[Tensor, "tokens d_model"], model: ModelSide
     ) -> Float[Tensor, " tokens"]:
-        """Exact KL of one layer at every token, in nats, at half the cost of the gradient."""
+        """KL of one layer at every token, in nats, at half the cost of the gradient.
+
+        Over the whole vocabulary, never estimated from a sample.
+        """
         keys, kl = self._all_keys, torch.empty_like(model.offset)
 
         def measure(tokens: slice) -> None:
@@ -284,7 +289,8 @@ class LensKL:
             self.chunk //= 2
             self._workspace = self._workspace.new_empty(0)
             warnings.warn(
-                f"out of memory: going on with {self.chunk} tokens at a time", stacklevel=2
+                f"out of memory: going on with {self.chunk} tokens at a time (more of a sample)",
+                stacklevel=2,
             )
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -320,6 +326,8 @@ def _keys(weight: Float[Tensor, "rows d_model"], offsets: Float[Tensor, " rows"]
     if offsets is not None:
         rounded = offsets.to(weight.dtype)
         columns += [rounded[:, None], (offsets - rounded).to(weight.dtype)[:, None]]
+    width = weight.shape[1] + len(columns) - 1
+    columns.append(weight.new_zeros(len(weight), -width % 8))
     return Keys(torch.cat(columns, 1), weight.shape[1])
 
 

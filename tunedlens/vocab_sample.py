@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tunedlens.errors import InputError
+
 _FLOOR = 0.02
 """Share of the proposal that is uniform: no token has π_v = 0."""
 _FIXED_POINT_STEPS = 32
@@ -28,9 +30,14 @@ def inclusion_probabilities(usage: Float[Tensor, " vocab"], size: int) -> Float[
     """π_v of every token: proportional to the root of its usage, at most 1, `size` in all.
 
     With usage the sum of p_v² over the tokens of a step, these are the probabilities for which
-    the variance of an estimate of p is least; a token that some position is sure of is in the
-    sample for certain.
+    the variance of an estimate of p is least. They favour a token that a single position is sure
+    of over one to which many positions give a little.
+
+    Raises:
+        InputError: usage is not finite.
     """
+    if not usage.isfinite().all():
+        raise InputError("the model's probabilities are not finite; try --dtype float32")
     proposal = usage.cpu().double().sqrt()
     proposal = proposal / proposal.sum().clamp_min(torch.finfo(torch.float64).tiny)
     proposal = (1 - _FLOOR) * proposal + _FLOOR / len(usage)

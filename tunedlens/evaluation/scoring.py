@@ -195,7 +195,7 @@ class _Scorer:
             dtype=torch.float64,
         )
         block_of = torch.arange(len(scored), device=scored.device)[:, None].expand_as(scored)
-        in_block = F.one_hot(block_of[scored], len(scored)).double().T.cpu()
+        in_block = F.one_hot(block_of[scored], len(scored)).cpu().double().T
         used, group_of = groups.to(scored.device).unique(return_inverse=True)
         in_group = F.one_hot(group_of[block_of[scored]], len(used)).float().T
         chunk = chunk_tokens(self._model.identity.vocab_size, final.device)
@@ -210,7 +210,7 @@ class _Scorer:
                     self._decode(*decoding, states[decoding[1]][part], logits)
                 figures[:, row, part] = self._figures(logits, model, self._names)
                 # By now they are probabilities.
-                sums = in_group[:, part] @ logits
+                sums = in_group[:, part].to(logits) @ logits
                 self.distributions.sums[:, row].index_add_(
                     0, used.to(self.distributions.sums.device), sums.to(self.distributions.sums)
                 )
@@ -220,7 +220,7 @@ class _Scorer:
                         logits = self._buffer(len(model.probs))
                         self._decode(lens, translator, hidden[part], logits)
                         found = self._figures(logits, model, OF_TRANSFER)
-                        sums = found.double().cpu() @ in_block[:, part].mT
+                        sums = found.cpu().double() @ in_block[:, part].mT
                         transfer[:, translator, layer, column] += sums
         everywhere = figures.new_zeros(*shape[:2], *scored.shape)
         everywhere[:, :, scored] = figures

@@ -69,7 +69,7 @@ class LeastSquares:
         for total, pending in zip(
             (self._inputs, self._products, self._squares), self._pending, strict=True
         ):
-            total += pending.to(total)
+            total += pending.cpu().double()
             pending.zero_()
         d_model = self._d_model
         self._inputs[:, :d_model, d_model] = self._inputs[:, d_model, :d_model]

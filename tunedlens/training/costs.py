@@ -5,13 +5,15 @@ No clock comes into it, so a run stays a function of its plan.
 
 from dataclasses import dataclass
 
-from tunedlens.config import TrainConfig
+from tunedlens.config import ONE_PASS, TrainConfig
 from tunedlens.errors import InputError
 from tunedlens.frozen import FrozenModel
 
 _VALIDATION_SHARE, _TABLE_SHARE = 0.1, 0.2
 """Of the operations of a run: the most that validation in between, and the table, may take."""
-_MOST_VALIDATION_TOKENS, _MOST_TABLE_TOKENS, _LEAST_TOKENS = 8192, 16_384, 1024
+_MOST_VALIDATION_TOKENS, _MOST_TABLE_TOKENS = 8192, 16_384
+_LEAST_VALIDATION_BLOCKS, _LEAST_TABLE_BLOCKS = 1, 2
+"""Two blocks are the fewest that have a standard error."""
 _SLOWNESS_OF_FP32 = 4.0
 """Of a product in float32, against one in bfloat16, on CPUs and GPUs that multiply both."""
 _SLOWNESS_OF_FORWARD = 2.0
@@ -58,6 +60,7 @@ class Costs:
     """Of the first pass."""
     step_tokens: int
     """Of one step."""
+    seq_len: int
     first_pass: float
     step: float
     look: float
@@ -72,15 +75,20 @@ class Costs:
         fp32 = _SLOWNESS_OF_FP32 if config.precision == "bf16" else 1.0
         blocks = sum(parameter.numel() for parameter in model.blocks.parameters())
         forward = 2 * blocks * _SLOWNESS_OF_FORWARD
-        product, row = 2 * d_model * vocab_size, config.vocab_sample or vocab_size
+        product, rows = 2 * d_model * vocab_size, config.vocab_sample or vocab_size
+        first_pass = forward + n_layers * 4 * d_model**2 * fp32
+        if config.fit == "jacobian":
+            first_pass = forward * (1 + 2 * d_model)  # a backward pass for every dimension
+        starts = config.fit in ("preconditioned", *ONE_PASS)
         optimizer = 34 * d_model**3 / step_tokens
         return cls(
-            start_tokens=config.start_tokens or 0,
+            start_tokens=(config.start_tokens or 0) if starts else 0,
             step_tokens=step_tokens,
-            first_pass=forward + n_layers * 4 * d_model**2 * fp32,
+            seq_len=config.corpus.seq_len or 2,
+            first_pass=first_pass,
             step=forward
             + 2 * product
-            + n_layers * (4 * d_model * row + 2 * d_model**2 * (1 + fp32) + optimizer),
+            + n_layers * (4 * d_model * rows + 2 * d_model**2 * (1 + fp32) + optimizer),
             look=forward + (n_layers + 2) * product,
             table=forward + 2 * n_layers * product * fp32,
         )
@@ -89,12 +97,15 @@ class Costs:
         """Held-out positions of each look, for a run of at most so many tokens of steps."""
         looks = count_looks(-(-tokens // self.step_tokens))
         affordable = _VALIDATION_SHARE * self._run(tokens) / looks / self.look
-        return round(min(max(affordable, _LEAST_TOKENS), _MOST_VALIDATION_TOKENS))
+        affordable = min(affordable, _MOST_VALIDATION_TOKENS)
+        return self.seq_len * max(int(affordable / self.seq_len), _LEAST_VALIDATION_BLOCKS)
 
     def table_tokens(self, tokens: int) -> int:
         """Held-out positions of the table after a run of so many tokens of steps."""
         affordable = _TABLE_SHARE * self._run(tokens) / self.table
-        return round(min(max(affordable, _LEAST_TOKENS), _MOST_TABLE_TOKENS))
+        affordable = min(affordable, _MOST_TABLE_TOKENS)
+        positions = self.seq_len - 1
+        return positions * max(int(affordable / positions), _LEAST_TABLE_BLOCKS)
 
     def _run(self, tokens: int) -> float:
         return self.start_tokens * self.first_pass + tokens * self.step

@@ -61,14 +61,15 @@ class HeldOut:
 
     @property
     def look_tokens(self) -> int:
-        """Positions that a run is steered by: whole blocks."""
-        return sum(map(len, self._look_blocks))
+        """Positions that a run is steered by, in whole blocks."""
+        return len(self._look_blocks) * self._reader.positions
 
     @torch.no_grad()
     def kl(self, lens: TunedLens, objective: LensKL) -> tuple[list[float], float | None]:
         """Mean KL of every layer in nats, and the standard error of their mean.
 
-        Exact, in the precision of training. The model's side is computed once and kept.
+        Over the whole vocabulary, in the precision of training. The model's side is computed
+        once and kept.
         """
         is_first, sums = not self._model_sides, RatioSums(lens.n_layers + 1)
         index = 0

@@ -33,14 +33,14 @@ from tunedlens.metrics import reduce_sums
 from tunedlens.objective import Keys, ModelSide
 from tunedlens.tracking import Tracker, progress_bar, say
 from tunedlens.training.costs import count_looks, next_look
-from tunedlens.training.run import Run
+from tunedlens.training.run import Run, saved_config
 from tunedlens.training.settings import budget, settled
 from tunedlens.vocab_sample import draw_sample
 
 _STEPS_PER_FIGURE = 16
 """Reading a figure waits for the device, so it is not done at every step."""
 _STEPS_BEFORE_ESTIMATE = 4
-"""The first ones are slower, so the time that a run takes is said after so many."""
+"""The time that a run takes is said after so many, without the first one, which is slower."""
 _SECONDS_PER_SAVE = 300
 
 
@@ -74,6 +74,8 @@ def train(
     _require_usable(output, resume)
     accelerator = Accelerator()
     model = load_configured(config.model, accelerator.device)
+    if resume:
+        config = _filled(config, saved_config(output))
     config = settled(config, model, accelerator)
     run = Run(config, output, model, load_corpora(config.corpus, model.tokenizer), accelerator)
     if resume:
@@ -94,6 +96,21 @@ def train(
         return run.finish(tracker)
 
 
+def _filled(config: TrainConfig, saved: TrainConfig) -> TrainConfig:
+    """The config of a resumed run: what it leaves open is as it was settled.
+
+    On another device, kernel and micro-batch are chosen anew.
+    """
+    if config.model.device != saved.model.device:
+        saved = dataclasses.replace(saved, kernel=None, micro_batch_size=None)
+        if config.kernel == "attention":
+            config = dataclasses.replace(config, kernel=None)
+    left_open = [
+        field.name for field in dataclasses.fields(config) if getattr(config, field.name) is None
+    ]
+    return dataclasses.replace(config, **{name: getattr(saved, name) for name in left_open})
+
+
 def _first_pass(run: Run, steps: Preconditioned) -> None:
     """Let the fit see the first tokens of the text, and start a new lens from them.
 
@@ -103,6 +120,7 @@ def _first_pass(run: Run, steps: Preconditioned) -> None:
     shape = (model.n_layers, model.d_model)
     sums, left = LeastSquares(*shape), config.start_tokens or 0
     batches = run.corpora.train.batches(config.batch_size or 1, config.seed)
+    run.progress.start_tokens = 0
     with progress_bar(left, "closed form", show=run.is_main) as bar:
         while left > 0:
             batch = next(batches)
@@ -190,9 +208,12 @@ def _take_steps(run: Run, tracker: Tracker, stop: threading.Event) -> None:
                     mean = kl.sum().item() / sum(active)
                     tracker.log({"train/kl_nats": mean}, progress.step)
                 bar.set_postfix_str(f"held-out KL {looks[-1].mean_kl_nats:.3f} nats")
-            if steps_taken == _STEPS_BEFORE_ESTIMATE and run.is_main:
-                seconds = (time.monotonic() - started) / steps_taken
-                _say_how_long(run, seconds, most)
+            if steps_taken in (1, 1 + _STEPS_BEFORE_ESTIMATE):
+                kl.sum().item()  # waits for the device
+                if steps_taken > 1 and run.is_main:
+                    seconds = (time.monotonic() - started) / _STEPS_BEFORE_ESTIMATE
+                    _say_how_long(run, seconds, most)
+                started = time.monotonic()
             due = next_look([look.step for look in looks])
             if progress.step >= due or progress.tokens >= most:
                 _note(run, tracker)

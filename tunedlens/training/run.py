@@ -132,10 +132,21 @@ class Run:
         """
         saved, config = saved_config(self.output), self.config
         model = dataclasses.replace(saved.model, device=config.model.device)
-        if dataclasses.replace(saved, tokens=config.tokens, model=model) != config:
+        if saved.kernel is None:
             raise InputError(
-                f"{self.output} was trained with other settings; with --resume only --tokens and "
-                "--device may change"
+                f"{self.output} was trained by an earlier version of tunedlens, whose runs cannot "
+                "be resumed; its lens can be used as it is"
+            )
+        if config != dataclasses.replace(
+            saved,
+            tokens=config.tokens,
+            model=model,
+            kernel=config.kernel,
+            micro_batch_size=config.micro_batch_size,
+        ):
+            raise InputError(
+                f"{self.output} was trained with other settings; with --resume only --tokens, "
+                "--device, --kernel and --micro-batch-size may change"
             )
         if (self.output / checkpoint.STATE).is_file():
             tensors, about = checkpoint.load_state(self.output)

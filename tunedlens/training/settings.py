@@ -27,12 +27,15 @@ _MICRO_BATCH_TOKENS_OF_CPU = 2048
 def settled(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -> TrainConfig:
     """The same with nothing left open but `tokens`, `ridge` and `evaluate_tokens`.
 
-    The precision and the kernel are measured, by the main process for all.
+    (And `micro_batch_size`, where a whole step is one.) The precision and the kernel are
+    measured, by the main process for all.
 
     Raises:
         InputError: something that was asked for cannot be had.
     """
     d_model, processes = model.identity.d_model, accelerator.num_processes
+    if config.kernel == "attention" and model.device.type != "cpu":
+        raise InputError("--kernel attention is for CPUs; leave it out, or choose products")
     config = dataclasses.replace(config, corpus=with_defaults(config.corpus, model))
     positions = trained_positions(config)
     ours = config.fit in ("preconditioned", *ONE_PASS)
@@ -44,7 +47,11 @@ def settled(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -
     if tokens is not None:
         start_tokens = min(start_tokens, max(1, tokens // 4))
     is_large = model.identity.vocab_size > _SMALL_VOCABULARY * _VOCAB_SAMPLE
-    sample = _VOCAB_SAMPLE if is_large and config.fit == "preconditioned" else 0
+    sample = config.vocab_sample
+    if sample is None:
+        sample = _VOCAB_SAMPLE if is_large and config.fit == "preconditioned" else 0
+    elif sample >= model.identity.vocab_size:
+        sample = 0
     micro_batch_size = config.micro_batch_size
     if micro_batch_size is None and model.device.type == "cpu":
         micro_batch_size = max(1, _MICRO_BATCH_TOKENS_OF_CPU // positions)
@@ -67,7 +74,7 @@ def settled(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -
         micro_batch_size=micro_batch_size,
         precision=backend.precision,
         kernel=backend.kernel,
-        vocab_sample=sample if config.vocab_sample is None else config.vocab_sample,
+        vocab_sample=sample,
         lr=own(config.lr, recipe.learning_rate),
         momentum=own(config.momentum, recipe.momentum),
         weight_decay=own(config.weight_decay, recipe.weight_decay),
@@ -81,11 +88,11 @@ def settled(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -
         raise InputError(
             f"--device is each process's own where there are {processes}; leave it out"
         )
-    if config.kernel == "attention" and model.device.type != "cpu":
-        raise InputError("--kernel attention is for CPUs; leave it out, or choose products")
     if config.validation_tokens is None:
         costs = Costs.of(config, model)
-        validation_tokens = costs.validation_tokens(budget(config))
+        # A run without a budget may end long before its cap.
+        expected = budget(config) if config.tokens is not None else budget(config) // 4
+        validation_tokens = costs.validation_tokens(expected)
         if config.evaluate_tokens is not None:
             validation_tokens = min(validation_tokens, config.evaluate_tokens)
         config = dataclasses.replace(config, validation_tokens=validation_tokens)
