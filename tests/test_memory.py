@@ -9,7 +9,8 @@ import resource, sys, torch
 from tunedlens.memory import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
-torch.ones(2**24)
+for _ in range(3):
+    torch.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
     torch.ones(2**24)
@@ -24,4 +25,4 @@ def test_freed_memory_is_used_again_without_page_faults():
         int(subprocess.run([*command, name], capture_output=True, text=True, check=True).stdout)
         for name in ("usual", "kept")
     )
-    assert kept < 100 < usual
+    assert 10 * kept < usual

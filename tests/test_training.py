@@ -174,10 +174,11 @@ def test_run_of_an_earlier_version_is_not_resumed(config, tmp_path):
         train(dataclasses.replace(config, tokens=1280), tmp_path / "run", resume=True)
 
 
-def test_attention_is_refused_where_there_is_none(config, tmp_path, monkeypatch):
+def test_attention_is_refused_where_there_is_none(config, tiny, monkeypatch):
     monkeypatch.setattr(FrozenModel, "device", torch.device("meta"))
+    config = dataclasses.replace(config, kernel="attention", precision=None)
     with pytest.raises(InputError, match="--kernel attention is for CPUs"):
-        train(dataclasses.replace(config, kernel="attention", precision=None), tmp_path / "run")
+        settings.settled(config, tiny, Accelerator(cpu=True))
 
 
 def test_attention_trains_the_lens_that_products_train(config, tmp_path):
