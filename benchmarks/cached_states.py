@@ -34,8 +34,8 @@ from tunedlens.vocab_sample import draw_sample
 
 HERE = Path(__file__).parent
 LAYERS = (2, 10, 18, 26, 29)
-STEP, HELD_OUT, SAMPLE = 2048, 4096, 6144
-RATES = {"sgd": (0.1, 1.0, 3.0), "muon": (0.02, 0.04, 0.08)}
+STEP, HELD_OUT, SAMPLE = 2048, 2048, 6144
+RATES = {"sgd": (1.0, 3.0), "muon": (0.04, 0.08)}
 LABELS = {"sgd": "SGD", "muon": "Muon"}
 States = list[Tensor]
 
@@ -149,14 +149,14 @@ def main() -> None:
         runs["ours, closed form, 1/20 of the tokens"] = fit(problem, ours, twentieth, SAMPLE)[:1]
     runs["ours, sampled"] = fit(problem, ours, fifth, SAMPLE)
     runs["ours, exact"] = fit(problem, ours, fifth, 0)
+    checkpoint.write(HERE / "cached-states.json", json.dumps(runs, indent=1) + "\n")
     for name, rates in RATES.items():
         for rate in rates:
             momentum = {"sgd": 0.9, "muon": 0.95}[name]
             decay = {"sgd": 1e-3, "muon": 0.0}[name]
             make = lambda lens, n=name, r=rate, m=momentum, d=decay: Peer(lens, n, r, m, d)  # noqa: E731
             runs[f"{LABELS[name]}, lr {rate:g}"] = fit(problem, make, 0, 0)
-            print(name, rate, mean(runs[f"{LABELS[name]}, lr {rate:g}"][-1]), flush=True)
-    checkpoint.write(HERE / "cached-states.json", json.dumps(runs, indent=1) + "\n")
+            checkpoint.write(HERE / "cached-states.json", json.dumps(runs, indent=1) + "\n")
     text = table(runs)
     print(text)
     checkpoint.write(HERE / "cached-states.md", text)

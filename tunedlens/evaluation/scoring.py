@@ -284,13 +284,13 @@ def _figures(
 ) -> Float[Tensor, "metrics tokens"]:
     """The figures of these names at every position; turns logits into probabilities.
 
-    Every figure takes whole rows in as few passes as possible: log Z is the largest logit less
-    the logarithm of its probability, and KL, entropy and cross-entropy are log Z and one inner
-    product or less.
+    Every figure takes whole rows in as few passes as possible: with the largest logit at 0, log Z
+    is minus the logarithm of its probability, and KL, entropy and cross-entropy are log Z and one
+    inner product or less.
     """
-    largest = logits.amax(-1)
+    logits.sub_(logits.amax(-1, keepdim=True))
     probs = logits.softmax(-1)
-    log_normaliser = largest - probs.amax(-1).log()
+    log_normaliser = -probs.amax(-1).log()
     next_logits = logits.gather(-1, model.next_ids[:, None])[:, 0]
     expected = torch.linalg.vecdot(model.probs, logits)
     found = {
@@ -302,7 +302,7 @@ def _figures(
         is_models = model.next_ids == model.top1
         is_correct = is_models & (model_rank == 1)
         # Few other tokens are the lens's best, so their rank is taken only where it may be 1.
-        others = ~is_models & (next_logits == largest)
+        others = ~is_models & (next_logits == 0)
         if others.any():
             is_correct[others] = metrics.rank(logits[others], model.next_ids[others]) == 1
         found |= {
