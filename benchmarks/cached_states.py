@@ -3,7 +3,7 @@
     python benchmarks/cached_states.py --dataset wikitext2-valid.txt
 
 SmolLM2-135M (`real_model.py`), layers 2, 10, 18, 26 and 29. SGD and Muon take the exact gradient
-of the KL, start from the logit lens and get several learning rates; the closed form and our steps
+of the KL, start from the logit lens and get two learning rates each; the closed form and our steps
 get their defaults, once with the exact gradient and once with a sample of the vocabulary. All see
 the same tokens once, in the same order and in steps of 2,048. Seconds count everything but the
 model's forward pass, which is the same for all, and the validation: the model's side of the KL,
@@ -143,7 +143,7 @@ def main() -> None:
     def ours(lens: TunedLens) -> Steps:
         return Preconditioned(lens, 0.035, 0.8, 0.0)
 
-    twentieth, fifth = (flags.tokens // share // STEP * STEP for share in (20, 5))
+    twentieth, fifth = flags.tokens // 20, flags.tokens // 5 // STEP * STEP
     # The first run also warms up, so it is made twice.
     for _ in range(2):
         runs["ours, closed form, 1/20 of the tokens"] = fit(problem, ours, twentieth, SAMPLE)[:1]
