@@ -335,10 +335,9 @@ def _shifted_query(
     keys: Keys, normed: Float[Tensor, "tokens d_model"], model: ModelSide
 ) -> tuple[Float[Tensor, "tokens width"], Float[Tensor, " tokens"]]:
     """The query of a lens, and ⟨E_p[W], n⟩, which is near the logits that matter: its shift."""
-    query = keys.query(normed, None)
-    inner = _inner(model.mean_row, query)
-    query[:, keys.d_model] = -inner
-    return query, inner
+    normed = normed.to(keys.rows.dtype)
+    inner = _inner(model.mean_row, normed)
+    return keys.query(normed, inner), inner
 
 
 def _inner(mean_row: Tensor, query: Tensor) -> Float[Tensor, " tokens"]:

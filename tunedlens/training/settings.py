@@ -27,8 +27,8 @@ _MICRO_BATCH_TOKENS_OF_CPU = 2048
 def settled(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -> TrainConfig:
     """The same with nothing left open but `tokens`, `ridge` and `evaluate_tokens`.
 
-    (And `micro_batch_size`, where a whole step is one.) The precision and the kernel are
-    measured, by the main process for all.
+    On a GPU `micro_batch_size` may stay open too: a whole step is then one micro-batch. The main
+    process measures the precision and the kernel for all.
 
     Raises:
         InputError: something that was asked for cannot be had.
