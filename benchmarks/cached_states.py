@@ -22,15 +22,16 @@ import torch
 from real_model import real_model
 from torch import Tensor
 
-from tunedlens import CorpusConfig, FrozenModel, TunedLens, checkpoint, load_model
-from tunedlens.backend import DTYPES, fastest_backend
-from tunedlens.corpus import load_corpora, with_defaults
-from tunedlens.fit import LeastSquares, Peer, Preconditioned, Steps, accumulate_gradient
-from tunedlens.frozen import ModelIdentity
-from tunedlens.memory import keep_freed_memory
-from tunedlens.objective import LensKL
+from tunedlens import CorpusConfig, FrozenModel, TunedLens, files, load_model
+from tunedlens.cli.memory import keep_freed_memory
+from tunedlens.corpus import load_splits, resolve_corpus
+from tunedlens.engine import accumulate_gradient
+from tunedlens.engine.backend import DTYPES, fastest_backend
+from tunedlens.engine.objective import LensKL
+from tunedlens.engine.vocab_sample import draw_sample
+from tunedlens.fit import LeastSquares, LensOptimizer, Preconditioned, TorchOptimizer
+from tunedlens.model import ModelIdentity
 from tunedlens.training.costs import next_look
-from tunedlens.vocab_sample import draw_sample
 
 HERE = Path(__file__).parent
 LAYERS = (2, 10, 18, 26, 29)
@@ -44,8 +45,8 @@ class Problem:
     """Cached states of some layers, training and held-out, and what decodes them."""
 
     def __init__(self, model: FrozenModel, dataset: str, tokens: int) -> None:
-        config = with_defaults(CorpusConfig(dataset=dataset), model)
-        corpora = load_corpora(config, model.tokenizer)
+        config = resolve_corpus(CorpusConfig(dataset=dataset), model.name, model.context)
+        splits = load_splits(config, model.tokenizer)
         backend = fastest_backend(model.unembedding)
         self.dtype = DTYPES[backend.precision]
         self.objective = LensKL(
@@ -57,9 +58,9 @@ class Problem:
         self._identity = ModelIdentity(
             "layers", None, len(LAYERS), identity.d_model, identity.vocab_size, ""
         )
-        blocks = (batch.input_ids for batch in corpora.train.batches(1, seed=0))
+        blocks = (batch.input_ids for batch in splits.train.batches(1, seed=0))
         self.train = self._states(model, islice(blocks, tokens // config.seq_len))
-        held_out = (block[None] for block in corpora.validation.sample())
+        held_out = (block[None] for block in splits.validation.shuffled())
         self.held_out = self._states(model, islice(held_out, HELD_OUT // config.seq_len))
         with torch.no_grad():
             self._held_out_side = self.exact.model_side(self.held_out[-1])
@@ -95,7 +96,9 @@ def closed_form(problem: Problem, steps: Preconditioned, tokens: int) -> None:
     steps.start(sums, sums.solve(sums.best_ridge(held_out)))
 
 
-def fit(problem: Problem, make: Callable[[TunedLens], Steps], start: int, sample: int) -> list:
+def fit(
+    problem: Problem, make: Callable[[TunedLens], LensOptimizer], start: int, sample: int
+) -> list:
     """The curve of one fit: tokens, seconds and KL by layer at every look."""
     steps, curve, looks, seconds = make(problem.lens()), [], [0], 0.0
     since = time.perf_counter()
@@ -140,7 +143,7 @@ def main() -> None:
     problem = Problem(model, flags.dataset, flags.tokens)
     runs: dict[str, list] = {}
 
-    def ours(lens: TunedLens) -> Steps:
+    def ours(lens: TunedLens) -> LensOptimizer:
         return Preconditioned(lens, 0.035, 0.8, 0.0)
 
     twentieth, fifth = flags.tokens // 20, flags.tokens // 5 // STEP * STEP
@@ -149,17 +152,21 @@ def main() -> None:
         runs["ours, closed form, 1/20 of the tokens"] = fit(problem, ours, twentieth, SAMPLE)[:1]
     runs["ours, sampled"] = fit(problem, ours, fifth, SAMPLE)
     runs["ours, exact"] = fit(problem, ours, fifth, 0)
-    checkpoint.write(HERE / "cached-states.json", json.dumps(runs, indent=1) + "\n")
+    files.write(HERE / "cached-states.json", json.dumps(runs, indent=1) + "\n")
     for name, rates in RATES.items():
         for rate in rates:
             momentum = {"sgd": 0.9, "muon": 0.95}[name]
             decay = {"sgd": 1e-3, "muon": 0.0}[name]
-            make = lambda lens, n=name, r=rate, m=momentum, d=decay: Peer(lens, n, r, m, d)  # noqa: E731
+            settings = (name, rate, momentum, decay)
+
+            def make(lens: TunedLens, settings: tuple = settings) -> LensOptimizer:
+                return TorchOptimizer(lens, *settings)
+
             runs[f"{LABELS[name]}, lr {rate:g}"] = fit(problem, make, 0, 0)
-            checkpoint.write(HERE / "cached-states.json", json.dumps(runs, indent=1) + "\n")
+            files.write(HERE / "cached-states.json", json.dumps(runs, indent=1) + "\n")
     text = table(runs)
     print(text)
-    checkpoint.write(HERE / "cached-states.md", text)
+    files.write(HERE / "cached-states.md", text)
     draw(runs, HERE / "cached-states")
 
 

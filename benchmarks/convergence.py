@@ -17,10 +17,11 @@ import torch
 from accelerate import Accelerator
 
 from tunedlens import TrainConfig, TunedLens, checkpoint, load_model, train
-from tunedlens.corpus import load_corpora
-from tunedlens.fit import LeastSquares, accumulate_gradient, evening
-from tunedlens.objective import LensKL
-from tunedlens.training.settings import settled
+from tunedlens.corpus import load_splits
+from tunedlens.engine import accumulate_gradient
+from tunedlens.engine.objective import LensKL
+from tunedlens.fit import LeastSquares, evening
+from tunedlens.training.plan import settled
 from tunedlens.training.states import StateReader
 
 LENS = Path(__file__).parents[1] / "checkpoints" / "embedded"
@@ -48,7 +49,7 @@ def main() -> None:
     flags = parser.parse_args()
     model, accelerator = load_model(device="cpu"), Accelerator(cpu=True)
     config = settled(TrainConfig(), model, accelerator)
-    train_side = load_corpora(config.corpus, model.tokenizer).train
+    train_side = load_splits(config.corpus, model.tokenizer).train
     reader = StateReader(model, config, accelerator)
     # Other blocks than the first ones of the runs below: another seed orders them.
     batches = train_side.batches(8, seed=1)

@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tunedlens import CorpusConfig, FrozenModel, LogitLens, TunedLens, evaluate, load_model
-from tunedlens.corpus import load_corpora, token_bytes, with_defaults
-from tunedlens.memory import keep_freed_memory
-from tunedlens.objective import chunk_tokens
+from tunedlens.cli.memory import keep_freed_memory
+from tunedlens.corpus import load_splits, resolve_corpus
+from tunedlens.engine.objective import chunk_tokens
+from tunedlens.tokenizer import token_bytes
 
 BLOCKS_AT_A_TIME = 8
 PEER = "tuned-lens' loop"
@@ -49,9 +50,11 @@ def main() -> None:
     model = gpt2_shaped() if flags.gpt2 else load_model(flags.model, device="cpu")
     model.to(flags.device)
     model.unembedding.to(flags.device)
-    config = with_defaults(CorpusConfig(dataset="embedded", seq_len=flags.seq_len), model)
+    config = resolve_corpus(
+        CorpusConfig(dataset="embedded", seq_len=flags.seq_len), model.name, model.context
+    )
     count = flags.tokens // (flags.seq_len - 1)
-    blocks = list(islice(load_corpora(config, model.tokenizer).validation.sample(), count))
+    blocks = list(islice(load_splits(config, model.tokenizer).validation.shuffled(), count))
     batches = torch.stack(blocks).to(flags.device).split(BLOCKS_AT_A_TIME)
     lenses = {"logit": LogitLens.from_model(model), "tuned": TunedLens.from_model(model)}
     sizes = token_bytes(model.tokenizer)

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from tunedlens import TunedLens
-from tunedlens.fit import accumulate_gradient
-from tunedlens.frozen import ModelIdentity, Unembedding
-from tunedlens.objective import LensKL
+from tunedlens.engine import accumulate_gradient
+from tunedlens.engine.objective import LensKL
+from tunedlens.model import ModelIdentity, Unembedding
 
 D_MODEL = 128
 SHAPES = [

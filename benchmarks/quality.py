@@ -18,8 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tunedlens import CorpusConfig, ModelConfig, TrainConfig, checkpoint, train
-from tunedlens.memory import keep_freed_memory
+from tunedlens import CorpusConfig, ModelConfig, TrainConfig, checkpoint, files, train
+from tunedlens.cli.memory import keep_freed_memory
 
 HERE = Path(__file__).parent
 RATES = {
@@ -40,7 +40,7 @@ def run(config: TrainConfig) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         train(config, Path(folder) / "run")
         progress = checkpoint.read_manifest(Path(folder) / "run")["progress"]
-    start = progress["start_tokens"]
+    start = progress["init_tokens"]
     return [look | {"model_tokens": look["tokens"] + start} for look in progress["curve"]["looks"]]
 
 
@@ -73,7 +73,7 @@ class Results:
             self.runs[name] = run(
                 dataclasses.replace(self._base, fit=fit, tokens=tokens, lr=rate, seed=seed)
             )
-            checkpoint.write_json(self._path, self.runs)
+            files.write_json(self._path, self.runs)
         return self.runs[name]
 
 
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int)
     parser.add_argument("--name", default="embedded")
     parser.add_argument("--tokens", type=int, default=512_000, help="budget of the recipes")
-    parser.add_argument("--most-tokens", type=int, help="of ours (default: train.py's)")
+    parser.add_argument("--max-tokens", type=int, help="of ours (default: train.py's)")
     parser.add_argument("--evaluate-tokens", type=int, default=16_384)
     parser.add_argument("--validation-tokens", type=int, default=8192, help="the same for all")
     parser.add_argument("--seeds", type=int, default=3)
@@ -97,7 +97,7 @@ def main() -> None:
         corpus=CorpusConfig(dataset=flags.dataset, seq_len=flags.seq_len),
         evaluate_tokens=flags.evaluate_tokens,
         validation_tokens=flags.validation_tokens,
-        most_tokens=flags.most_tokens,
+        max_tokens=flags.max_tokens,
     )
     results = Results(HERE / f"quality-{flags.name}.json", base)
     seeds, best = range(flags.seeds), {}
@@ -110,7 +110,7 @@ def main() -> None:
         curves[fit] = [results.curve(fit, flags.tokens, rate, seed) for seed in seeds]
     text = table(curves, best)
     print(text)
-    checkpoint.write(HERE / f"quality-{flags.name}.md", text)
+    files.write(HERE / f"quality-{flags.name}.md", text)
     draw(curves, HERE / f"quality-{flags.name}")
 
 

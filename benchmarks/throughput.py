@@ -19,11 +19,11 @@ from torch import nn
 from transformers import AutoConfig
 
 from tunedlens import TunedLens
-from tunedlens.fit import accumulate_gradient
-from tunedlens.frozen import ModelIdentity, Unembedding
-from tunedlens.memory import keep_freed_memory
-from tunedlens.objective import LensKL
-from tunedlens.vocab_sample import draw_sample
+from tunedlens.cli.memory import keep_freed_memory
+from tunedlens.engine import accumulate_gradient
+from tunedlens.engine.objective import LensKL
+from tunedlens.engine.vocab_sample import draw_sample
+from tunedlens.model import ModelIdentity, Unembedding
 
 
 def seconds(step: Callable[[], object], device: torch.device) -> float:

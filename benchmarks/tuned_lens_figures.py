@@ -22,7 +22,8 @@ from tuned_lens.nn.lenses import LogitLens as PeerLogitLens
 from tuned_lens.nn.lenses import TunedLens as PeerTunedLens
 
 from tunedlens import CorpusConfig, LogitLens, TunedLens, evaluate, load_model
-from tunedlens.corpus import load_corpora, token_bytes, with_defaults
+from tunedlens.corpus import load_splits, resolve_corpus
+from tunedlens.tokenizer import token_bytes
 
 LENS = Path(__file__).parents[1] / "checkpoints" / "embedded"
 
@@ -42,8 +43,8 @@ def main() -> None:
         theirs.weight.copy_(translator.weight)
         theirs.bias.copy_(translator.bias)
 
-    corpora = load_corpora(with_defaults(CorpusConfig(), model), model.tokenizer)
-    blocks = list(islice(corpora.validation.sample(), flags.tokens // 511))
+    splits = load_splits(resolve_corpus(CorpusConfig(), model.name, model.context), model.tokenizer)
+    blocks = list(islice(splits.validation.shuffled(), flags.tokens // 511))
     evaluation = evaluate(model, ours, blocks, token_bytes(model.tokenizer))
     n_layers = model.identity.n_layers
     shape = (2, n_layers)

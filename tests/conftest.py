@@ -15,7 +15,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from tunedlens import Evaluation, FrozenModel, TunedLens, embedded, load_model, report
+from tunedlens import Evaluation, FrozenModel, TunedLens, builtin, load_model, report
+from tunedlens.engine.distributions import kl_divergence
 from tunedlens.evaluation import MODEL, Difference, Grid, Result
 
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -26,7 +27,7 @@ SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(embedded.FOLDER)
+    return AutoTokenizer.from_pretrained(builtin.FOLDER)
 
 
 @pytest.fixture(scope="session")
@@ -104,6 +105,17 @@ def random_lens(model, scale=0.1, seed=0):
         for parameter in lens.parameters():
             parameter.normal_(0.0, scale)
     return lens
+
+
+def reference_kl(translated, final, unembedding):
+    """Mean KL(model ‖ lens) of every layer, in nats, by its definition and autograd.
+
+    Holds all logits of all layers at once.
+    """
+    model_logits = unembedding(final)
+    return torch.stack(
+        [kl_divergence(model_logits, unembedding(layer)).mean() for layer in translated]
+    )
 
 
 def make_evaluation(changed=None, grids=True):

@@ -1,4 +1,4 @@
-"""Data flows one way, and so do imports."""
+"""Data flows one way, and so do imports, those inside functions too."""
 
 import ast
 from pathlib import Path
@@ -10,90 +10,106 @@ import tunedlens
 PACKAGE = Path(tunedlens.__file__).parent
 ORDER = (
     "errors",
-    "memory",
     "config",
-    "embedded",
-    "tokens",
-    "sites",
-    "frozen",
+    "files",
+    "distributed",
+    "builtin",
+    "tokenizer",
     "corpus",
-    "lens",
+    "model",
+    "provenance",
+    "lenses",
+    "engine",
+    "fit",
     "checkpoint",
+    "metrics",
+    "evaluation",
+    "trajectory",
     "generation",
     "neurons",
-    "metrics",
-    "vocab_sample",
-    "objective",
-    "backend",
-    "fit",
-    "trajectory",
-    "evaluation",
     "tracking",
-    "plots",
     "report",
     "training",
     "cli",
 )
-HOMES = {"wandb": "tracking", "matplotlib": "plots", "datasets": "corpus"}
-CONVENIENCES = {
-    ("lens", "checkpoint"),
-    ("lens", "generation"),
-    ("trajectory", "plots"),
-    ("trajectory", "report"),
-}
-"""A method for the user's comfort that imports a later module inside itself."""
+"""The rooms of the package. A module imports from its own room and from those before it.
+`tunedlens/__init__.py` imports everything and is imported by nothing inside."""
 
-SCRIPTS = {PACKAGE / "embedded" / "pretrain.py"}
-"""Run by hand and imported by nothing."""
+HOMES = {"wandb": "tracking", "matplotlib": "report", "datasets": "corpus"}
+"""Packages that are slow to import, and the one room that imports each, inside functions."""
 
 
-def module_of(path):
+def room_of(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imports(path):
-    """Every imported module, with whether it is imported when this one is."""
+    """Every imported name of a file, with when: on import, in a function, or for types only."""
     tree = ast.parse(path.read_text())
-    top = set(ast.walk(ast.Module([n for n in tree.body if not isinstance(n, ast.If)], [])))
-    inside = {
-        inner
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef)
-        for inner in ast.walk(function)
-    }
+    when = {}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            when |= dict.fromkeys(ast.walk(node), "in a function")
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            when |= dict.fromkeys(ast.walk(node), "for types")
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module]
-            if node.module == "tunedlens":
-                names = [f"tunedlens.{alias.name}" for alias in node.names]
+            assert not node.level, f"{path} has a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
         for name in names:
-            yield name, node in top and node not in inside
+            yield name, when.get(node, "on import")
 
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
-def test_every_module_has_its_place_in_the_order():
-    assert {module_of(path) for path in FILES} == set(ORDER)
+def test_every_room_has_its_place_in_the_order():
+    assert {room_of(path) for path in FILES} == set(ORDER)
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path not in SCRIPTS], ids=str)
-def test_module_imports_only_what_comes_before_it(path):
-    home = module_of(path)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_module_imports_only_from_rooms_before_its_own(path):
+    room = room_of(path)
     for name, _ in imports(path):
-        other = name.split(".")[1] if name.startswith("tunedlens.") else home
-        if other != home and (home, other) not in CONVENIENCES:
-            assert ORDER.index(other) < ORDER.index(home), f"{home} imports {other}"
+        package, *parts = name.split(".")
+        if package == "tunedlens":
+            other = parts[0]
+            assert ORDER.index(other) <= ORDER.index(room), f"{room} imports {other}"
+
+
+def modules(name):
+    """The file that an import names, if it is one of the package."""
+    path = PACKAGE.parent.joinpath(*name.split("."))
+    for found in (path.with_suffix(".py"), path / "__init__.py"):
+        if found.exists() and found != PACKAGE / "__init__.py":
+            return found
+    return modules(name.rpartition(".")[0]) if "." in name else None
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graph = {
+        path: {modules(name) for name, _ in imports(path) if name.startswith("tunedlens")}
+        - {None, path}
+        for path in FILES
+    }
+    while leaves := {path for path, needed in graph.items() if not needed & graph.keys()}:
+        graph = {path: needed for path, needed in graph.items() if path not in leaves}
+    assert not graph, f"in a circle, or importing one: {sorted(map(str, graph))}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_own_modules_are_never_imported_inside_functions(path):
+    own = {when for name, when in imports(path) if name.startswith("tunedlens")}
+    assert own <= {"on import"}
 
 
 @pytest.mark.parametrize(("package", "home"), HOMES.items())
-def test_package_has_one_home_and_is_imported_only_when_used(package, home):
+def test_slow_package_has_one_home_and_is_imported_only_when_used(package, home):
     for path in FILES:
-        for name, at_import in imports(path):
-            if name.split(".")[0] == package:
-                assert module_of(path) == home
-                assert not at_import
+        for name, when in imports(path):
+            if name.split(".")[0] == package and when != "for types":
+                assert (room_of(path), when) == (home, "in a function")

@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from tunedlens import backend
-from tunedlens.backend import Backend, fastest_backend
-from tunedlens.frozen import Unembedding
+from tunedlens.engine import backend
+from tunedlens.engine.backend import Backend, fastest_backend
+from tunedlens.model import Unembedding
 
 
 @pytest.fixture

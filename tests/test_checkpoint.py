@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import make_gpt2, random_lens
 
-from tunedlens import FrozenModel, InputError, TunedLens, checkpoint
+from tunedlens import FrozenModel, InputError, TunedLens, checkpoint, files
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeyp
 
     monkeypatch.setattr(type(path), "write_bytes", write_half)
     with pytest.raises(InputError, match="disk full"):
-        checkpoint.write(path, "new")
+        files.write(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -128,4 +128,4 @@ def test_damaged_state_is_refused_by_name_and_passed_over_otherwise(tmp_path):
 def test_unwritable_folder_is_found_out_beforehand(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="choose another --output"):
-        checkpoint.require_writable(tmp_path / "file" / "run")
+        files.require_writable(tmp_path / "file" / "run")

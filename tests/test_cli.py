@@ -15,12 +15,13 @@ import pytest
 from conftest import make_gpt2, write_text
 from transformers import AutoTokenizer
 
-from tunedlens import TunedLens, checkpoint, embedded, load_model, plots
+from tunedlens import TunedLens, builtin, checkpoint, load_model
 from tunedlens.cli import evaluate_command, train_command
+from tunedlens.report import plots
 
 ROOT = Path(__file__).parents[1]
 FAST = ["--seq-len", "16", "--tokens", "640", "--batch-size", "4", "--device", "cpu"]
-FAST += ["--evaluate-tokens", "60", "--start-tokens", "128", "--precision", "fp32"]
+FAST += ["--evaluate-tokens", "60", "--init-tokens", "128", "--precision", "fp32"]
 FAST += ["--kernel", "products"]
 
 
@@ -230,7 +231,7 @@ def test_another_prompt_leaves_the_first_ones_report_and_other_files(here):
 def test_prompt_for_another_model_than_the_newest_lens_is_made_for(here, capsys):
     shutil.copytree("steps", "checkpoints/steps")
     make_gpt2(n_layer=2).save_pretrained("other")
-    AutoTokenizer.from_pretrained(embedded.FOLDER).save_pretrained("other")
+    AutoTokenizer.from_pretrained(builtin.FOLDER).save_pretrained("other")
     assert evaluate_command(["--prompt", "x = 1", "--model", "other"]) == 0
     assert "the logit lens alone: the newest lens was made for" in capsys.readouterr().out
     assert not list((here / "prompts").glob("*/*tuned*"))
@@ -282,7 +283,7 @@ def test_bad_prompts_are_one_line_and_leave_nothing(here, capsys):
 def test_redraw_makes_the_same_report_without_a_model(here, monkeypatch):
     evaluate_command(["--lens", "steps", "--tokens", "50", "--output", "out"])
     before = {path.name: path.read_bytes() for path in (here / "out").iterdir()}
-    monkeypatch.setattr("tunedlens.frozen.load_model", None)
+    monkeypatch.setattr("tunedlens.model.load_model", None)
     for path in (here / "out").iterdir():
         if path.name != "metrics.json":
             path.unlink()

@@ -5,20 +5,21 @@ import json
 import pytest
 import torch
 
-from tunedlens import CorpusConfig, InputError
-from tunedlens.corpus import EMBEDDED, Packer, load_corpora, token_bytes, with_defaults
-from tunedlens.embedded import standard_library
+from tunedlens import CorpusConfig, InputError, builtin
+from tunedlens.corpus import Packer, load_splits, resolve_corpus
+from tunedlens.corpus.standard_library import standard_library
+from tunedlens.tokenizer import token_bytes
 
 TEXTS = [f"document {i}: über {'x' * i}\r\n\ttabs, 日本 🎉\n" for i in range(40)]
 
 
 def load(tokenizer, dataset, seq_len=16, **settings):
-    return load_corpora(CorpusConfig(dataset=str(dataset), seq_len=seq_len, **settings), tokenizer)
+    return load_splits(CorpusConfig(dataset=str(dataset), seq_len=seq_len, **settings), tokenizer)
 
 
-def whole(corpora):
+def whole(splits):
     """All blocks of both sides, as one list of ids."""
-    return torch.cat([*corpora.train.blocks(), *corpora.validation.blocks()]).tolist()
+    return torch.cat([*splits.train.blocks(), *splits.validation.blocks()]).tolist()
 
 
 def test_one_file_is_read_byte_for_byte(tokenizer, tmp_path):
@@ -26,9 +27,9 @@ def test_one_file_is_read_byte_for_byte(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_bytes(raw)
     stream = Packer(tokenizer).encode([raw.decode()])[0]
     assert tokenizer.decode(stream[:-1]).encode() == raw
-    corpora = load(tokenizer, tmp_path / "a.txt", seq_len=len(stream) // 2)
-    assert corpora.train.about["bytes"] == len(raw)
-    assert corpora.train.about["tokens"] == len(stream)
+    splits = load(tokenizer, tmp_path / "a.txt", seq_len=len(stream) // 2)
+    assert splits.train.about["bytes"] == len(raw)
+    assert splits.train.about["tokens"] == len(stream)
 
 
 def test_text_that_spells_out_eos_is_text(tokenizer):
@@ -46,8 +47,8 @@ def test_token_bytes_add_up_to_the_text(tokenizer):
 def test_blocks_are_the_documents_joined_by_eos_without_loss(tokenizer, tmp_path):
     for i, text in enumerate(TEXTS):
         (tmp_path / f"{i:02}.txt").write_text(text, newline="")
-    corpora = load(tokenizer, tmp_path)
-    for side in corpora.train, corpora.validation:
+    splits = load(tokenizer, tmp_path)
+    for side in splits.train, splits.validation:
         ids = torch.cat(list(side.blocks()))
         documents = tokenizer.decode(ids).split("<|endoftext|>")
         assert set(documents[:-1]) <= set(TEXTS)
@@ -58,10 +59,10 @@ def test_blocks_are_the_documents_joined_by_eos_without_loss(tokenizer, tmp_path
 def test_sides_share_no_document(tokenizer, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
-    corpora = load(tokenizer, path, seq_len=4)
+    splits = load(tokenizer, path, seq_len=4)
     train, validation = (
         set(tokenizer.decode(torch.cat(list(side.blocks()))).split("<|endoftext|>")[:-1])
-        for side in (corpora.train, corpora.validation)
+        for side in (splits.train, splits.validation)
     )
     assert train
     assert validation
@@ -69,22 +70,22 @@ def test_sides_share_no_document(tokenizer, tmp_path):
 
 
 def test_sides_of_a_single_document_share_no_block(tokenizer, text_file):
-    corpora = load(tokenizer, text_file)
+    splits = load(tokenizer, text_file)
     train, validation = (
         {tuple(block.tolist()) for block in side.blocks()}
-        for side in (corpora.train, corpora.validation)
+        for side in (splits.train, splits.validation)
     )
     assert not train & validation
-    assert corpora.train.about["blocks"] + corpora.validation.about["blocks"] == (
-        corpora.train.about["tokens"] // 16
+    assert splits.train.about["blocks"] + splits.validation.about["blocks"] == (
+        splits.train.about["tokens"] // 16
     )
 
 
 def test_a_few_documents_always_leave_one_held_out(tokenizer, tmp_path):
     for i in range(2):
         (tmp_path / f"{i}.md").write_text(f"{i} " * 100)
-    corpora = load(tokenizer, tmp_path)
-    assert corpora.train.about["documents"] == corpora.validation.about["documents"] == 1
+    splits = load(tokenizer, tmp_path)
+    assert splits.train.about["documents"] == splits.validation.about["documents"] == 1
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
@@ -165,8 +166,8 @@ def test_glob_and_text_column_choose_what_is_read(tokenizer, tmp_path):
     for i, text in enumerate(TEXTS):
         (tmp_path / f"{i:02}.jsonl").write_text(json.dumps({"title": "no", "body": text}))
     (tmp_path / "other.txt").write_text("not this")
-    corpora = load(tokenizer, f"{tmp_path}/*.jsonl", text_column="body")
-    assert corpora.train.about["documents"] + corpora.validation.about["documents"] == len(TEXTS)
+    splits = load(tokenizer, f"{tmp_path}/*.jsonl", text_column="body")
+    assert splits.train.about["documents"] + splits.validation.about["documents"] == len(TEXTS)
 
 
 def test_embedded_text_is_split_by_path_and_has_no_tests(tokenizer):
@@ -175,12 +176,12 @@ def test_embedded_text_is_split_by_path_and_has_no_tests(tokenizer):
     assert len(paths) == len(set(paths))
     assert "json/decoder.py" in paths
     assert not any("test" in path.split("/") or "site-packages" in path for path in paths)
-    corpora = load(tokenizer, EMBEDDED, seq_len=512)
-    assert corpora.validation.about["bytes"] == sum(len(f.text.encode()) for f in validation)
+    splits = load(tokenizer, builtin.NAME, seq_len=512)
+    assert splits.validation.about["bytes"] == sum(len(f.text.encode()) for f in validation)
 
 
 def test_another_model_streams_a_web_corpus_by_default(tiny):
-    config = with_defaults(CorpusConfig(), tiny)
+    config = resolve_corpus(CorpusConfig(), tiny.name, tiny.context)
     assert config.streaming
     assert "openwebtext" in str(config.dataset)
 
@@ -198,8 +199,8 @@ def test_texts_without_text_are_passed_over(tokenizer, tmp_path):
 def test_folder_may_hold_texts_and_rows(tokenizer, tmp_path, streaming):
     (tmp_path / "a.md").write_text(TEXTS[0] * 9)
     (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
-    corpora = load(tokenizer, tmp_path, seq_len=4, streaming=streaming)
-    ids = torch.cat([*corpora.train.blocks(), *corpora.validation.blocks()])
+    splits = load(tokenizer, tmp_path, seq_len=4, streaming=streaming)
+    ids = torch.cat([*splits.train.blocks(), *splits.validation.blocks()])
     assert TEXTS[0] * 2 in tokenizer.decode(ids)
     assert TEXTS[30] in tokenizer.decode(ids)
 
@@ -207,16 +208,16 @@ def test_folder_may_hold_texts_and_rows(tokenizer, tmp_path, streaming):
 def test_blocks_are_split_where_the_documents_are_too_small(tokenizer, tmp_path):
     (tmp_path / "long.txt").write_text("".join(TEXTS))
     (tmp_path / "tiny.txt").write_text("tiny")
-    corpora = load(tokenizer, tmp_path)
-    assert corpora.train.about["documents"] == 2
-    assert corpora.train.about["blocks"] > corpora.validation.about["blocks"] > 0
+    splits = load(tokenizer, tmp_path)
+    assert splits.train.about["documents"] == 2
+    assert splits.train.about["blocks"] > splits.validation.about["blocks"] > 0
 
 
 def test_blocks_that_are_all_alike_are_split_too(tokenizer, tmp_path):
     (tmp_path / "same.txt").write_text("0\n" * 1600)
-    corpora = load(tokenizer, tmp_path / "same.txt", seq_len=2)
-    assert corpora.train.about["blocks"] > 0
-    assert corpora.validation.about["blocks"] > 0
+    splits = load(tokenizer, tmp_path / "same.txt", seq_len=2)
+    assert splits.train.about["blocks"] > 0
+    assert splits.validation.about["blocks"] > 0
 
 
 def test_local_file_streams_as_it_would_be_read(tokenizer, text_file):
@@ -236,7 +237,7 @@ def test_stream_counts_what_it_has_read(tokenizer, tmp_path):
 
 def test_block_longer_than_the_context_is_refused(tiny):
     with pytest.raises(InputError, match="at most 32, the context of tiny; got 64"):
-        with_defaults(CorpusConfig(seq_len=64), tiny)
+        resolve_corpus(CorpusConfig(seq_len=64), tiny.name, tiny.context)
 
 
 def bad(tmp_path, name, content=b""):
@@ -290,10 +291,10 @@ def test_position_near_the_end_of_a_stream_resumes_too(tokenizer, tmp_path):
 
 @pytest.mark.network
 def test_hub_dataset_is_read_with_a_named_validation_split(tokenizer):
-    corpora = load(
+    splits = load(
         tokenizer,
         "Salesforce/wikitext",
         dataset_config="wikitext-2-raw-v1",
         validation_split="validation",
     )
-    assert corpora.validation.about["documents"] < corpora.train.about["documents"]
+    assert splits.validation.about["documents"] < splits.train.about["documents"]

@@ -7,7 +7,7 @@ from tunedlens import CorpusConfig, TrainConfig
 from tunedlens.training.costs import Costs, count_looks, next_look
 
 
-def costs(vocab_size=49_152, sample=6144, n_layers=30, d_model=576, start_tokens=22_000):
+def costs(vocab_size=49_152, sample=6144, n_layers=30, d_model=576, init_tokens=22_000):
     """Of a model of SmolLM2-135M's shape: 12 d_model^2 parameters in a block."""
     blocks = nn.ModuleList(
         nn.Linear(12 * d_model, d_model, bias=False, device="meta") for _ in range(n_layers)
@@ -18,7 +18,7 @@ def costs(vocab_size=49_152, sample=6144, n_layers=30, d_model=576, start_tokens
         batch_size=2,
         precision="bf16",
         vocab_sample=sample,
-        start_tokens=start_tokens,
+        init_tokens=init_tokens,
     )
     return Costs.of(config, SimpleNamespace(blocks=blocks, identity=identity))
 
@@ -37,7 +37,7 @@ def test_looks_come_at_ever_greater_distances():
 @pytest.mark.parametrize("vocab_size", [32_000, 49_152])
 def test_validation_takes_a_tenth_and_the_table_a_fifth_at_most(tokens, vocab_size):
     found = costs(vocab_size)
-    run = found.start_tokens * found.first_pass + tokens * found.step
+    run = found.init_tokens * found.first_pass + tokens * found.step
     looks = count_looks(-(-tokens // found.step_tokens))
     assert found.validation_tokens(tokens) * looks * found.look <= 0.1 * run
     assert found.table_tokens(tokens) * found.table <= 0.2 * run

@@ -10,9 +10,10 @@ from accelerate import Accelerator
 from conftest import in_two_processes, make_gpt2, random_lens
 
 from tunedlens import ConstantLens, FrozenModel, InputError, LogitLens, evaluate, load_model
-from tunedlens.corpus import Packer, token_bytes
+from tunedlens.corpus import Packer
 from tunedlens.evaluation import Evaluation
-from tunedlens.evaluation.tally import per_token
+from tunedlens.evaluation.accumulators import per_token
+from tunedlens.tokenizer import token_bytes
 
 
 @pytest.fixture

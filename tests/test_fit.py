@@ -1,23 +1,22 @@
 import pytest
 import torch
-from conftest import random_lens
+from conftest import random_lens, reference_kl
 
 from tunedlens import InputError, JacobianLens, TunedLens
+from tunedlens.engine import LensKL, accumulate_gradient
 from tunedlens.fit import (
     LearningCurve,
     LeastSquares,
     Look,
     MeanJacobian,
-    Peer,
     Preconditioned,
-    accumulate_gradient,
+    TorchOptimizer,
     mean_lens,
     unigram_lens,
 )
-from tunedlens.fit.closed_form import RIDGES
 from tunedlens.fit.jacobian import SKIPPED_POSITIONS
-from tunedlens.fit.steps import _orthogonalised
-from tunedlens.objective import LensKL, reference_kl
+from tunedlens.fit.least_squares import RIDGES
+from tunedlens.fit.optimizer import _orthogonalised
 
 
 @pytest.fixture
@@ -108,7 +107,7 @@ def assert_same_translators(one, other):
 EVERY_FIT = {
     "preconditioned": preconditioned,
     **{
-        name: lambda lens, name=name: Peer(lens, name, 0.01, 0.9, 1e-3)
+        name: lambda lens, name=name: TorchOptimizer(lens, name, 0.01, 0.9, 1e-3)
         for name in ("sgd", "adamw", "muon")
     },
 }
@@ -233,7 +232,7 @@ def test_recipes_end_at_a_learning_rate_of_0(tiny):
     for name in ("sgd", "adamw", "muon"):
         lens = TunedLens.from_model(tiny)
         random_gradients(lens, 0)
-        Peer(lens, name, 0.1, 0.9, 0.0).step(ALL, 1.0)
+        TorchOptimizer(lens, name, 0.1, 0.9, 0.0).step(ALL, 1.0)
         assert all(not parameter.any() for parameter in lens.parameters())
 
 

@@ -9,7 +9,7 @@ from transformers import (
     PhiConfig,
 )
 
-from tunedlens import FrozenModel, InputError, embedded, load_model
+from tunedlens import FrozenModel, InputError, builtin, load_model
 
 
 def test_residual_stream_equals_a_walk_through_the_blocks_by_hand(tiny):
@@ -144,7 +144,7 @@ def test_load_model_is_float32_unless_asked(tiny_folder):
 
 def test_load_model_without_a_name_is_the_embedded_gpt2(model):
     assert (model.identity.name, model.identity.n_layers) == ("embedded", 8)
-    files = list(embedded.FOLDER.iterdir())
+    files = list(builtin.FOLDER.iterdir())
     assert sum(file.stat().st_size for file in files) <= 12_000_000
 
 

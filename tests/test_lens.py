@@ -3,7 +3,7 @@ import torch
 from conftest import make_gpt2, random_lens
 
 from tunedlens import FrozenModel, InputError, LogitLens, TunedLens
-from tunedlens.objective import LensKL
+from tunedlens.engine.objective import LensKL
 
 
 @pytest.fixture

@@ -4,11 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from tunedlens import metrics
-from tunedlens.metrics import Estimate, GroupSums, RatioSums, jackknife
+from tunedlens.engine import distributions
+from tunedlens.evaluation.estimates import (
+    Estimate,
+    GroupSums,
+    RatioSums,
+    jackknife,
+    perplexity,
+    to_estimates,
+)
 
 
-def distributions(kind):
+def random_logits(kind):
     generator = torch.Generator().manual_seed(0)
     if kind == "random":
         return torch.randn(2, 7, 11, generator=generator, dtype=torch.float64) * 2
@@ -19,62 +26,62 @@ def distributions(kind):
 
 @pytest.mark.parametrize("kind", ["random", "peaked", "shifted"])
 def test_kl_divergence_equals_torch_distributions_in_float64(kind):
-    p, q = distributions(kind)
+    p, q = random_logits(kind)
     expected = torch.distributions.kl_divergence(
         torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q)
     )
-    assert torch.allclose(metrics.kl_divergence(p, q), expected, rtol=1e-10, atol=1e-12)
+    assert torch.allclose(distributions.kl_divergence(p, q), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_kl_divergence_of_a_distribution_with_itself_is_exactly_zero():
-    p, _ = distributions("peaked")
-    assert torch.equal(metrics.kl_divergence(p.float(), p.float()), torch.zeros(7))
+    p, _ = random_logits("peaked")
+    assert torch.equal(distributions.kl_divergence(p.float(), p.float()), torch.zeros(7))
 
 
 def test_kl_divergence_ignores_tokens_that_the_model_rules_out():
     p = torch.tensor([0.0, 0.0, -math.inf])
     q = torch.tensor([0.0, 0.0, 0.0])
-    assert metrics.kl_divergence(p, q).item() == pytest.approx(math.log(3 / 2))
+    assert distributions.kl_divergence(p, q).item() == pytest.approx(math.log(3 / 2))
 
 
 def test_kl_divergence_is_infinite_where_the_lens_rules_out_what_the_model_says():
     p, q = torch.tensor([0.0, 0.0]), torch.tensor([0.0, -math.inf])
-    assert metrics.kl_divergence(p, q).item() == math.inf
+    assert distributions.kl_divergence(p, q).item() == math.inf
 
 
 def test_kl_divergence_refuses_to_broadcast():
     with pytest.raises(ValueError, match=r"\(2, 5\).*\(5,\)"):
-        metrics.kl_divergence(torch.zeros(2, 5), torch.zeros(5))
+        distributions.kl_divergence(torch.zeros(2, 5), torch.zeros(5))
 
 
 def test_kl_divergence_of_half_precision_is_computed_in_float32():
-    p, q = (logits.to(torch.bfloat16) for logits in distributions("random"))
-    expected = metrics.kl_divergence(p.double(), q.double())
-    assert metrics.kl_divergence(p, q).dtype == torch.float32
-    assert torch.allclose(metrics.kl_divergence(p, q).double(), expected, rtol=1e-5)
+    p, q = (logits.to(torch.bfloat16) for logits in random_logits("random"))
+    expected = distributions.kl_divergence(p.double(), q.double())
+    assert distributions.kl_divergence(p, q).dtype == torch.float32
+    assert torch.allclose(distributions.kl_divergence(p, q).double(), expected, rtol=1e-5)
 
 
 def test_cross_entropy_equals_the_sum_by_hand():
-    logits, _ = distributions("random")
+    logits, _ = random_logits("random")
     next_ids = torch.arange(7)
     by_hand = [
         -math.log(math.exp(row[i]) / sum(math.exp(x) for x in row))
         for i, row in enumerate(logits.tolist())
     ]
-    actual = metrics.cross_entropy(metrics.log_probs(logits), next_ids)
+    actual = distributions.cross_entropy(distributions.log_probs(logits), next_ids)
     assert actual.tolist() == pytest.approx(by_hand, rel=1e-12)
 
 
 def test_perplexity_of_the_uniform_lens_is_the_size_of_the_vocabulary():
-    uniform = metrics.log_probs(torch.zeros(1, 4096))
-    nats = metrics.cross_entropy(uniform, torch.tensor([17])).item()
-    assert metrics.perplexity(Estimate(nats, 0.0)).value == pytest.approx(4096, rel=1e-5)
+    uniform = distributions.log_probs(torch.zeros(1, 4096))
+    nats = distributions.cross_entropy(uniform, torch.tensor([17])).item()
+    assert perplexity(Estimate(nats, 0.0)).value == pytest.approx(4096, rel=1e-5)
 
 
 def test_perplexity_carries_the_error_of_the_exponential():
-    perplexity = metrics.perplexity(Estimate(2.0, 0.01))
+    found = perplexity(Estimate(2.0, 0.01))
     spread = (math.exp(2.01) - math.exp(1.99)) / 2
-    assert perplexity.standard_error == pytest.approx(spread, rel=1e-4)
+    assert found.standard_error == pytest.approx(spread, rel=1e-4)
 
 
 def as_numpy(logits):
@@ -85,55 +92,57 @@ def as_numpy(logits):
 
 @pytest.mark.parametrize("kind", ["random", "peaked", "shifted"])
 def test_entropy_equals_numpy(kind):
-    logits, _ = distributions(kind)
+    logits, _ = random_logits(kind)
     probs = as_numpy(logits)
     expected = -np.where(probs > 0, probs * np.log(np.where(probs > 0, probs, 1)), 0).sum(-1)
-    actual = metrics.entropy(metrics.log_probs(logits))
+    actual = distributions.entropy(distributions.log_probs(logits))
     assert actual.numpy() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 def test_entropy_of_the_uniform_distribution_is_the_logarithm_of_the_vocabulary():
-    assert metrics.entropy(metrics.log_probs(torch.zeros(50))).item() == pytest.approx(math.log(50))
+    assert distributions.entropy(distributions.log_probs(torch.zeros(50))).item() == pytest.approx(
+        math.log(50)
+    )
 
 
 def test_entropy_of_a_certain_distribution_is_zero():
     certain = torch.tensor([0.0, -math.inf, -math.inf])
-    assert metrics.entropy(metrics.log_probs(certain)).item() == 0
+    assert distributions.entropy(distributions.log_probs(certain)).item() == 0
 
 
 @pytest.mark.parametrize("kind", ["random", "peaked", "shifted"])
 def test_js_divergence_equals_numpy(kind):
-    p, q = distributions(kind)
+    p, q = random_logits(kind)
     a, b = as_numpy(p), as_numpy(q)
     mixture = (a + b) / 2
     tiny = np.finfo(float).tiny
     expected = sum((x * np.log(np.maximum(x, tiny) / mixture)).sum(-1) / 2 for x in (a, b))
-    actual = metrics.js_divergence(metrics.log_probs(p), metrics.log_probs(q))
+    actual = distributions.js_divergence(distributions.log_probs(p), distributions.log_probs(q))
     assert actual.numpy() == pytest.approx(expected, rel=1e-8, abs=1e-12)
 
 
 def test_js_divergence_of_disjoint_distributions_is_ln_2():
     p, q = torch.tensor([0.0, -math.inf]), torch.tensor([-math.inf, 0.0])
-    assert metrics.js_divergence(p, q).item() == pytest.approx(math.log(2))
+    assert distributions.js_divergence(p, q).item() == pytest.approx(math.log(2))
 
 
 def test_js_divergence_of_a_distribution_with_itself_is_zero():
-    p = metrics.log_probs(distributions("random")[0])
-    assert metrics.js_divergence(p, p).abs().max() < 1e-15
+    p = distributions.log_probs(random_logits("random")[0])
+    assert distributions.js_divergence(p, p).abs().max() < 1e-15
 
 
 def test_rank_is_the_place_in_a_stable_sort():
     logits = torch.tensor([[1.0, 3.0, 3.0, 0.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
     for row in logits:
         order = sorted(range(5), key=lambda i: (-row[i].item(), i))
-        ranks = [metrics.rank(row[None], torch.tensor([i])).item() for i in range(5)]
+        ranks = [distributions.rank(row[None], torch.tensor([i])).item() for i in range(5)]
         assert ranks == [order.index(i) + 1 for i in range(5)]
 
 
 def only(sums, *contrast):
     """The single figure of sums of one shape, by column or for a contrast of columns."""
     contrasts = torch.tensor([contrast], dtype=torch.float64) if contrast else None
-    return metrics.estimates(*sums.estimates(contrasts))
+    return to_estimates(*sums.estimates(contrasts))
 
 
 def test_ratio_sums_give_the_ratio_of_totals_not_the_mean_of_ratios():

@@ -3,7 +3,7 @@ import torch
 from conftest import make_llama
 
 from tunedlens import FrozenModel, InputError, neurons
-from tunedlens.tokens import shown
+from tunedlens.tokenizer import shown
 
 TEXT = "def f(x):\n    return"
 

@@ -2,14 +2,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_gpt2
+from conftest import make_gpt2, reference_kl
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from tunedlens import FrozenModel, TunedLens, metrics
-from tunedlens.frozen import Unembedding
-from tunedlens.objective import LensKL, reference_kl
-from tunedlens.vocab_sample import VocabSample, draw_sample, inclusion_probabilities
+from tunedlens import FrozenModel, TunedLens
+from tunedlens.engine import LensKL, distributions
+from tunedlens.engine.vocab_sample import VocabSample, draw_sample, inclusion_probabilities
+from tunedlens.model import Unembedding
 
 LENS = Path(__file__).parents[1] / "checkpoints" / "embedded"
 LENS_TEXT = Path(__file__).read_text()[:1200]
@@ -113,7 +113,7 @@ def test_centred_unembedding_changes_no_divergence(tokenizer):
     model = FrozenModel(make_gpt2(), tokenizer)
     hidden = torch.randn(5, 16)
     raw, centred = model.unembedding(hidden), model.unembedding.centred()(hidden)
-    assert metrics.kl_divergence(raw, centred).abs().max() < 1e-6
+    assert distributions.kl_divergence(raw, centred).abs().max() < 1e-6
     assert centred.mean(-1).abs().max() < 1e-4 < raw.mean(-1).abs().max()
 
 
@@ -125,7 +125,7 @@ def naive_bfloat16(translated, final, unembedding):
         return (normed @ unembedding.weight.bfloat16().T).float()
 
     return torch.stack(
-        [metrics.kl_divergence(logits(final), logits(layer)).mean() for layer in translated]
+        [distributions.kl_divergence(logits(final), logits(layer)).mean() for layer in translated]
     )
 
 

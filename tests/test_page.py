@@ -6,7 +6,7 @@ import pytest
 from conftest import make_gpt2, random_lens
 
 from tunedlens import FrozenModel, InputError, LogitLens, trajectory
-from tunedlens.tokens import shown
+from tunedlens.tokenizer import shown
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")

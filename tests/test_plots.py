@@ -5,11 +5,12 @@ import pytest
 from conftest import make_evaluation, random_lens
 from matplotlib.textpath import TextPath
 
-from tunedlens import Evaluation, InputError, LogitLens, plots, trajectory
+from tunedlens import Evaluation, InputError, LogitLens, trajectory
 from tunedlens.fit import LearningCurve, Look
 from tunedlens.metrics import METRICS
-from tunedlens.plots import style
-from tunedlens.tokens import shown
+from tunedlens.report import plots
+from tunedlens.report.plots import style
+from tunedlens.tokenizer import shown
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tunedlens import CorpusConfig, ModelConfig, TrainConfig, load_model, train
+from tunedlens.engine.objective import LensKL
+from tunedlens.engine.vocab_sample import draw_sample
 from tunedlens.fit import LeastSquares
-from tunedlens.objective import LensKL
-from tunedlens.vocab_sample import draw_sample
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -67,7 +67,7 @@ def test_closed_form_is_far_below_the_logit_lens_at_every_layer(folder, tmp_path
         model=ModelConfig(model=str(folder), device="cpu"),
         corpus=CorpusConfig(dataset=str(text), seq_len=256),
         fit="closed-form",
-        start_tokens=8192,
+        init_tokens=8192,
         evaluate_tokens=255,
     )
     evaluation = train(config, tmp_path / "run")

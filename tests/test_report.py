@@ -8,7 +8,7 @@ import pytest
 from conftest import make_evaluation
 
 from tunedlens import InputError, report
-from tunedlens.metrics import Estimate
+from tunedlens.evaluation.estimates import Estimate
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 import pytest
 
-from tunedlens.tokens import shown
+from tunedlens.tokenizer import shown
 
 
 @pytest.mark.parametrize(

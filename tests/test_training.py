@@ -20,10 +20,11 @@ from tunedlens import (
     checkpoint,
     load_model,
 )
-from tunedlens.backend import Backend
-from tunedlens.corpus import load_corpora
+from tunedlens.checkpoint import saved_config
+from tunedlens.corpus import load_splits
+from tunedlens.engine.backend import Backend
 from tunedlens.fit import LeastSquares, Preconditioned
-from tunedlens.training import Interrupted, saved_config, settings, train
+from tunedlens.training import Interrupted, plan, train
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def config(tiny_folder, text_file):
         model=ModelConfig(model=str(tiny_folder), device="cpu"),
         corpus=CorpusConfig(dataset=str(text_file), seq_len=16),
         tokens=640,
-        start_tokens=128,
+        init_tokens=128,
         batch_size=4,
         evaluate_tokens=60,
         precision="fp32",
@@ -79,8 +80,8 @@ def test_closed_form_is_the_least_squares_lens(config, tmp_path):
     config = dataclasses.replace(config, fit="closed-form", tokens=None, ridge=1e-3)
     train(config, tmp_path / "run")
     lens, model = lens_of(tmp_path / "run", config), load_model(config.model.model, device="cpu")
-    corpora = load_corpora(config.corpus, model.tokenizer)
-    batches = corpora.train.batches(4, 0)
+    splits = load_splits(config.corpus, model.tokenizer)
+    batches = splits.train.batches(4, 0)
     sums = LeastSquares(3, 16)
     for _ in range(2):  # 128 positions are two batches of 4 blocks of 16
         states = torch.stack(
@@ -98,12 +99,12 @@ def test_recipes_of_others_train_a_lens_too(config, tmp_path, fit):
     logit, tuned = (evaluation.by_layer(lens, "kl_nats") for lens in ("logit", "tuned"))
     assert sum(e.value for e in tuned) < sum(e.value for e in logit)
     manifest = checkpoint.read_manifest(tmp_path / "run")
-    assert manifest["progress"]["start_tokens"] == 0
+    assert manifest["progress"]["init_tokens"] == 0
     assert manifest["config"]["fit"] == fit
 
 
 def test_without_a_budget_a_run_ends_when_held_out_kl_is_flat(config, tmp_path):
-    config = dataclasses.replace(config, tokens=None, most_tokens=10**9)
+    config = dataclasses.replace(config, tokens=None, max_tokens=10**9)
     evaluation = train(config, tmp_path / "run")
     looks = checkpoint.read_manifest(tmp_path / "run")["progress"]["curve"]["looks"]
     assert looks[-1]["tokens"] < 10**6
@@ -112,7 +113,7 @@ def test_without_a_budget_a_run_ends_when_held_out_kl_is_flat(config, tmp_path):
     for then, now in zip(before["kl_nats"], looks[-1]["kl_nats"], strict=True):
         assert now > 0.98 * then
     closed_form = train(
-        dataclasses.replace(config, fit="closed-form", most_tokens=None), tmp_path / "closed"
+        dataclasses.replace(config, fit="closed-form", max_tokens=None), tmp_path / "closed"
     )
     for ours, start in zip(
         evaluation.by_layer("tuned", "kl_nats"),
@@ -137,9 +138,9 @@ def _settled_precision(config):
     """What a process settles on that would itself measure another backend than the others."""
     accelerator = Accelerator()
     measured = Backend(("bf16", "fp32")[accelerator.process_index], "products")
-    settings.fastest_backend = lambda *_: measured
+    plan.fastest_backend = lambda *_: measured
     model = load_model(config.model.model, device="cpu")
-    return settings.settled(config, model, accelerator).precision
+    return plan.settled(config, model, accelerator).precision
 
 
 def test_all_processes_take_the_backend_that_the_first_one_measures(config):
@@ -153,14 +154,14 @@ def test_all_processes_take_the_backend_that_the_first_one_measures(config):
 
 
 def test_resumed_run_keeps_the_backend_that_was_measured(config, tmp_path, monkeypatch):
-    open_config = dataclasses.replace(config, precision=None, kernel=None, start_tokens=None)
-    monkeypatch.setattr(settings, "fastest_backend", lambda *_: Backend("bf16", "products"))
+    open_config = dataclasses.replace(config, precision=None, kernel=None, init_tokens=None)
+    monkeypatch.setattr(plan, "fastest_backend", lambda *_: Backend("bf16", "products"))
     train(open_config, tmp_path / "run")
-    monkeypatch.setattr(settings, "fastest_backend", lambda *_: Backend("fp32", "attention"))
+    monkeypatch.setattr(plan, "fastest_backend", lambda *_: Backend("fp32", "attention"))
     train(dataclasses.replace(open_config, tokens=1280), tmp_path / "run", resume=True)
     saved = saved_config(tmp_path / "run")
     assert (saved.tokens, saved.precision, saved.kernel) == (1280, "bf16", "products")
-    assert saved.start_tokens == 160
+    assert saved.init_tokens == 160
 
 
 def test_run_of_an_earlier_version_is_not_resumed(config, tmp_path):
@@ -178,7 +179,7 @@ def test_attention_is_refused_where_there_is_none(config, tiny, monkeypatch):
     monkeypatch.setattr(FrozenModel, "device", torch.device("meta"))
     config = dataclasses.replace(config, kernel="attention", precision=None)
     with pytest.raises(InputError, match="--kernel attention is for CPUs"):
-        settings.settled(config, tiny, Accelerator(cpu=True))
+        plan.settled(config, tiny, Accelerator(cpu=True))
 
 
 def test_attention_trains_the_lens_that_products_train(config, tmp_path):
@@ -196,7 +197,7 @@ def test_after_a_few_steps_the_run_says_how_long_it_takes(config, tmp_path, caps
 
 
 def test_most_tokens_end_a_run_that_is_not_flat(config, tmp_path):
-    config = dataclasses.replace(config, tokens=None, most_tokens=256)
+    config = dataclasses.replace(config, tokens=None, max_tokens=256)
     train(config, tmp_path / "run")
     assert checkpoint.read_manifest(tmp_path / "run")["progress"]["tokens"] == 256
 
@@ -265,7 +266,7 @@ def test_training_that_blows_up_is_not_saved(config, tmp_path):
 
 
 def test_closed_form_takes_no_budget_of_steps():
-    with pytest.raises(InputError, match="takes no steps; give --start-tokens, not --tokens"):
+    with pytest.raises(InputError, match="takes no steps; give --init-tokens, not --tokens"):
         TrainConfig(fit="closed-form", tokens=1000)
 
 

@@ -9,8 +9,8 @@ from conftest import make_llama, random_lens
 from transformers import BloomConfig, BloomForCausalLM
 
 from tunedlens import ConstantLens, FrozenModel, InputError, LogitLens, trajectory
-from tunedlens.sites import SITES
-from tunedlens.trajectory import FIGURES, states
+from tunedlens.model import SITES
+from tunedlens.trajectory import FIGURES, windows
 
 TEXT = "def naïve(x):\n    return x + 1\n"
 
@@ -55,10 +55,10 @@ def by_hand(model, lens, ids, site, layer):
 )
 def test_every_number_equals_a_recomputation_from_hooks(tiny, monkeypatch, name, sites, chunked):
     if chunked:
-        monkeypatch.setattr(states, "_LOGITS_AT_A_TIME", 4096 * 3 * 20)
+        monkeypatch.setattr(windows, "_LOGITS_AT_A_TIME", 4096 * 3 * 20)
     lens = LogitLens.from_model(tiny) if name == "logit" else random_lens(tiny)
     # Texts of several lengths, and so with padding, in two forward passes.
-    monkeypatch.setattr(states, "_TOKENS_AT_A_TIME", 40)
+    monkeypatch.setattr(windows, "_TOKENS_AT_A_TIME", 40)
     for found in trajectory(tiny, {name: lens}, [TEXT, "x", TEXT[:-9]], sites=sites, k=4):
         assert_equals_by_hand(tiny, lens, found, found.readings[name])
 
@@ -211,7 +211,7 @@ def test_a_part_has_the_rows_and_positions_that_are_asked_for_and_the_model(tiny
     ("name", "tuned"), [("kl_to_other_nats", 0), ("js_nats", 0), ("total_variation", 1)]
 )
 def test_divergences_are_as_they_are_defined(tiny, monkeypatch, name, tuned):
-    monkeypatch.setattr(states, "_LOGITS_AT_A_TIME", 4096 * 4 * 6)
+    monkeypatch.setattr(windows, "_LOGITS_AT_A_TIME", 4096 * 4 * 6)
     lenses = {"logit": LogitLens.from_model(tiny), "tuned": random_lens(tiny)}
     one, two = trajectory(tiny, lenses, ["x = 1 + 2 + 3", "y = 1 - 2 + 4"])
     lens = ("logit", "tuned")[tuned]
@@ -246,7 +246,7 @@ def test_figures_against_another_lens_are_differences(tiny):
 @pytest.mark.parametrize("of", ["final", " return"])
 def test_difference_of_two_texts_is_of_one_token(tiny, monkeypatch, metric, of):
     one, two = trajectory(tiny, None, [" return x + 1", " return y - 2"], track=" return")
-    monkeypatch.setattr(states, "_LOGITS_AT_A_TIME", 4096 * 4 * 4)
+    monkeypatch.setattr(windows, "_LOGITS_AT_A_TIME", 4096 * 4 * 4)
     found = one[:, 1:].figures(metric, of=of, versus=two[:, 1:])
     wanted = tiny.encode(" return")[0].expand(len(one.positions))
     if of == "final":

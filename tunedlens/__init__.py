@@ -5,15 +5,36 @@
 >>> lens = TunedLens.load("checkpoints/embedded", model)
 """
 
-from tunedlens.checkpoint import load_lens
+from tunedlens.checkpoint import load_lens, load_lens_of_kind, save_lens
 from tunedlens.config import CorpusConfig, EvaluateConfig, ModelConfig, TrainConfig
 from tunedlens.errors import InputError
 from tunedlens.evaluation import Evaluation, evaluate
-from tunedlens.frozen import FrozenModel, load_model
-from tunedlens.lens import ConstantLens, JacobianLens, Lens, LogitLens, TunedLens
+from tunedlens.generation import generate
+from tunedlens.lenses import (
+    AffineLens,
+    ConstantLens,
+    JacobianLens,
+    Lens,
+    LogitLens,
+    ResidualLens,
+    TunedLens,
+)
+from tunedlens.model import FrozenModel, load_model
 from tunedlens.neurons import neurons
+from tunedlens.report import explorer, top_k
+from tunedlens.report.plots import curves, heatmap
 from tunedlens.training import train
 from tunedlens.trajectory import Trajectory, trajectory
+
+# Methods whose code lives in a later module than their class. This is the one module that may
+# import everything, so the modules themselves need no circle.
+AffineLens.save = save_lens
+AffineLens.load = classmethod(load_lens_of_kind)  # type: ignore[assignment]
+ResidualLens.generate = generate
+Trajectory.top_k = top_k
+Trajectory.heatmap = heatmap
+Trajectory.curves = curves
+Trajectory.to_html = explorer
 
 __all__ = [
     "ConstantLens",

@@ -106,10 +106,10 @@ class TrainConfig:
         "positions to train on, rounded up to whole steps; without it, until held-out KL is flat "
         "(for the recipes of others, 512,000)",
     )
-    most_tokens: int | None = option(
+    max_tokens: int | None = option(
         None, "without --tokens, the most there may be (default: 2,048 × d_model)"
     )
-    start_tokens: int | None = option(
+    init_tokens: int | None = option(
         None,
         "positions of the first pass, which the closed form is made from (default: 128 × d_model, "
         "and at most a quarter of --tokens; for --fit closed-form 1,024 × d_model; for --fit "
@@ -178,7 +178,7 @@ class TrainConfig:
         _require_choice(self, "jacobian_targets", get_args(JacobianTargets))
         _require_positive(
             self,
-            *("tokens", "most_tokens", "start_tokens", "batch_size", "micro_batch_size"),
+            *("tokens", "max_tokens", "init_tokens", "batch_size", "micro_batch_size"),
             *("validation_tokens", "evaluate_tokens"),
         )
         if self.precision is not None:
@@ -193,7 +193,7 @@ class TrainConfig:
                 f"{self.vocab_sample}"
             )
         if self.fit in ONE_PASS and self.tokens is not None:
-            raise InputError(f"--fit {self.fit} takes no steps; give --start-tokens, not --tokens")
+            raise InputError(f"--fit {self.fit} takes no steps; give --init-tokens, not --tokens")
         if self.skip_first < 0:
             raise InputError(f"--skip-first must be 0 or more, got {self.skip_first}")
         if self.ridge is not None and not 0 < self.ridge < math.inf:
@@ -211,7 +211,9 @@ class TrainConfig:
     def from_json(cls, data: dict[str, Any]) -> Self:
         """The inverse of `dataclasses.asdict`."""
         parts = {"model": ModelConfig(**data["model"]), "corpus": CorpusConfig(**data["corpus"])}
-        fields = {name: value for name, value in data.items() if name != "compile"}  # of 0.1.0
+        renamed = {"most_tokens": "max_tokens", "start_tokens": "init_tokens"}  # since 0.1.0
+        fields = {renamed.get(name, name): value for name, value in data.items()}
+        fields.pop("compile", None)
         return cls(**fields | parts)
 
 

@@ -7,13 +7,64 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from tunedlens.checkpoint import require_made_for
 from tunedlens.errors import InputError
-from tunedlens.frozen import FrozenModel
-from tunedlens.lens import ResidualLens
+from tunedlens.lenses import ResidualLens, require_made_for
+from tunedlens.model import FrozenModel
 
 
 def generate(
+    lens: ResidualLens,
+    model: FrozenModel,
+    prompt: str | list[str],
+    layer: int = -1,
+    *,
+    max_new_tokens: int = 20,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    eos_token_id: int | list[int] | None = None,
+    seed: int = 0,
+) -> str | list[str]:
+    """Text as a layer would write it: every new token is what the lens says there.
+
+    At the last layer it is what the model itself generates, in its own dtype.
+    transformers does the rest, with its cache; of the model's own generation config only
+    the ends count.
+
+    Args:
+        lens: whose translators are used.
+        model: the model that the lens belongs to.
+        prompt: text, or several texts that are continued together.
+        layer: whose state is decoded.
+        max_new_tokens: at most so many for each.
+        do_sample: draw from the distribution; else the best token is taken.
+        temperature: of the distribution drawn from.
+        top_k: draw from so many of the best tokens; 0 is all.
+        top_p: draw from the best tokens that have so much of the probability.
+        eos_token_id: tokens that end a text; by default the model's own.
+        seed: of the draws.
+
+    Returns:
+        What follows the prompt, without the token that ended it; of several, a list.
+
+    Raises:
+        InputError: the lens is another model's, there is no such layer, a setting has no
+            meaning, or a prompt is empty or has no room for so many tokens.
+    """
+    samples = _sampling(do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p)
+    try:
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, **samples
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    texts = _continue(lens, model, prompts, layer, config, seed)
+    return texts[0] if isinstance(prompt, str) else texts
+
+
+def _continue(
     lens: ResidualLens,
     model: FrozenModel,
     prompts: Sequence[str],
@@ -21,7 +72,7 @@ def generate(
     config: GenerationConfig,
     seed: int,
 ) -> list[str]:
-    """What follows each prompt; see `ResidualLens.generate`.
+    """What follows each prompt; see `generate`.
 
     Raises:
         InputError: the lens is another model's, there is no such layer, a setting has no
@@ -75,7 +126,7 @@ def _writer(
         model.model.generation_config = own
 
 
-def sampling(*, do_sample: bool, temperature: float, top_k: int, top_p: float) -> dict[str, Any]:
+def _sampling(*, do_sample: bool, temperature: float, top_k: int, top_p: float) -> dict[str, Any]:
     """The settings of samples; none for the best token, where transformers would warn of them.
 
     Raises:

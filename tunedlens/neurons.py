@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from tunedlens.errors import InputError
-from tunedlens.frozen import FrozenModel
-from tunedlens.tokens import shown
+from tunedlens.model import FrozenModel
+from tunedlens.tokenizer import shown
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import transformers
 
 from tunedlens.cli.evaluate import evaluate_lenses
+from tunedlens.cli.memory import keep_freed_memory
 from tunedlens.cli.train import INTERRUPTED, train_lens
 from tunedlens.errors import InputError
-from tunedlens.memory import keep_freed_memory
 
 
 def train_command(arguments: Sequence[str] | None = None) -> int:

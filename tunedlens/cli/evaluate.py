@@ -7,21 +7,25 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tunedlens import checkpoint
+from accelerate import Accelerator
+from torch import Tensor
+
+from tunedlens import builtin, checkpoint, files, report
 from tunedlens.cli.flags import add_wandb_flag, configured, make_parser, parse
-from tunedlens.cli.lenses import BASELINE_TOKENS, LensSpec, lens_specs, of_same_text
 from tunedlens.cli.prompt import show_prompts
 from tunedlens.config import CorpusConfig, EvaluateConfig, TrainConfig
+from tunedlens.corpus import CorpusSplits, load_splits, resolve_corpus
 from tunedlens.errors import InputError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from tunedlens.corpus import Corpora
-    from tunedlens.frozen import FrozenModel
-    from tunedlens.lens import Lens
+from tunedlens.evaluation import evaluate
+from tunedlens.evaluation.lens_specs import BASELINE_TOKENS, LensSpec, lens_specs, of_same_text
+from tunedlens.fit import mean_lens, unigram_lens
+from tunedlens.lenses import Lens, LogitLens
+from tunedlens.model import FrozenModel, load_configured
+from tunedlens.provenance import provenance as provenance_of
+from tunedlens.tokenizer import token_bytes
+from tunedlens.tracking import Tracker, progress_bar, say
 
 EVALUATE = """Evaluate lenses side by side on held-out text; the logit lens is always there.
 
@@ -49,14 +53,6 @@ def evaluate_lenses(arguments: Sequence[str] | None) -> int:
     asked, output = flags.pop("lens", None), flags.pop("output", None)
     wandb = flags.pop("wandb", "disabled")
 
-    from accelerate import Accelerator
-
-    from tunedlens import report
-    from tunedlens.corpus import load_corpora, token_bytes, with_defaults
-    from tunedlens.evaluation import evaluate
-    from tunedlens.frozen import load_configured
-    from tunedlens.tracking import Tracker, progress_bar, say
-
     specs = lens_specs(asked)
     saved = [spec for spec in specs if spec.folder is not None]
     own, same_text = of_same_text(saved, flags.get("dataset"))
@@ -64,7 +60,7 @@ def evaluate_lenses(arguments: Sequence[str] | None) -> int:
     config = configured(EvaluateConfig, _as_trained(trained, same_text, flags), flags)
     output = output or _output(saved, None if same_text else flags["dataset"], config.tokens)
     report.require_own(output)
-    checkpoint.require_writable(output)
+    files.require_writable(output)
 
     accelerator = Accelerator()
     is_main = accelerator.is_main_process
@@ -75,19 +71,22 @@ def evaluate_lenses(arguments: Sequence[str] | None) -> int:
     held_out = own or (baselines and not saved)
     config = dataclasses.replace(
         config,
-        corpus=with_defaults(config.corpus, model),
+        corpus=resolve_corpus(config.corpus, model.name, model.context),
         split=config.split or ("validation" if held_out else "all"),
     )
-    corpora = load_corpora(config.corpus, model.tokenizer)
+    corpus = resolve_corpus(config.corpus, model.name, model.context)
+    splits = load_splits(corpus, model.tokenizer)
     if config.split == "validation":
-        _require_held_out(config, corpora, own)
+        _require_held_out(config, splits, own)
     elif own and is_main:
         say(f"note: --split {config.split} scores what {own[0].folder} was trained on")
-    blocks, about = _text(config, corpora)
+    blocks, about = _text(config, splits)
     tokens = _tokens(config, about)
-    training = corpora
+    training = splits
     if baselines and saved and not own:
-        training = load_corpora(with_defaults(trained.corpus, model), model.tokenizer)
+        training = load_splits(
+            resolve_corpus(trained.corpus, model.name, model.context), model.tokenizer
+        )
     lenses = {
         spec.name: loaded.get(spec.name) or _unsaved(spec.kind, model, training) for spec in specs
     }
@@ -111,7 +110,7 @@ def evaluate_lenses(arguments: Sequence[str] | None) -> int:
     arguments = [*(sys.argv[1:] if arguments is None else arguments)]
     if asked is None:
         arguments += ["--lens", str(saved[0].folder)]
-    provenance = report.provenance(model, ["python", "evaluate.py", *arguments]) | {
+    provenance = provenance_of(model, ["python", "evaluate.py", *arguments]) | {
         "lenses": sources,
         "corpus": about,
         "config": dataclasses.asdict(config),
@@ -175,8 +174,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _redraw(folder: Path, others: list[str]) -> int:
-    from tunedlens import report
-    from tunedlens.tracking import say
 
     if others:
         raise InputError(
@@ -210,8 +207,6 @@ def _as_trained(trained: TrainConfig, same_text: bool, flags: dict[str, Any]) ->
 
 def _output(saved: list[LensSpec], other_dataset: str | None, tokens: int | None) -> Path:
     """Beside the first lens, where no evaluation of more tokens is lost."""
-    from tunedlens import report
-
     name = "evaluation" if other_dataset is None else f"evaluation-{Path(other_dataset).stem}"
     folder = Path(name) if not saved or saved[0].folder is None else saved[0].folder / name
     with suppress(InputError):
@@ -220,16 +215,14 @@ def _output(saved: list[LensSpec], other_dataset: str | None, tokens: int | None
     return folder
 
 
-def _require_held_out(config: EvaluateConfig, corpora: "Corpora", own: list[LensSpec]) -> None:
+def _require_held_out(config: EvaluateConfig, splits: "CorpusSplits", own: list[LensSpec]) -> None:
     """Make sure that what is held out now was held out from every lens trained on this text.
 
     Raises:
         InputError: it was cut in another way, or has changed since.
     """
-    from tunedlens.corpus import EMBEDDED
-
     now = dataclasses.asdict(dataclasses.replace(config.corpus, dataset=None))
-    about = corpora.validation.about
+    about = splits.validation.about
     for spec in own:
         corpus = spec.trained.corpus
         if dataclasses.asdict(dataclasses.replace(corpus, dataset=None)) != now:
@@ -238,7 +231,7 @@ def _require_held_out(config: EvaluateConfig, corpora: "Corpora", own: list[Lens
                 "what is held out of those; give another --dataset, or --split all"
             )
         # The embedded text differs between Pythons, but a file never changes sides.
-        if corpus.dataset == EMBEDDED:
+        if corpus.dataset == builtin.NAME:
             continue
         then = spec.manifest.get("corpus", {}).get("validation", about)
         if then.get("tokens_sha256") != about.get("tokens_sha256"):
@@ -249,18 +242,20 @@ def _require_held_out(config: EvaluateConfig, corpora: "Corpora", own: list[Lens
             )
 
 
-def _text(config: EvaluateConfig, corpora: "Corpora") -> tuple[Iterator["Tensor"], dict[str, Any]]:
+def _text(
+    config: EvaluateConfig, splits: "CorpusSplits"
+) -> tuple[Iterator["Tensor"], dict[str, Any]]:
     """The blocks to score, and what they were made of."""
     if config.split == "all":
-        sides = {"validation": corpora.validation, "train": corpora.train}
+        sides = {"validation": splits.validation, "train": splits.train}
         # The smaller side is a fair sample of the documents; of a stream it is slow to find.
         order = list(sides.values())
-        if corpora.train.about.get("streamed"):
+        if splits.train.about.get("streamed"):
             order.reverse()
-        blocks = itertools.chain.from_iterable(side.sample() for side in order)
+        blocks = itertools.chain.from_iterable(side.shuffled() for side in order)
         return blocks, {name: side.about for name, side in sides.items()}
-    side = corpora.validation if config.split == "validation" else corpora.train
-    return side.sample(), side.about
+    side = splits.validation if config.split == "validation" else splits.train
+    return side.shuffled(), side.about
 
 
 def _tokens(config: EvaluateConfig, about: dict[str, Any]) -> int:
@@ -281,18 +276,15 @@ def _tokens(config: EvaluateConfig, about: dict[str, Any]) -> int:
     return config.tokens or min(DEFAULT_TOKENS, there)
 
 
-def _unsaved(kind: str, model: "FrozenModel", training: "Corpora") -> "Lens":
+def _unsaved(kind: str, model: "FrozenModel", training: "CorpusSplits") -> "Lens":
     """The logit lens, or a baseline from a training text."""
-    from tunedlens.fit import mean_lens, unigram_lens
-    from tunedlens.lens import LogitLens
-
     if kind == "logit":
         return LogitLens.from_model(model)
     make = {"unigram": unigram_lens, "mean": mean_lens}[kind]
-    return make(model, training.train.sample(), BASELINE_TOKENS[kind])
+    return make(model, training.train.shuffled(), BASELINE_TOKENS[kind])
 
 
-def _source(spec: LensSpec, training: "Corpora") -> dict[str, Any]:
+def _source(spec: LensSpec, training: "CorpusSplits") -> dict[str, Any]:
     """Where a lens comes from, for the record."""
     if spec.folder is not None:
         return {"folder": str(spec.folder), "sha256": spec.manifest["lens_sha256"]}

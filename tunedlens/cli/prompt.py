@@ -6,18 +6,17 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tunedlens import checkpoint
+from tunedlens import checkpoint, files, report
 from tunedlens.cli.flags import configured
-from tunedlens.cli.lenses import BASELINE_TOKENS, LensSpec, lens_specs
 from tunedlens.config import EvaluateConfig, ModelConfig, TrainConfig
 from tunedlens.errors import InputError
-
-if TYPE_CHECKING:
-    from tunedlens.frozen import FrozenModel
-    from tunedlens.lens import ResidualLens
-    from tunedlens.trajectory import Trajectory
+from tunedlens.evaluation.lens_specs import BASELINE_TOKENS, LensSpec, lens_specs
+from tunedlens.lenses import LogitLens, ResidualLens
+from tunedlens.model import FrozenModel, load_configured
+from tunedlens.tracking import say
+from tunedlens.trajectory import Trajectory, trajectory
 
 
 def show_prompts(flags: dict[str, Any]) -> int:
@@ -29,9 +28,6 @@ def show_prompts(flags: dict[str, Any]) -> int:
     Returns:
         The exit status.
     """
-    from tunedlens.frozen import load_configured
-    from tunedlens.lens import LogitLens
-
     prompts = flags.pop("prompt", [])
     if "prompt_file" in flags:
         prompts = prompts + _read_file(flags.pop("prompt_file"))
@@ -51,7 +47,7 @@ def show_prompts(flags: dict[str, Any]) -> int:
     output = output or (
         saved[0].folder / "prompts" if saved and saved[0].folder else Path("prompts")
     )
-    checkpoint.require_writable(output)
+    files.require_writable(output)
     model = load_configured(config.model, None)
     lenses: dict[str, ResidualLens] = {
         spec.name: checkpoint.load_lens(spec.folder, model) for spec in saved if spec.folder
@@ -63,8 +59,6 @@ def show_prompts(flags: dict[str, Any]) -> int:
 
 def _newest(model: str | None) -> list[LensSpec]:
     """The newest lens, if there is one for the model; else the logit lens, and says why."""
-    from tunedlens.tracking import say
-
     try:
         specs = lens_specs(None)
     except InputError as error:
@@ -112,10 +106,6 @@ def _write_prompts(
     Raises:
         InputError: a prompt is empty or beyond the context, or the folder cannot be written.
     """
-    from tunedlens import report
-    from tunedlens.tracking import say
-    from tunedlens.trajectory import trajectory
-
     # All are read before any is written.
     found = trajectory(model, lenses, list(prompts), stride=stride)
     within = _within_blocks(model, prompts, stride)
@@ -134,8 +124,6 @@ def _within_blocks(
     model: "FrozenModel", prompts: Sequence[str], stride: int | None
 ) -> "list[Trajectory]":
     """The logit lens after attention and after the MLP; nothing where they are not in turn."""
-    from tunedlens.trajectory import trajectory
-
     try:
         sites = ["resid_mid", "resid_post"]
         return trajectory(model, None, list(prompts), sites=sites, stride=stride)

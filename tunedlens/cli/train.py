@@ -4,10 +4,16 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tunedlens import checkpoint
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from tunedlens import checkpoint, report
+from tunedlens.checkpoint import saved_config
 from tunedlens.cli.flags import add_wandb_flag, configured, make_parser, parse
 from tunedlens.config import TrainConfig
 from tunedlens.errors import InputError
+from tunedlens.tracking import say
+from tunedlens.training import Interrupted, train
 
 INTERRUPTED = 130
 """Exit status."""
@@ -39,12 +45,6 @@ def train_lens(arguments: Sequence[str] | None) -> int:
     )
     add_wandb_flag(group)
     flags = parse(parser, arguments)
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-
-    from tunedlens import report
-    from tunedlens.tracking import say
-    from tunedlens.training import Interrupted, saved_config, train
 
     main = PartialState().is_main_process
     resume = flags.pop("resume", None)

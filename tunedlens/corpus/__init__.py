@@ -1,22 +1,22 @@
 """Text into fixed-length blocks of tokens: read, split, joined by EOS, packed."""
 
-import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from tunedlens import builtin
 from tunedlens.config import CorpusConfig
 from tunedlens.corpus.packing import (
     Batch,
-    Corpora,
     Corpus,
+    CorpusSplits,
     PackedCorpus,
     Packer,
     StreamedCorpus,
     TextRanOutError,
     encoded,
     split_by_hash,
-    token_bytes,
 )
 from tunedlens.corpus.reading import (
     embedded_documents,
@@ -25,21 +25,19 @@ from tunedlens.corpus.reading import (
     read_documents,
 )
 from tunedlens.errors import InputError
-from tunedlens.frozen import EMBEDDED, FrozenModel
 
 __all__ = [
     "DEFAULT_HUB_DATASET",
-    "EMBEDDED",
     "Batch",
-    "Corpora",
     "Corpus",
+    "CorpusSplits",
     "PackedCorpus",
     "Packer",
+    "ResolvedCorpus",
     "StreamedCorpus",
     "TextRanOutError",
-    "load_corpora",
-    "token_bytes",
-    "with_defaults",
+    "load_splits",
+    "resolve_corpus",
 ]
 
 DEFAULT_HUB_DATASET = "vietgpt/openwebtext_en"
@@ -48,37 +46,50 @@ DEFAULT_HUB_DATASET = "vietgpt/openwebtext_en"
 LONGEST_DEFAULT_BLOCK = 1024
 
 
-def with_defaults(config: CorpusConfig, model: FrozenModel) -> CorpusConfig:
-    """The same with nothing left open: which text, how long a block.
+@dataclass(frozen=True, kw_only=True)
+class ResolvedCorpus(CorpusConfig):
+    """A `CorpusConfig` with nothing left open: which text, and how long a block is."""
+
+    dataset: str
+    seq_len: int
+
+
+def resolve_corpus(config: CorpusConfig, model_name: str, context: int | None) -> ResolvedCorpus:
+    """Choose the text and the length of a block where the config leaves them open.
+
+    Args:
+        config: what was asked for.
+        model_name: decides on the default text.
+        context: the longest sequence that the model reads, in tokens.
 
     Raises:
         InputError: the block is longer than the model's context.
     """
-    seq_len = config.seq_len or min(model.context or LONGEST_DEFAULT_BLOCK, LONGEST_DEFAULT_BLOCK)
-    if model.context is not None and seq_len > model.context:
+    seq_len = config.seq_len or min(context or LONGEST_DEFAULT_BLOCK, LONGEST_DEFAULT_BLOCK)
+    if context is not None and seq_len > context:
         raise InputError(
-            f"--seq-len must be at most {model.context}, the context of {model.name}; got {seq_len}"
+            f"--seq-len must be at most {context}, the context of {model_name}; got {seq_len}"
         )
-    if config.dataset is not None:
-        return dataclasses.replace(config, seq_len=seq_len)
-    if model.name == EMBEDDED:
-        return dataclasses.replace(config, dataset=EMBEDDED, seq_len=seq_len)
-    return dataclasses.replace(config, dataset=DEFAULT_HUB_DATASET, streaming=True, seq_len=seq_len)
+    dataset, streaming = config.dataset, config.streaming
+    if dataset is None and model_name == builtin.NAME:
+        dataset = builtin.NAME
+    elif dataset is None:
+        dataset, streaming = DEFAULT_HUB_DATASET, True
+    settings = vars(config) | {"dataset": dataset, "seq_len": seq_len, "streaming": streaming}
+    return ResolvedCorpus(**settings)
 
 
-def load_corpora(config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> Corpora:
+def load_splits(config: ResolvedCorpus, tokenizer: PreTrainedTokenizerBase) -> CorpusSplits:
     """Read a text and split it into training and validation.
 
     Args:
-        config: as `with_defaults` gives it.
+        config: see `resolve_corpus`.
         tokenizer: the model's.
 
     Raises:
         InputError: there is no such text, it is empty or too short, has no such column,
             cannot be decoded, or the hub cannot be reached.
     """
-    if config.dataset is None or config.seq_len is None:
-        raise InputError("load_corpora needs a dataset and a seq_len; see with_defaults")
     _require_consistent(config)
     packer = Packer(tokenizer)
     name, seq_len = config.dataset, config.seq_len
@@ -88,27 +99,29 @@ def load_corpora(config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> Co
             return StreamedCorpus(documents, packer, seq_len, name, held_out)
         return PackedCorpus.pack(encoded(documents, packer), seq_len, name)
 
-    if name == EMBEDDED:
-        return Corpora(
+    if name == builtin.NAME:
+        return CorpusSplits(
             lambda: corpus(embedded_documents("train")),
             lambda: corpus(embedded_documents("validation")),
         )
     train = read_documents(config, config.dataset_split)
     if config.validation_split is not None:
         validation = read_documents(config, config.validation_split)
-        return Corpora(lambda: corpus(train), lambda: corpus(validation))
+        return CorpusSplits(lambda: corpus(train), lambda: corpus(validation))
     if is_stream(train):
-        return Corpora(lambda: corpus(train, held_out=False), lambda: corpus(train, held_out=True))
+        return CorpusSplits(
+            lambda: corpus(train, held_out=False), lambda: corpus(train, held_out=True)
+        )
     return split_by_hash(train, packer, seq_len, name)
 
 
-def _require_consistent(config: CorpusConfig) -> None:
+def _require_consistent(config: ResolvedCorpus) -> None:
     if config.validation_split == config.dataset_split:
         raise InputError(
             f"--validation-split must be another than --dataset-split, both are "
             f"{config.dataset_split!r}"
         )
-    if not is_on_hub(str(config.dataset)):
+    if not is_on_hub(config.dataset):
         given = {
             "--dataset-config": config.dataset_config,
             "--dataset-revision": config.dataset_revision,

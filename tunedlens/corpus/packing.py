@@ -14,8 +14,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tunedlens.embedded import HELD_OUT_SHARE, hash_fraction
+from tunedlens.corpus.standard_library import HELD_OUT_SHARE, hash_fraction
 from tunedlens.errors import InputError, first_line
+from tunedlens.tokenizer import token_bytes
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -54,14 +55,14 @@ class Corpus(Protocol):
     def blocks(self) -> Iterator[Int[Tensor, " seq"]]:
         """Every block once, in the order of the text."""
 
-    def sample(self) -> Iterator[Int[Tensor, " seq"]]:
+    def shuffled(self) -> Iterator[Int[Tensor, " seq"]]:
         """Every block once, in a fixed random order: the first ones stand for the whole text.
 
         A stream keeps its order.
         """
 
 
-class Corpora:
+class CorpusSplits:
     """Both sides of a text, each made when first asked for; they never share a block.
 
     Args:
@@ -79,14 +80,6 @@ class Corpora:
     @cached_property
     def validation(self) -> Corpus:
         return self._validation()
-
-
-def token_bytes(tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, " vocab"]:
-    """How many bytes of text each token of a byte-level BPE stands for; 0 for EOS."""
-    special = set(tokenizer.all_special_ids)
-    # In a byte-level vocabulary every character of a token's name is one byte.
-    names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    return torch.tensor([0 if i in special else len(name or "") for i, name in enumerate(names)])
 
 
 class Packer:
@@ -190,7 +183,7 @@ class PackedCorpus:
         }
         return cls(stream[: count * seq_len].view(count, seq_len), about)
 
-    def halves(self) -> tuple["PackedCorpus", "PackedCorpus"]:
+    def split(self) -> tuple["PackedCorpus", "PackedCorpus"]:
         """The blocks to train on and those held out, by the hash of each.
 
         Raises:
@@ -230,7 +223,7 @@ class PackedCorpus:
     def blocks(self) -> Iterator[Int[Tensor, " seq"]]:
         yield from self._blocks.long()
 
-    def sample(self) -> Iterator[Int[Tensor, " seq"]]:
+    def shuffled(self) -> Iterator[Int[Tensor, " seq"]]:
         generator = torch.Generator().manual_seed(0)
         yield from self._blocks[torch.randperm(len(self._blocks), generator=generator)].long()
 
@@ -292,7 +285,7 @@ class StreamedCorpus:
             f"needs {needed}; ask for fewer --tokens or give more text"
         )
 
-    def sample(self) -> Iterator[Int[Tensor, " seq"]]:
+    def shuffled(self) -> Iterator[Int[Tensor, " seq"]]:
         return self.blocks()
 
     def blocks(self) -> Iterator[Int[Tensor, " seq"]]:
@@ -328,7 +321,7 @@ class StreamedCorpus:
             yield _encode(texts, self._packer)
 
 
-def split_by_hash(documents: "Dataset", packer: Packer, seq_len: int, name: str) -> Corpora:
+def split_by_hash(documents: "Dataset", packer: Packer, seq_len: int, name: str) -> CorpusSplits:
     """Hold out a share of the documents by the hash of each.
 
     Of a single document, or where one side would have less than a block, a share of the
@@ -346,8 +339,8 @@ def split_by_hash(documents: "Dataset", packer: Packer, seq_len: int, name: str)
     if all(sum(len(document.ids) for document in side) >= seq_len for side in sides):
         train, validation = (PackedCorpus.pack(side, seq_len, name) for side in sides)
     else:
-        train, validation = PackedCorpus.pack(everything, seq_len, name).halves()
-    return Corpora(lambda: train, lambda: validation)
+        train, validation = PackedCorpus.pack(everything, seq_len, name).split()
+    return CorpusSplits(lambda: train, lambda: validation)
 
 
 def _held_out(fractions: list[float]) -> list[bool]:

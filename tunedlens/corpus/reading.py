@@ -7,10 +7,10 @@ import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tunedlens import embedded
+from tunedlens import builtin
 from tunedlens.config import CorpusConfig
+from tunedlens.corpus.standard_library import standard_library
 from tunedlens.errors import InputError, first_line
-from tunedlens.frozen import EMBEDDED
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
@@ -27,7 +27,7 @@ def embedded_documents(split: Literal["train", "validation"]) -> "Dataset":
         InputError: this Python has no source files of it.
     """
     try:
-        files = embedded.standard_library(split)
+        files = standard_library(split)
     except FileNotFoundError as error:
         raise InputError(f"{error}; pass --dataset with a text of yours") from error
     return _in_memory([file.text for file in files])
@@ -50,7 +50,7 @@ def is_on_hub(name: str) -> bool:
     Raises:
         InputError: it is a path with nothing to read at its end.
     """
-    return name != EMBEDDED and _local_files(name) is None
+    return name != builtin.NAME and _local_files(name) is None
 
 
 def is_stream(documents: "Dataset | IterableDataset") -> bool:

@@ -1,6 +1,17 @@
-"""A corpus in, figures for every lens and layer out."""
+"""A corpus in, metrics of every lens and layer out."""
 
+from tunedlens.evaluation.estimates import Estimate, RatioSums, to_estimates
 from tunedlens.evaluation.results import MODEL, Difference, Evaluation, Grid, Result
 from tunedlens.evaluation.scoring import evaluate
 
-__all__ = ["MODEL", "Difference", "Evaluation", "Grid", "Result", "evaluate"]
+__all__ = [
+    "MODEL",
+    "Difference",
+    "Estimate",
+    "Evaluation",
+    "Grid",
+    "RatioSums",
+    "Result",
+    "evaluate",
+    "to_estimates",
+]

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from tunedlens.errors import InputError
-from tunedlens.metrics import METRICS, Estimate
+from tunedlens.evaluation.estimates import Estimate
+from tunedlens.metrics import METRICS
 
 SCHEMA = 2
 MODEL = "model"

@@ -12,15 +12,14 @@ from accelerate import Accelerator
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tunedlens import metrics
-from tunedlens.checkpoint import require_made_for
+from tunedlens.engine import distributions
+from tunedlens.engine.objective import chunk_tokens
 from tunedlens.errors import InputError
+from tunedlens.evaluation.accumulators import OF_TRANSFER, Tally, per_token
+from tunedlens.evaluation.estimates import GROUPS, GroupSums
 from tunedlens.evaluation.results import Evaluation
-from tunedlens.evaluation.tally import OF_TRANSFER, Tally, per_token
-from tunedlens.frozen import FrozenModel
-from tunedlens.lens import AffineLens, ConstantLens, Lens, ResidualLens
-from tunedlens.metrics import GROUPS, GroupSums
-from tunedlens.objective import chunk_tokens
+from tunedlens.lenses import AffineLens, ConstantLens, Lens, ResidualLens, require_made_for
+from tunedlens.model import FrozenModel
 
 _CACHED_LOGITS = 2**20
 """As many as a few arrays of them fit into the cache of a CPU."""
@@ -273,7 +272,7 @@ class _Model(NamedTuple):
 
     @classmethod
     def of(cls, logits: Float[Tensor, "tokens vocab"], next_ids: Int[Tensor, " tokens"]) -> Self:
-        log_probs = metrics.log_probs(logits)
+        log_probs = distributions.log_probs(logits)
         probs = log_probs.exp()
         negative_entropy = torch.linalg.vecdot(probs, log_probs)
         return cls(probs, log_probs, negative_entropy, log_probs.argmax(-1), next_ids)
@@ -298,13 +297,13 @@ def _figures(
         "cross_entropy_nats": log_normaliser - next_logits,
     }
     if "entropy_nats" in names:
-        model_rank = metrics.rank(logits, model.top1)
+        model_rank = distributions.rank(logits, model.top1)
         is_models = model.next_ids == model.top1
         is_correct = is_models & (model_rank == 1)
         # Few other tokens are the lens's best, so their rank is taken only where it may be 1.
         others = ~is_models & (next_logits == 0)
         if others.any():
-            is_correct[others] = metrics.rank(logits[others], model.next_ids[others]) == 1
+            is_correct[others] = distributions.rank(logits[others], model.next_ids[others]) == 1
         found |= {
             "entropy_nats": log_normaliser - torch.linalg.vecdot(probs, logits),
             "top1_agreement": (model_rank == 1).float(),
@@ -314,9 +313,9 @@ def _figures(
     if "js_nats" in names:
         log_probs = logits - log_normaliser[:, None]
         found |= {
-            "reverse_kl_nats": metrics.kl_from_log_probs(probs, log_probs, model.log_probs),
-            "js_nats": metrics.js_divergence(log_probs, model.log_probs),
-            "reciprocal_rank": 1 / metrics.rank(logits, model.next_ids).float(),
+            "reverse_kl_nats": distributions.kl_from_log_probs(probs, log_probs, model.log_probs),
+            "js_nats": distributions.js_divergence(log_probs, model.log_probs),
+            "reciprocal_rank": 1 / distributions.rank(logits, model.next_ids).float(),
             "model_top1_rank": model_rank.float(),
             "confidence": probs.amax(-1),
         }

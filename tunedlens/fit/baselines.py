@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tunedlens.engine.objective import chunk_tokens
 from tunedlens.errors import InputError
-from tunedlens.frozen import FrozenModel
-from tunedlens.lens import ConstantLens
-from tunedlens.objective import chunk_tokens
+from tunedlens.lenses import ConstantLens
+from tunedlens.model import FrozenModel
 
 _BLOCKS_AT_A_TIME = 8
 

@@ -6,8 +6,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tunedlens.config import JacobianTargets
-from tunedlens.frozen import FrozenModel
-from tunedlens.metrics import reduce_sums
+from tunedlens.distributed import reduce_sums
+from tunedlens.model import FrozenModel
 
 SKIPPED_POSITIONS = 16
 """At the start of each block: the first positions are attention sinks with states unlike all

@@ -15,7 +15,7 @@ def card(name: str, about: dict[str, Any], evaluation: Evaluation) -> str:
         text += f" ({corpus['bytes']:,} bytes; tokens' SHA-256 {corpus['tokens_sha256'][:16]}…)"
     model, versions = about["provenance"]["model"], about["provenance"]["versions"]
     kind = evaluation.lenses[-1]
-    first = f"{about['progress']['start_tokens']:,} tokens"
+    first = f"{about['progress']['init_tokens']:,} tokens"
     if config["fit"] not in ONE_PASS:
         first += f" for the closed form and {about['progress']['tokens']:,} for the steps"
     return "\n".join(

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tunedlens import plots
-from tunedlens.checkpoint import read_json, write, write_json
 from tunedlens.errors import InputError
 from tunedlens.evaluation import MODEL, Evaluation
-from tunedlens.report.page import page
+from tunedlens.files import read_json, write, write_json
+from tunedlens.report import plots
+from tunedlens.report.html.page import page
 from tunedlens.report.tables import (
     difference_rows,
     kl_rows,

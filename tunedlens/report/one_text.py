@@ -4,10 +4,11 @@ import itertools
 from pathlib import Path
 from urllib.parse import quote
 
-from tunedlens import plots
-from tunedlens.checkpoint import write
-from tunedlens.report.explorer import explorer
-from tunedlens.report.tables import code, code_block, top_k_markdown
+from tunedlens.files import write
+from tunedlens.report import plots
+from tunedlens.report.html.explorer import explorer
+from tunedlens.report.tables import code, code_block
+from tunedlens.report.top_k import top_k
 from tunedlens.trajectory import Trajectory
 
 _PER_PAGE = 24
@@ -42,7 +43,7 @@ def write_one_text(
         for name, pages in drawn.items()
         for number, page in enumerate(itertools.islice(pages, _MOST_PAGES), 1)
     }
-    figures["curves"] = trajectory.curves()
+    figures["curves"] = plots.curves(trajectory)
     is_cut = len(trajectory.positions) > _MOST_PAGES * _PER_PAGE
     for earlier in itertools.chain(folder.glob("heatmap-*"), folder.glob("words-*")):
         earlier.unlink()
@@ -52,10 +53,10 @@ def write_one_text(
     write(folder / "table.csv", trajectory.to_dataframe().to_csv(index=False))
     for lens in lenses:
         write(folder / f"words-{lens}.csv", trajectory.words(lens).to_csv())
-    tables = {f"{lens} lens": trajectory.top_k(lens=lens) for lens in lenses}
+    tables = {f"{lens} lens": top_k(trajectory, lens=lens) for lens in lenses}
     if within_blocks is not None:
         title = "logit lens, after attention (resid_mid) and after the MLP (resid_post)"
-        tables[title] = within_blocks.top_k()
+        tables[title] = top_k(within_blocks)
     last = code(trajectory.shown(int(trajectory.input_ids[-1])))
     text = str(trajectory.model.tokenizer.decode(trajectory.input_ids.tolist()))
     parts = [
@@ -68,6 +69,6 @@ def write_one_text(
         *(f"![{name}]({quote(name)}.png)" for name in figures if name != "curves"),
         f"## After {last}, the last token",
         "![The model's best tokens through the layers](curves.png)",
-        *(f"Best tokens: {title}\n\n{top_k_markdown(table)}" for title, table in tables.items()),
+        *(f"Best tokens: {title}\n\n{table.to_markdown()}" for title, table in tables.items()),
     ]
     write(folder / "report.md", "\n\n".join(parts) + "\n")

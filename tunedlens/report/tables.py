@@ -3,10 +3,9 @@
 import math
 import re
 
-from tunedlens.evaluation import MODEL, Evaluation
-from tunedlens.metrics import METRICS, Estimate
-from tunedlens.tokens import display_width
-from tunedlens.trajectory import TopK
+from tunedlens.evaluation import MODEL, Estimate, Evaluation
+from tunedlens.metrics import METRICS
+from tunedlens.tokenizer import display_width
 
 _TERMINAL = (
     "kl_nats",
@@ -23,14 +22,6 @@ _SHORT = {
     "top1_agreement": "top-1",
     "top10_agreement": "top-10",
 }
-
-_GROUNDS = (
-    (0.5, "16;48;5;45"),
-    (0.25, "16;48;5;38"),
-    (0.1, "231;48;5;31"),
-    (0.05, "231;48;5;24"),
-)
-"""Ink and ground of a cell, from this probability on."""
 
 Rows = list[list[str]]
 
@@ -160,35 +151,6 @@ def plus_minus(estimate: Estimate) -> str:
     return f"{value:,.{digits}f} ± {error:,.{digits}f}"
 
 
-def _top_k_rows(table: TopK, as_code: bool = False) -> Rows:
-    """Layers down, the best tokens across, each with its probability."""
-    words = [[code(word) for word in line] if as_code else line for line in table.shown]
-    lines = zip(table.row_names, words, table.probs, strict=True)
-    return [
-        ["layer", *(str(place + 1) for place in range(len(table.probs[0])))],
-        *(
-            [name, *(f"{word} {p:.3f}" for word, p in zip(words, probs, strict=True))]
-            for name, words, probs in lines
-        ),
-    ]
-
-
-def top_k_markdown(table: TopK) -> str:
-    """The best tokens at one position as a table in Markdown."""
-    return markdown(_top_k_rows(table, as_code=True))
-
-
-def top_k_text(table: TopK, *, is_coloured: bool) -> str:
-    """The best tokens at one position for a terminal, probable ones on a brighter ground."""
-    header, *body = _padded(_top_k_rows(table))
-    if is_coloured:
-        body = [
-            [name, *map(_on_its_ground, cells, probs)]
-            for (name, *cells), probs in zip(body, table.probs, strict=True)
-        ]
-    return "\n".join("  ".join(row) for row in [header, *body])
-
-
 def code(word: str) -> str:
     """A text as it is, in Markdown."""
     fence = _fence(word, 1)
@@ -208,18 +170,13 @@ def _fence(text: str, shortest: int) -> str:
     return "`" * max(longest + 1, shortest)
 
 
-def _on_its_ground(cell: str, probability: float) -> str:
-    """Coloured by a code of 256-colour terminals."""
-    ground = next((code for least, code in _GROUNDS if probability >= least), None)
-    return cell if ground is None else f"\x1b[38;5;{ground}m{cell}\x1b[0m"
-
-
 def aligned(rows: Rows) -> str:
     """Columns of plain text, to the right."""
-    return "\n".join("  ".join(row) for row in _padded(rows))
+    return "\n".join("  ".join(row) for row in padded(rows))
 
 
-def _padded(rows: Rows) -> Rows:
+def padded(rows: Rows) -> Rows:
+    """Cells as wide as the widest of their column."""
     widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
     return [
         [

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tunedlens.config import ONE_PASS, TrainConfig
 from tunedlens.errors import InputError
-from tunedlens.frozen import FrozenModel
+from tunedlens.model import FrozenModel
 
 _VALIDATION_SHARE, _TABLE_SHARE = 0.1, 0.2
 """Of the operations of a run: the most that validation in between, and the table, may take."""
@@ -44,7 +44,7 @@ def trained_positions(config: TrainConfig) -> int:
         InputError: there are none.
     """
     seq_len = config.corpus.seq_len
-    assert seq_len is not None  # with_defaults has set it
+    assert seq_len is not None  # resolve_corpus has set it
     if config.skip_first >= seq_len:
         raise InputError(
             f"--skip-first must be less than --seq-len ({seq_len}), got {config.skip_first}"
@@ -56,7 +56,7 @@ def trained_positions(config: TrainConfig) -> int:
 class Costs:
     """Operations per token, as they would be in the precision of the products."""
 
-    start_tokens: int
+    init_tokens: int
     """Of the first pass."""
     step_tokens: int
     """Of one step."""
@@ -82,7 +82,7 @@ class Costs:
         starts = config.fit in ("preconditioned", *ONE_PASS)
         optimizer = 34 * d_model**3 / step_tokens
         return cls(
-            start_tokens=(config.start_tokens or 0) if starts else 0,
+            init_tokens=(config.init_tokens or 0) if starts else 0,
             step_tokens=step_tokens,
             seq_len=config.corpus.seq_len or 2,
             first_pass=first_pass,
@@ -108,4 +108,4 @@ class Costs:
         return positions * max(int(affordable / positions), _LEAST_TABLE_BLOCKS)
 
     def _run(self, tokens: int) -> float:
-        return self.start_tokens * self.first_pass + tokens * self.step
+        return self.init_tokens * self.first_pass + tokens * self.step

@@ -15,9 +15,14 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tunedlens import checkpoint
+from tunedlens import checkpoint, files
+from tunedlens.checkpoint import saved_config
 from tunedlens.config import TrainConfig, WandbMode
-from tunedlens.corpus import TextRanOutError, load_corpora
+from tunedlens.corpus import TextRanOutError, load_splits, resolve_corpus
+from tunedlens.distributed import reduce_sums
+from tunedlens.engine import accumulate_gradient
+from tunedlens.engine.objective import Keys, ModelSide
+from tunedlens.engine.vocab_sample import draw_sample
 from tunedlens.errors import InputError
 from tunedlens.evaluation import Evaluation
 from tunedlens.fit import (
@@ -25,20 +30,16 @@ from tunedlens.fit import (
     LeastSquares,
     MeanJacobian,
     Preconditioned,
-    accumulate_gradient,
 )
-from tunedlens.frozen import load_configured
-from tunedlens.lens import JacobianLens
-from tunedlens.metrics import reduce_sums
-from tunedlens.objective import Keys, ModelSide
+from tunedlens.lenses import JacobianLens
+from tunedlens.model import load_configured
 from tunedlens.tracking import Tracker, progress_bar, say
 from tunedlens.training.costs import count_looks, next_look
-from tunedlens.training.run import Run, saved_config
-from tunedlens.training.settings import budget, settled
-from tunedlens.vocab_sample import draw_sample
+from tunedlens.training.plan import budget, settled
+from tunedlens.training.run import Run
 
 _STEPS_PER_FIGURE = 16
-"""Reading a figure waits for the device, so it is not done at every step."""
+"""LensPredictions a figure waits for the device, so it is not done at every step."""
 _STEPS_BEFORE_ESTIMATE = 4
 """The time that a run takes is said after so many, without the first one, which is slower."""
 _SECONDS_PER_SAVE = 300
@@ -77,7 +78,13 @@ def train(
     if resume:
         config = _filled(config, saved_config(output))
     config = settled(config, model, accelerator)
-    run = Run(config, output, model, load_corpora(config.corpus, model.tokenizer), accelerator)
+    run = Run(
+        config,
+        output,
+        model,
+        load_splits(resolve_corpus(config.corpus, model.name, model.context), model.tokenizer),
+        accelerator,
+    )
     if resume:
         run.restore()
     run.describe()
@@ -118,16 +125,16 @@ def _first_pass(run: Run, steps: Preconditioned) -> None:
     """
     config, model = run.config, run.model.identity
     shape = (model.n_layers, model.d_model)
-    sums, left = LeastSquares(*shape), config.start_tokens or 0
-    batches = run.corpora.train.batches(config.batch_size or 1, config.seed)
-    run.progress.start_tokens = 0
+    sums, left = LeastSquares(*shape), config.init_tokens or 0
+    batches = run.splits.train.batches(config.batch_size or 1, config.seed)
+    run.progress.init_tokens = 0
     with progress_bar(left, "closed form", show=run.is_main) as bar:
         while left > 0:
             batch = next(batches)
             for states in run.reader.read(batch.input_ids):
                 sums.add(states[:-1], states[-1])
             left -= run.tokens_per_step
-            run.progress.start_tokens += run.tokens_per_step
+            run.progress.init_tokens += run.tokens_per_step
             bar.update(run.tokens_per_step)
     if run.progress.step == 0:
         run.progress.position = batch.position
@@ -150,8 +157,8 @@ def _mean_jacobian(run: Run, stop: threading.Event) -> JacobianLens:
         skipped=max(SKIPPED_POSITIONS, config.skip_first),
         seed=config.seed,
     )
-    left = config.start_tokens or 0
-    batches = run.corpora.train.batches(config.batch_size or 1, config.seed)
+    left = config.init_tokens or 0
+    batches = run.splits.train.batches(config.batch_size or 1, config.seed)
     with progress_bar(left, "jacobian", show=run.is_main) as bar:
         while left > 0:
             if stop.is_set():
@@ -161,7 +168,7 @@ def _mean_jacobian(run: Run, stop: threading.Event) -> JacobianLens:
                 with run.reader.autocast():
                     jacobian.add(model, blocks)
             left -= run.tokens_per_step
-            run.progress.start_tokens += run.tokens_per_step
+            run.progress.init_tokens += run.tokens_per_step
             bar.update(run.tokens_per_step)
     jacobian.reduce(accelerator)
     return JacobianLens.from_jacobians(model, jacobian.mean.float())
@@ -176,7 +183,7 @@ def _take_steps(run: Run, tracker: Tracker, stop: threading.Event) -> None:
         _note(run, tracker)
     started = saved = time.monotonic()
     steps_taken = 0
-    batches = run.corpora.train.batches(config.batch_size or 1, config.seed, progress.position)
+    batches = run.splits.train.batches(config.batch_size or 1, config.seed, progress.position)
     with progress_bar(most, config.fit, progress.tokens, run.is_main) as bar:
         while progress.tokens < most:
             flat = progress.curve.flat_layers()
@@ -247,7 +254,7 @@ def _note(run: Run, tracker: Tracker) -> None:
             f"too large; give a smaller --lr than {run.config.lr:g}"
         )
     if run.is_main:
-        seen = look.tokens + run.progress.start_tokens
+        seen = look.tokens + run.progress.init_tokens
         error = f" ± {look.standard_error:.4f}" if look.standard_error else ""
         by_layer = " ".join(f"{kl:.3f}" for kl in look.kl_nats)
         say(
@@ -315,7 +322,7 @@ def _reduce(
 
 
 def _require_usable(output: Path, resume: bool) -> None:
-    checkpoint.require_writable(output)
+    files.require_writable(output)
     if resume:
         return
     if (output / checkpoint.STATE).exists():

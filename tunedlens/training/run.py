@@ -8,20 +8,22 @@ from typing import Any, Self
 
 from accelerate import Accelerator
 
-from tunedlens import checkpoint, plots, report
+from tunedlens import checkpoint, files, report
 from tunedlens.config import ONE_PASS, TrainConfig
-from tunedlens.corpus import DEFAULT_HUB_DATASET, Corpora
+from tunedlens.corpus import DEFAULT_HUB_DATASET, CorpusSplits
+from tunedlens.engine.objective import LensKL
 from tunedlens.errors import InputError
 from tunedlens.evaluation import Evaluation
-from tunedlens.fit import LearningCurve, Look, Peer, Preconditioned, Steps
-from tunedlens.frozen import FrozenModel
-from tunedlens.lens import AffineLens, LogitLens, TunedLens
-from tunedlens.objective import LensKL
+from tunedlens.fit import LearningCurve, LensOptimizer, Look, Preconditioned, TorchOptimizer
+from tunedlens.lenses import AffineLens, LogitLens, TunedLens
+from tunedlens.model import FrozenModel, require_same_model
+from tunedlens.provenance import provenance
+from tunedlens.report import plots
 from tunedlens.tracking import Tracker, say
 from tunedlens.training.costs import Costs
-from tunedlens.training.held_out import HeldOut
-from tunedlens.training.settings import budget
+from tunedlens.training.plan import budget
 from tunedlens.training.states import StateReader
+from tunedlens.training.validation import HeldOut
 
 
 @dataclass
@@ -31,7 +33,7 @@ class Progress:
     step: int = 0
     tokens: int = 0
     """Positions whose KL was a part of the gradient."""
-    start_tokens: int = 0
+    init_tokens: int = 0
     """Positions of the first pass, which only the model has seen."""
     position: dict[str, Any] | None = None
     """Where the corpus goes on."""
@@ -52,7 +54,7 @@ class Run:
         config: with nothing left open.
         output: its folder.
         model: the frozen model.
-        corpora: what it is trained on, and what is held out.
+        splits: what it is trained on, and what is held out.
         accelerator: how many processes share the work.
     """
 
@@ -61,20 +63,20 @@ class Run:
         config: TrainConfig,
         output: Path,
         model: FrozenModel,
-        corpora: Corpora,
+        splits: CorpusSplits,
         accelerator: Accelerator,
     ) -> None:
         self.config = config
         self.output = output
         self.model = model
-        self.corpora = corpora
+        self.splits = splits
         self.accelerator = accelerator
         self.reader = StateReader(model, config, accelerator)
         self.tokens_per_step = (config.batch_size or 1) * self.reader.positions
         self.costs = Costs.of(config, model)
         self.held_out = HeldOut(
             model,
-            corpora,
+            splits,
             config,
             self.reader,
             accelerator,
@@ -118,7 +120,7 @@ class Run:
         about = {
             "config": dataclasses.asdict(self.config),
             "model": dataclasses.asdict(self.model.identity),
-            "text": self.corpora.train.about.get("tokens_sha256"),
+            "text": self.splits.train.about.get("tokens_sha256"),
             "chunk": self.objective.chunk,
             "progress": dataclasses.asdict(self.progress),
         }
@@ -130,20 +132,21 @@ class Run:
         Raises:
             InputError: it was another model, text or config, or has no more to do.
         """
-        saved, config = saved_config(self.output), self.config
+        saved, config = checkpoint.saved_config(self.output), self.config
         model = dataclasses.replace(saved.model, device=config.model.device)
         if saved.kernel is None:
             raise InputError(
                 f"{self.output} was trained by an earlier version of tunedlens, whose runs cannot "
                 "be resumed; its lens can be used as it is"
             )
-        if config != dataclasses.replace(
+        same = dataclasses.replace(
             saved,
             tokens=config.tokens,
             model=model,
             kernel=config.kernel,
             micro_batch_size=config.micro_batch_size,
-        ):
+        )
+        if dataclasses.asdict(config) != dataclasses.asdict(same):
             raise InputError(
                 f"{self.output} was trained with other settings; with --resume only --tokens, "
                 "--device, --kernel and --micro-batch-size may change"
@@ -151,7 +154,7 @@ class Run:
         if (self.output / checkpoint.STATE).is_file():
             tensors, about = checkpoint.load_state(self.output)
             identity = dataclasses.asdict(self.model.identity)
-            checkpoint.require_same_model(about["model"], identity, f"the lens in {self.output}")
+            require_same_model(about["model"], identity, f"the lens in {self.output}")
             self.steps.load_state(tensors)
             self.objective.chunk = about["chunk"]
             self.progress = Progress.from_json(about["progress"])
@@ -168,7 +171,7 @@ class Run:
             checkpoint.fill_lens(lens, self.output)
             self.steps = _steps(lens, config)
             text = manifest["corpus"]["train"].get("tokens_sha256")
-        if text != self.corpora.train.about.get("tokens_sha256"):
+        if text != self.splits.train.about.get("tokens_sha256"):
             raise InputError(
                 f"the text {config.corpus.dataset} is not the one that {self.output} was "
                 "trained on: it has changed since (the embedded text changes with Python)"
@@ -198,17 +201,17 @@ class Run:
         final = evaluation.by_layer(kind, "kl_nats")
         tracker.summarise({f"held_out/kl_nats/{i}": e.value for i, e in enumerate(final)})
         if self.is_main:
-            sides = {"train": self.corpora.train, "validation": self.corpora.validation}
+            sides = {"train": self.splits.train, "validation": self.splits.validation}
             about = {
                 "config": dataclasses.asdict(self.config),
                 "corpus": {name: side.about for name, side in sides.items()},
                 "progress": dataclasses.asdict(self.progress),
                 "held_out": evaluation.to_json(),
-                "provenance": report.provenance(self.model),
+                "provenance": provenance(self.model),
             }
             checkpoint.save_lens(lens, self.output, about)
             text = report.card(self.output.name, about, evaluation)
-            checkpoint.write(self.output / "README.md", text)
+            files.write(self.output / "README.md", text)
             plots.draw_learning_curve(self.progress.curve, self.output)
             checkpoint.remove_state(self.output)
         return evaluation
@@ -217,7 +220,7 @@ class Run:
         """Say what is about to be done."""
         if not self.is_main:
             return
-        config, identity, text = self.config, self.model.identity, self.corpora.train.about
+        config, identity, text = self.config, self.model.identity, self.splits.train.about
         say(
             f"model     {identity.name}: {identity.n_layers} layers, d_model {identity.d_model}, "
             f"vocabulary {identity.vocab_size:,}, {config.model.dtype} on {self.model.device}"
@@ -228,19 +231,19 @@ class Run:
         if text.get("streamed"):
             say(f"          read as it streams by, in {blocks}")
         else:
-            validation = self.corpora.validation.about
+            validation = self.splits.validation.about
             say(
                 f"          {text['bytes']:,} bytes, {text['tokens']:,} tokens; {blocks}: "
                 f"{text['blocks']:,} to train on, {validation['blocks']:,} held out; "
                 f"{text['dropped_tokens']} tokens fill no block"
             )
-        first = f"{config.start_tokens:,} tokens for the closed form"
+        first = f"{config.init_tokens:,} tokens for the closed form"
         if config.fit in ONE_PASS:
-            tokens = f"{config.start_tokens:,} tokens"
+            tokens = f"{config.init_tokens:,} tokens"
             say(f"fit       {config.fit}: {tokens}, {config.precision} products")
             return
         tokens = (
-            f"at most {config.most_tokens:,} tokens, until held-out KL hardly falls"
+            f"at most {config.max_tokens:,} tokens, until held-out KL hardly falls"
             if config.tokens is None
             else f"{config.tokens:,} tokens"
         )
@@ -259,26 +262,10 @@ class Run:
         )
 
 
-def _steps(lens: TunedLens, config: TrainConfig) -> Steps:
+def _steps(lens: TunedLens, config: TrainConfig) -> LensOptimizer:
     assert config.lr is not None  # they have been settled
     assert config.momentum is not None
     assert config.weight_decay is not None
     if config.fit in ("preconditioned", *ONE_PASS):
         return Preconditioned(lens, config.lr, config.momentum, config.weight_decay)
-    return Peer(lens, config.fit, config.lr, config.momentum, config.weight_decay)
-
-
-def saved_config(folder: Path) -> TrainConfig:
-    """The config of the interrupted or finished run in a folder.
-
-    Raises:
-        InputError: there is no run, or what is there is damaged.
-    """
-    interrupted = (folder / checkpoint.STATE).is_file()
-    about = checkpoint.load_state(folder).about if interrupted else checkpoint.read_manifest(folder)
-    if "config" not in about:
-        raise InputError(f"the lens in {folder} was not saved by a training run")
-    try:
-        return TrainConfig.from_json(about["config"])
-    except (KeyError, TypeError) as error:
-        raise InputError(f"the config saved in {folder} is damaged: {error}") from error
+    return TorchOptimizer(lens, config.fit, config.lr, config.momentum, config.weight_decay)

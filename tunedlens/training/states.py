@@ -7,9 +7,9 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tunedlens.backend import DTYPES
 from tunedlens.config import TrainConfig
-from tunedlens.frozen import FrozenModel
+from tunedlens.engine.backend import DTYPES
+from tunedlens.model import FrozenModel
 from tunedlens.training.costs import trained_positions
 
 

@@ -1,7 +1,7 @@
 """One text through the layers: what every lens says at every layer and position."""
 
-from tunedlens.trajectory.read import trajectory
-from tunedlens.trajectory.reading import Reading
+from tunedlens.trajectory.compute import trajectory
+from tunedlens.trajectory.predictions import LensPredictions
 from tunedlens.trajectory.result import (
     DIVERGENCES,
     FIGURES,
@@ -10,16 +10,14 @@ from tunedlens.trajectory.result import (
     single_ids,
     whose,
 )
-from tunedlens.trajectory.states import Row
-from tunedlens.trajectory.top_k import TopK
+from tunedlens.trajectory.windows import Row
 
 __all__ = [
     "DIVERGENCES",
     "FIGURES",
     "FIGURES_OF_A_TOKEN",
-    "Reading",
+    "LensPredictions",
     "Row",
-    "TopK",
     "Trajectory",
     "single_ids",
     "trajectory",

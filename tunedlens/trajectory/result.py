@@ -2,25 +2,25 @@
 
 import itertools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tunedlens import metrics
+from tunedlens.engine import distributions
 from tunedlens.errors import InputError
-from tunedlens.frozen import FrozenModel
-from tunedlens.lens import ResidualLens
-from tunedlens.tokens import as_text, shown
-from tunedlens.trajectory.reading import Reading
-from tunedlens.trajectory.states import Row, decode, next_ids, pieces, positions_at_a_time
-from tunedlens.trajectory.top_k import TopK
+from tunedlens.lenses import ResidualLens
+from tunedlens.model import FrozenModel
+from tunedlens.tokenizer import as_text, shown
+from tunedlens.trajectory.predictions import LensPredictions
+from tunedlens.trajectory.windows import Row, decode, next_ids, pieces, positions_at_a_time
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from pandas import DataFrame
 
 FIGURES = {
@@ -53,6 +53,15 @@ class Trajectory:
     the part, and `positions` has them in the text.
     """
 
+    top_k: ClassVar[Callable[..., Any]]
+    """See `tunedlens.report.top_k`."""
+    heatmap: ClassVar[Callable[..., "Figure"]]
+    """See `tunedlens.report.plots.heatmap`."""
+    curves: ClassVar[Callable[..., "Figure"]]
+    """See `tunedlens.report.plots.curves`."""
+    to_html: ClassVar[Callable[..., str]]
+    """See `tunedlens.report.explorer`."""
+
     model: FrozenModel
     """Whose text and tokens these are."""
     lenses: dict[str, ResidualLens]
@@ -64,7 +73,7 @@ class Trajectory:
     rows: list[Row]
     positions: list[int]
     """In the text."""
-    readings: dict[str, Reading]
+    readings: dict[str, LensPredictions]
     """By name of the lens."""
     tracked_ids: Int[Tensor, "positions tracked"]
     """Tokens that are followed through the rows at each position; -1 where there are fewer."""
@@ -113,7 +122,7 @@ class Trajectory:
             tracked_ids=self.tracked_ids[places],
         )
 
-    def reading(self, lens: str | None = None) -> Reading:
+    def reading(self, lens: str | None = None) -> LensPredictions:
         """Of one lens; by default the first.
 
         Raises:
@@ -234,48 +243,16 @@ class Trajectory:
             raise InputError(f"metric must be one of {', '.join(DIVERGENCES)}; got {metric!r}")
         other, other_lens = self._other(versus, lens)
         between = {
-            "kl_to_other_nats": lambda p, q: metrics.kl_from_log_probs(p.exp(), p, q),
-            "js_nats": metrics.js_divergence,
-            "total_variation": metrics.total_variation,
+            "kl_to_other_nats": lambda p, q: distributions.kl_from_log_probs(p.exp(), p, q),
+            "js_nats": distributions.js_divergence,
+            "total_variation": distributions.total_variation,
         }[metric]
         mine, others = self._logits(self._name(lens)), other._logits(other_lens)
         found = []
         for logits, other_logits in zip(mine, others, strict=True):
-            p, q = metrics.log_probs(logits), metrics.log_probs(other_logits)
+            p, q = distributions.log_probs(logits), distributions.log_probs(other_logits)
             found.append(between(p, q).cpu())
         return torch.cat(found, 1)
-
-    def heatmap(
-        self, metric: str = "probability", lens: str | Sequence[str] | None = None, **options: Any
-    ) -> Any:
-        """A figure of the best token of every row and position; see `plots.heatmap`."""
-        from tunedlens.plots import heatmap
-
-        return heatmap(self, metric, lens, **options)
-
-    def curves(
-        self,
-        tokens: str | int | Sequence[str | int] | None = None,
-        position: int = -1,
-        **options: Any,
-    ) -> Any:
-        """A figure of tokens followed through the rows; see `plots.curves`."""
-        from tunedlens.plots import curves
-
-        return curves(self, tokens, position, **options)
-
-    def to_html(self, *beside: "Trajectory") -> str:
-        """A page to explore, with everything in it; see `report.explorer`.
-
-        Args:
-            beside: trajectories of other texts, to stand on the same page.
-
-        Raises:
-            InputError: they were read with other lenses.
-        """
-        from tunedlens.report import explorer
-
-        return explorer(self, *beside)
 
     def to_dataframe(self) -> "DataFrame":
         """Tidy: a line for every lens, site, layer and position."""
@@ -331,31 +308,6 @@ class Trajectory:
         """
         scores = self._wide(self.figures(metric, lens, **options).tolist())
         return scores.astype("Int64") if metric == "rank" else scores
-
-    def top_k(self, position: int = -1, k: int | None = None, lens: str | None = None) -> TopK:
-        """The best tokens at one position, row by row: a table to print.
-
-        Args:
-            position: among those that are read.
-            k: how many; by default 5, or fewer if fewer were kept.
-            lens: by name; by default the first.
-
-        Raises:
-            InputError: there is no such position or lens, or fewer tokens were kept.
-        """
-        reading, place = self.reading(lens), self.place(position)
-        kept = reading.top_ids.shape[-1]
-        k = min(5, kept) if k is None else k
-        if not 1 <= k <= kept:
-            raise InputError(f"k must be between 1 and {kept}, which were kept; got {k}")
-        ids = reading.top_ids[:, place, :k].tolist()
-        return TopK(
-            rows=self.rows,
-            row_names=self.row_names,
-            words=[[self._word(i) for i in line] for line in ids],
-            shown=[[self.shown(i) for i in line] for line in ids],
-            probs=reading.top_log_probs[:, place, :k].exp().tolist(),
-        )
 
     def probabilities(
         self,
@@ -423,7 +375,7 @@ class Trajectory:
         found, chunks = [], iter(ids)
         for logits in self._logits(lens):
             here = torch.stack(list(itertools.islice(chunks, logits.shape[1]))).to(logits.device)
-            log_probs = metrics.log_probs(logits)
+            log_probs = distributions.log_probs(logits)
             own = log_probs.gather(-1, here[None, :, None].expand(len(logits), -1, 1))[..., 0]
             ranks = 1.0 + (log_probs > own[..., None]).sum(-1)
             found.append(_of_token(metric, own, logits.logsumexp(-1), ranks).cpu())

@@ -1,0 +1,43 @@
+"""Saved lenses, and the state of interrupted runs."""
+
+from tunedlens.checkpoint.lens_files import (
+    KINDS,
+    MANIFEST,
+    ROOT,
+    fill_lens,
+    kind_of,
+    load_lens,
+    load_lens_of_kind,
+    newest_lens,
+    read_manifest,
+    save_lens,
+)
+from tunedlens.checkpoint.run_state import (
+    STATE,
+    State,
+    load_state,
+    newest_state,
+    remove_state,
+    save_state,
+)
+from tunedlens.checkpoint.saved_config import saved_config
+
+__all__ = [
+    "KINDS",
+    "MANIFEST",
+    "ROOT",
+    "STATE",
+    "State",
+    "fill_lens",
+    "kind_of",
+    "load_lens",
+    "load_lens_of_kind",
+    "load_state",
+    "newest_lens",
+    "newest_state",
+    "read_manifest",
+    "remove_state",
+    "save_lens",
+    "save_state",
+    "saved_config",
+]

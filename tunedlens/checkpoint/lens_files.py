@@ -1,0 +1,141 @@
+"""Lenses on disk: safetensors for the translators, JSON for what made them."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors.torch
+
+from tunedlens.errors import InputError
+from tunedlens.files import newest_folder, now, read_json, write, write_json
+from tunedlens.lenses import AffineLens, JacobianLens, TunedLens
+from tunedlens.model import FrozenModel, require_same_model
+
+Kind = TypeVar("Kind", bound=AffineLens)
+
+FORMAT = 1
+ROOT = Path("checkpoints")
+"""Where runs go that are not told otherwise."""
+MANIFEST = "config.json"
+WEIGHTS = "lens.safetensors"
+KINDS: dict[str, type[AffineLens]] = {"tuned": TunedLens, "jacobian": JacobianLens}
+"""What a manifest calls each kind of lens."""
+
+
+def save_lens(lens: AffineLens, folder: str | Path, about: dict[str, Any] | None = None) -> None:
+    """Write a lens: first its translators, last the manifest that vouches for them.
+
+    Args:
+        lens: the lens.
+        folder: made if need be; a lens that is there is replaced.
+        about: what else the manifest is to say (config, corpus, results).
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    folder, tensors = Path(folder), {}
+    for layer, translator in enumerate(lens.translators):
+        for name, value in translator.state_dict().items():
+            tensors[f"resid_pre.{layer}.{name}"] = value.cpu().contiguous()
+    weights = safetensors.torch.save(tensors)
+    write(folder / WEIGHTS, weights)
+    manifest = {
+        "format": FORMAT,
+        "lens": kind_of(lens),
+        "created": now(),
+        "model": dataclasses.asdict(lens.identity),
+        "lens_sha256": hashlib.sha256(weights).hexdigest(),
+        **(about or {}),
+    }
+    write_json(folder / MANIFEST, manifest)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `config.json` of a saved lens says.
+
+    Raises:
+        InputError: there is no lens in the folder, or its manifest is damaged.
+    """
+    path = folder / MANIFEST
+    manifest = read_json(
+        path, f"{folder} holds no lens: expected {MANIFEST} and {WEIGHTS}, as train.py writes them"
+    )
+    if not isinstance(manifest, dict) or manifest.get("lens") not in KINDS:
+        raise InputError(f"{path} is not the manifest of a lens ({' or '.join(KINDS)})")
+    if manifest.get("format") != FORMAT:
+        raise InputError(
+            f"{path} has format {manifest.get('format')}; this version reads format {FORMAT}"
+        )
+    missing = {"model", "created", "lens_sha256"} - manifest.keys()
+    if missing or not isinstance(manifest["model"], dict):
+        raise InputError(f"{path} is damaged: it says nothing of {', '.join(missing) or 'a model'}")
+    return manifest
+
+
+def kind_of(lens: AffineLens) -> str:
+    """What a manifest calls its kind."""
+    return next(name for name, kind in KINDS.items() if type(lens) is kind)
+
+
+def load_lens(folder: str | Path, model: FrozenModel) -> AffineLens:
+    """Read a lens of whatever kind that was saved for this model.
+
+    Raises:
+        InputError: there is no lens, it is damaged, or it belongs to another model.
+    """
+    return load_lens_of_kind(KINDS[read_manifest(Path(folder))["lens"]], folder, model)
+
+
+def load_lens_of_kind(kind: type[Kind], folder: str | Path, model: FrozenModel) -> Kind:
+    """Read a lens of one kind that was saved for this model.
+
+    Raises:
+        InputError: there is no lens, it is damaged or of another kind, or it belongs to
+            another model (other width, depth, vocabulary, norm or unembedding).
+    """
+    lens = kind.from_model(model)
+    fill_lens(lens, Path(folder))
+    return lens
+
+
+def fill_lens(lens: AffineLens, folder: Path) -> None:
+    """Fill a lens with saved translators.
+
+    Raises:
+        InputError: there is no lens, it is damaged or of another kind, holds what is not a
+            number, or belongs to another model.
+    """
+    manifest = read_manifest(folder)
+    if manifest["lens"] != kind_of(lens):
+        raise InputError(f"{folder} holds a {manifest['lens']} lens, not a {kind_of(lens)} lens")
+    require_same_model(
+        manifest["model"], dataclasses.asdict(lens.identity), f"the lens in {folder}"
+    )
+    path = folder / WEIGHTS
+    try:
+        weights = path.read_bytes()
+        tensors = safetensors.torch.load(weights)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path} is missing or damaged: {error}") from error
+    if hashlib.sha256(weights).hexdigest() != manifest["lens_sha256"]:
+        raise InputError(f"{path} is damaged: it is not the file that {MANIFEST} describes")
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise InputError(f"{path} holds values that are no number ({name}); train it again")
+    lens.translators.load_state_dict(
+        {name.removeprefix("resid_pre."): value for name, value in tensors.items()}
+    )
+
+
+def newest_lens(root: Path) -> Path:
+    """The folder under `root` whose manifest has the latest time.
+
+    Raises:
+        InputError: there is none.
+    """
+    folders = [path.parent for path in root.glob(f"*/{MANIFEST}")]
+    found = newest_folder(folders, lambda folder: read_manifest(folder)["created"])
+    if found is None:
+        raise InputError(f"there is no lens under {root}; train one (train.py) or give --lens")
+    return found

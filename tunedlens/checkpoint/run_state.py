@@ -1,0 +1,69 @@
+"""Interrupted runs on disk: what a run needs to go on, as one safetensors file."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tunedlens.errors import InputError
+from tunedlens.files import newest_folder, now, write
+
+STATE = Path("state") / "state.safetensors"
+
+
+class State(NamedTuple):
+    """Where an interrupted run stands."""
+
+    tensors: dict[str, Float[Tensor, "..."]]
+    about: dict[str, Any]
+
+
+def save_state(folder: Path, state: State) -> None:
+    """Write what a run needs to go on, as one file.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    metadata = {"about": json.dumps(state.about | {"created": now()})}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.tensors.items()}
+    write(folder / STATE, safetensors.torch.save(tensors, metadata))
+
+
+def load_state(folder: Path) -> State:
+    """Read what `save_state` wrote.
+
+    Raises:
+        InputError: there is no interrupted run, or its state is damaged.
+    """
+    path = folder / STATE
+    if not path.is_file():
+        raise InputError(f"{folder} holds no interrupted run: expected {path}")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["about"])
+            return State({name: file.get_tensor(name) for name in file.keys()}, about)  # noqa: SIM118
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+
+
+def newest_state(root: Path) -> Path:
+    """The folder under `root` with the run that was interrupted last.
+
+    Raises:
+        InputError: there is none.
+    """
+    folders = [path.parent.parent for path in root.glob(f"*/{STATE}")]
+    found = newest_folder(folders, lambda folder: load_state(folder).about["created"])
+    if found is None:
+        raise InputError(f"there is no interrupted run under {root}; give --resume its folder")
+    return found
+
+
+def remove_state(folder: Path) -> None:
+    """Forget how to resume: the run ended well."""
+    shutil.rmtree((folder / STATE).parent, ignore_errors=True)

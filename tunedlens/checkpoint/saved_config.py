@@ -1,0 +1,24 @@
+"""The config of a saved run, from its state or from its lens."""
+
+from pathlib import Path
+
+from tunedlens.checkpoint.lens_files import read_manifest
+from tunedlens.checkpoint.run_state import STATE, load_state
+from tunedlens.config import TrainConfig
+from tunedlens.errors import InputError
+
+
+def saved_config(folder: Path) -> TrainConfig:
+    """The config of the interrupted or finished run in a folder.
+
+    Raises:
+        InputError: there is no run, or what is there is damaged.
+    """
+    interrupted = (folder / STATE).is_file()
+    about = load_state(folder).about if interrupted else read_manifest(folder)
+    if "config" not in about:
+        raise InputError(f"the lens in {folder} was not saved by a training run")
+    try:
+        return TrainConfig.from_json(about["config"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"the config saved in {folder} is damaged: {error}") from error

@@ -1,0 +1,178 @@
+"""What is known of a lens's distributions beside the model's, one chunk of tokens at a time.
+
+Evaluation, trajectories and comparisons take all their values from here.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple, Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tunedlens.engine import distributions
+
+_CACHED_LOGITS = 2**20
+"""A few arrays of this many logits fit into the cache of a CPU."""
+
+
+class ModelDistribution(NamedTuple):
+    """The model's distribution at some tokens, computed once for all lenses and layers."""
+
+    probs: Float[Tensor, "tokens vocab"]
+    log_probs: Float[Tensor, "tokens vocab"]
+    negative_entropy: Float[Tensor, " tokens"]
+    top1_ids: Int[Tensor, " tokens"]
+
+    @classmethod
+    def from_logits(cls, logits: Float[Tensor, "tokens vocab"]) -> Self:
+        """From logits, which may differ from the model's by a constant per token."""
+        log_probs = distributions.log_probs(logits)
+        probs = log_probs.exp()
+        negative_entropy = torch.linalg.vecdot(probs, log_probs)
+        return cls(probs, log_probs, negative_entropy, log_probs.argmax(-1))
+
+    def at(self, tokens: slice) -> "ModelDistribution":
+        """The distributions at some of the tokens."""
+        return ModelDistribution(*(value[tokens] for value in self))
+
+
+class LensStatistics:
+    """Statistics of a lens's distributions, each computed when it is first asked for.
+
+    The largest logit of every token is shifted to 0. Then log Z is minus the logarithm of the
+    largest probability, and KL, entropy and cross-entropy are log Z and one inner product or
+    less.
+
+    Args:
+        logits: of the lens, up to a constant per token; they are shifted in place.
+        model: the model's distribution at the same tokens.
+        next_ids: the true next tokens. Where there is none, any id will do, and what depends
+            on it is to be ignored.
+    """
+
+    def __init__(
+        self,
+        logits: Float[Tensor, "tokens vocab"],
+        model: ModelDistribution,
+        next_ids: Int[Tensor, " tokens"],
+    ) -> None:
+        self._largest = logits.amax(-1)
+        self._logits = logits.sub_(self._largest[:, None])
+        self._model, self._next_ids = model, next_ids
+
+    @cached_property
+    def probs(self) -> Float[Tensor, "tokens vocab"]:
+        return self._logits.softmax(-1)
+
+    @cached_property
+    def _log_z(self) -> Float[Tensor, " tokens"]:
+        return -self.confidence.log()
+
+    @property
+    def log_sum_exp(self) -> Float[Tensor, " tokens"]:
+        """Log Σ exp(logit): added to a log-probability, it gives the logit."""
+        return self._largest + self._log_z
+
+    @cached_property
+    def log_probs(self) -> Float[Tensor, "tokens vocab"]:
+        return self._logits - self._log_z[:, None]
+
+    def log_prob(self, ids: Int[Tensor, "tokens n"]) -> Float[Tensor, "tokens n"]:
+        """Log-probabilities of chosen tokens, in nats."""
+        return self._logits.gather(-1, ids) - self._log_z[:, None]
+
+    def rank(self, ids: Int[Tensor, " tokens"]) -> Int[Tensor, " tokens"]:
+        """Ranks of chosen tokens from 1; see `distributions.rank`."""
+        return distributions.rank(self._logits, ids)
+
+    def top_k(self, k: int) -> tuple[Int[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:
+        """The ids of the k most probable tokens and their log-probabilities in nats."""
+        top = self._logits.topk(k, -1)
+        return top.indices, top.values - self._log_z[:, None]
+
+    # Metrics per token; `tunedlens.metrics.METRICS` says what each one means.
+
+    @property
+    def kl_nats(self) -> Float[Tensor, " tokens"]:
+        expected = torch.linalg.vecdot(self._model.probs, self._logits)
+        return self._model.negative_entropy - expected + self._log_z
+
+    @property
+    def cross_entropy_nats(self) -> Float[Tensor, " tokens"]:
+        return self._log_z - self._next_logits
+
+    @property
+    def entropy_nats(self) -> Float[Tensor, " tokens"]:
+        return self._log_z - torch.linalg.vecdot(self.probs, self._logits)
+
+    @property
+    def top1_agreement(self) -> Float[Tensor, " tokens"]:
+        return (self._model_top1_rank == 1).float()
+
+    @property
+    def top10_agreement(self) -> Float[Tensor, " tokens"]:
+        return (self._model_top1_rank <= 10).float()
+
+    @property
+    def accuracy(self) -> Float[Tensor, " tokens"]:
+        is_model_top1 = self._next_ids == self._model.top1_ids
+        is_correct = is_model_top1 & (self._model_top1_rank == 1)
+        # Few other tokens have the largest logit, so only these few are ranked.
+        others = ~is_model_top1 & (self._next_logits == 0)
+        if others.any():
+            ranks = distributions.rank(self._logits[others], self._next_ids[others])
+            is_correct[others] = ranks == 1
+        return is_correct.float()
+
+    @property
+    def reverse_kl_nats(self) -> Float[Tensor, " tokens"]:
+        return distributions.kl_from_log_probs(self.probs, self.log_probs, self._model.log_probs)
+
+    @property
+    def js_nats(self) -> Float[Tensor, " tokens"]:
+        return distributions.js_divergence(self.log_probs, self._model.log_probs)
+
+    @property
+    def reciprocal_rank(self) -> Float[Tensor, " tokens"]:
+        return 1 / self.rank(self._next_ids).float()
+
+    @property
+    def model_top1_rank(self) -> Float[Tensor, " tokens"]:
+        return self._model_top1_rank.float()
+
+    @cached_property
+    def confidence(self) -> Float[Tensor, " tokens"]:
+        return self.probs.amax(-1)
+
+    @cached_property
+    def _next_logits(self) -> Float[Tensor, " tokens"]:
+        return self._logits.gather(-1, self._next_ids[:, None])[:, 0]
+
+    @cached_property
+    def _model_top1_rank(self) -> Int[Tensor, " tokens"]:
+        return self.rank(self._model.top1_ids)
+
+
+def measure(
+    metrics: Sequence[str],
+    logits: Float[Tensor, "tokens vocab"],
+    model: ModelDistribution,
+    next_ids: Int[Tensor, " tokens"],
+) -> Float[Tensor, "metrics tokens"]:
+    """Metrics of every token, by their names in `LensStatistics`.
+
+    Overwrites the logits with the probabilities. On a CPU it takes a few tokens at a time, which
+    stay in its cache from one pass over the vocabulary to the next.
+    """
+    count = len(logits)
+    if logits.device.type == "cpu":
+        count = max(1, _CACHED_LOGITS // logits.shape[1])
+    parts = []
+    for start in range(0, len(logits), count):
+        tokens = slice(start, start + count)
+        statistics = LensStatistics(logits[tokens], model.at(tokens), next_ids[tokens])
+        parts.append(torch.stack([getattr(statistics, metric) for metric in metrics]))
+        logits[tokens] = statistics.probs
+    return torch.cat(parts, 1)

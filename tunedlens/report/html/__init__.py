@@ -1,0 +1,1 @@
+"""Pages that need no network: a report, and one text to explore."""

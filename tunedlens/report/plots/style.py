@@ -1,0 +1,226 @@
+"""How every figure looks: for a paper, for the colour-blind, and in grey."""
+
+import io
+import itertools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunedlens.files import write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+KINDS = ("png", "svg", "pdf")
+MODEL_COLOR = "0.35"
+
+# Okabe and Ito's colours, which most colour-blind readers can tell apart; each lens also has
+# its own marker and dash, so that grey is enough.
+_KNOWN: dict[str, dict[str, Any]] = {
+    "logit": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
+    "tuned": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    "closed-form": {"color": "#009E73", "marker": "^", "linestyle": "-."},
+    "jacobian": {"color": "#CC79A7", "marker": "D", "linestyle": ":"},
+    "unigram": {"color": "#737373", "marker": "", "linestyle": (0, (5, 2))},
+    "mean": {"color": "#999999", "marker": "", "linestyle": (0, (1, 1))},
+}
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+"""Okabe and Ito's colours, for lines that are no lens."""
+_COLORS = ("#56B4E9", "#E69F00", "#000000", "#7A4FBF")
+_MARKERS = ("v", "P", "X", "*", "h")
+_DASHES = ("-", "--", "-.")
+_WIDE_FONTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei"),
+    *("PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo", "Arial Unicode MS"),
+    *("Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "SimHei", "MS Gothic"),
+    *("Noto Emoji", "Segoe UI Emoji", "Segoe UI Symbol", "Symbola", "Unifont"),
+)
+"""Debian's, Apple's and Microsoft's, for what the font that comes with matplotlib lacks."""
+
+_RC: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "tunedlens",
+    "pdf.fonttype": 42,
+}
+
+
+def styles(lenses: list[str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and dash of every lens of an evaluation, each combination once."""
+    unknown = [lens for lens in lenses if lens not in _KNOWN]
+    others = zip(*map(itertools.cycle, (_COLORS, _MARKERS, _DASHES)), strict=True)
+    keys = ("color", "marker", "linestyle")
+    return _KNOWN | {
+        lens: dict(zip(keys, other, strict=True))
+        for lens, other in zip(unknown, others)  # noqa: B905
+    }
+
+
+@contextmanager
+def new_figure(width: float, height: float, *, has_tokens: bool = False) -> Iterator["Figure"]:
+    """A figure of so many inches in which everything is drawn alike.
+
+    Args:
+        width: in inches.
+        height: in inches.
+        has_tokens: whether any script may occur, so that further fonts are needed.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    fonts = {"font.family": _families()} if has_tokens else {}
+    with matplotlib.rc_context(_RC | fonts):
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
+@cache
+def _families() -> list[str]:
+    """Matplotlib's own font, and what is installed of those that have what it lacks."""
+    from matplotlib import font_manager
+
+    installed = font_manager.get_font_names()
+    return ["DejaVu Sans", *(name for name in _WIDE_FONTS if name in installed)]
+
+
+def _fonts() -> list[Any]:
+    from matplotlib.font_manager import findfont, get_font
+
+    return [get_font(findfont(family)) for family in _families()]
+
+
+@cache
+def _is_in_a_font(letter: str) -> bool:
+    return any(font.get_char_index(ord(letter)) for font in _fonts())
+
+
+@cache
+def _advance(letter: str) -> float:
+    """Width of a letter, in sizes of the letters."""
+    for font in _fonts():
+        if font.get_char_index(ord(letter)):
+            font.set_size(100, 72)
+            return font.load_char(ord(letter)).linearHoriAdvance / 65536 / 100
+    return 1.0
+
+
+def drawable(text: str, widest: float | None = None) -> str:
+    """A text as matplotlib can draw it: as it is, with nothing read as mathematics.
+
+    Letters that no installed font has become their code points.
+
+    Args:
+        text: the text.
+        widest: cut it if it is wider, in sizes of its letters.
+    """
+    drawn = "".join(letter if _is_in_a_font(letter) else f"U+{ord(letter):04X}" for letter in text)
+    if widest is not None and sum(map(_advance, drawn)) > widest:
+        while drawn and sum(map(_advance, drawn + "…")) > widest:
+            drawn = drawn[:-1]
+        drawn += "…"
+    return drawn.replace("$", r"\$")
+
+
+def scale(figure: Any, factor: float) -> None:
+    """Make a figure larger or smaller, and its letters and lines along with it."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+    from matplotlib.text import Text
+
+    figure.draw_without_rendering()  # all letters are there from here on
+    for text in figure.findobj(Text):
+        text.set_fontsize(text.get_fontsize() * factor)
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):  # and those of ticks that are yet to come
+            for label in axis.get_ticklabels()[:1]:
+                axis.set_tick_params(labelsize=label.get_fontsize())
+    for line in (*figure.findobj(Line2D), *figure.findobj(Patch)):
+        line.set_linewidth(line.get_linewidth() * factor)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width * factor, height * factor)
+
+
+def rendered(figure: "Figure", kind: str) -> bytes:
+    """A figure as the bytes of a PNG, SVG or PDF."""
+    import matplotlib
+
+    # Without a date, the same results give the same file.
+    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(_RC):
+        figure.savefig(buffer, format=kind, dpi=200, metadata=metadata)
+    return buffer.getvalue()
+
+
+def save(figure: "Figure", path: str | Path) -> None:
+    """Write a figure as PNG, SVG and PDF beside each other: `<path>.png` and so on.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    path = Path(path)
+    for kind in KINDS:
+        write(path.with_name(f"{path.name}.{kind}"), rendered(figure, kind))
+
+
+def plain_log_ticks(axes: "Axes", axis: str = "y") -> None:
+    """Numbers as a reader would say them; 1, 2, 5 where the axis spans few decades."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axes.get_ylim() if axis == "y" else axes.get_xlim()
+    few = high / low < 1000
+    ticks = axes.yaxis if axis == "y" else axes.xaxis
+    ticks.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+    ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ticks.set_minor_formatter(NullFormatter())
+
+
+def name_lines(
+    axes: "Axes",
+    ends: Mapping[str, float],
+    colors: Mapping[str, Any],
+    size: float = 8.5,
+) -> None:
+    """Write the name of every line at the right edge, moved apart where they would touch.
+
+    Call it last, when the limits of the axes are as they will stay.
+
+    Args:
+        axes: where the lines are.
+        ends: by name, the height at which each line ends.
+        colors: by name.
+        size: of the letters, in points.
+    """
+    figure: Any = axes.figure
+    figure.draw_without_rendering()  # settles where the axes are
+    to_height, to_value = axes.transData.transform, axes.transData.inverted().transform
+    low, high = (to_height((0, y))[1] for y in axes.get_ylim())
+    heights = {name: min(max(to_height((0, y))[1], low), high) for name, y in ends.items()}
+    gap = 1.25 * size * figure.dpi / 72
+    order = sorted(heights, key=lambda name: -heights[name])
+    placed = dict(heights)
+    for above, below in itertools.pairwise(order):
+        placed[below] = min(placed[below], placed[above] - gap)
+    floor = low
+    for name in reversed(order):  # back up from the lower edge, as far as need be
+        placed[name] = max(placed[name], floor)
+        floor = placed[name] + gap
+    for name in order:
+        axes.annotate(
+            name,
+            (1, to_value((0, placed[name]))[1]),
+            xycoords=axes.get_yaxis_transform(),
+            xytext=(3, 0),
+            textcoords="offset points",
+            color=colors[name],
+            va="center",
+            fontsize=size,
+            annotation_clip=False,
+        )
