@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tunedlens import CorpusConfig, FrozenModel, LogitLens, TunedLens, evaluate, load_model
+from tunedlens import CorpusConfig, FrozenModel, LogitLens, TunedLens, load_model
 from tunedlens.cli.memory import keep_freed_memory
 from tunedlens.corpus import load_splits, resolve_corpus
 from tunedlens.engine.objective import chunk_tokens
+from tunedlens.evaluation import score_lenses
 from tunedlens.tokenizer import token_bytes
 
 BLOCKS_AT_A_TIME = 8
@@ -62,7 +63,7 @@ def main() -> None:
         sizes = F.pad(sizes, (0, model.identity.vocab_size - len(sizes)))
 
     def ours() -> None:
-        evaluate(model, lenses, blocks, sizes)
+        score_lenses(model, lenses, blocks, sizes)
 
     @torch.no_grad()
     def peer() -> None:

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from tuned_lens.nn.lenses import LogitLens as PeerLogitLens
 from tuned_lens.nn.lenses import TunedLens as PeerTunedLens
 
-from tunedlens import CorpusConfig, LogitLens, TunedLens, evaluate, load_model
+from tunedlens import CorpusConfig, LogitLens, TunedLens, load_model
 from tunedlens.corpus import load_splits, resolve_corpus
+from tunedlens.evaluation import score_lenses
 from tunedlens.tokenizer import token_bytes
 
 LENS = Path(__file__).parents[1] / "checkpoints" / "embedded"
@@ -45,7 +46,7 @@ def main() -> None:
 
     splits = load_splits(resolve_corpus(CorpusConfig(), model.name, model.context), model.tokenizer)
     blocks = list(islice(splits.validation.shuffled(), flags.tokens // 511))
-    evaluation = evaluate(model, ours, blocks, token_bytes(model.tokenizer))
+    evaluation = score_lenses(model, ours, blocks, token_bytes(model.tokenizer))
     n_layers = model.identity.n_layers
     shape = (2, n_layers)
     kl, cross_entropy, their_kl = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))

@@ -28,7 +28,7 @@ from tunedlens import builtin
 from tunedlens.builtin import standard_library
 from tunedlens.config import CorpusConfig
 from tunedlens.corpus import CorpusSplits, load_splits
-from tunedlens.evaluation import Evaluation, evaluate
+from tunedlens.evaluation import Evaluation, score_lenses
 from tunedlens.model import FrozenModel, load_model
 from tunedlens.tokenizer import token_bytes
 
@@ -138,7 +138,7 @@ def mean_loss(model: GPT2LMHeadModel, input_ids: Int[Tensor, "batch seq"]) -> Fl
 def held_out(model: FrozenModel, splits: CorpusSplits) -> Evaluation:
     """The model's own figures on all held-out files."""
     blocks = splits.validation.blocks()
-    return evaluate(model, {}, blocks, token_bytes(model.tokenizer), batch_size=16)
+    return score_lenses(model, {}, blocks, token_bytes(model.tokenizer), batch_size=16)
 
 
 def pretrain(args: argparse.Namespace, tokenizer: Any, splits: CorpusSplits) -> dict[str, float]:

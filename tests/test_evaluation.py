@@ -9,9 +9,9 @@ import torch
 from accelerate import Accelerator
 from conftest import in_two_processes, make_gpt2, random_lens
 
-from tunedlens import ConstantLens, FrozenModel, InputError, LogitLens, evaluate, load_model
+from tunedlens import ConstantLens, FrozenModel, InputError, LogitLens, load_model
 from tunedlens.corpus import Packer
-from tunedlens.evaluation import Evaluation
+from tunedlens.evaluation import Evaluation, score_lenses
 from tunedlens.evaluation.accumulators import per_token
 from tunedlens.tokenizer import token_bytes
 
@@ -34,7 +34,7 @@ def lenses_of(model):
 
 
 def run(model, blocks, **settings):
-    return evaluate(model, lenses_of(model), blocks, token_bytes(model.tokenizer), **settings)
+    return score_lenses(model, lenses_of(model), blocks, token_bytes(model.tokenizer), **settings)
 
 
 @torch.no_grad()
@@ -308,14 +308,14 @@ def test_lens_that_gives_no_number_is_refused(tiny, blocks, extended):
     with torch.no_grad():
         lens.translators[1].bias[0] = math.nan
     with pytest.raises(InputError, match="of broken at layer 1 is nan"):
-        evaluate(tiny, {"broken": lens}, blocks, token_bytes(tiny.tokenizer), extended=extended)
+        score_lenses(tiny, {"broken": lens}, blocks, token_bytes(tiny.tokenizer), extended=extended)
 
 
 def test_lens_of_another_model_is_refused(tiny, tokenizer, blocks):
     other = FrozenModel(make_gpt2(seed=1), tokenizer, name="other")
     lenses = {"foreign": LogitLens.from_model(other)}
     with pytest.raises(InputError, match="the lens foreign was made for other and does not fit"):
-        evaluate(tiny, lenses, blocks, token_bytes(tokenizer))
+        score_lenses(tiny, lenses, blocks, token_bytes(tokenizer))
 
 
 def test_blocks_of_different_length_are_refused(tiny, blocks):

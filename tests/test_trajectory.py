@@ -10,7 +10,7 @@ from transformers import BloomConfig, BloomForCausalLM
 
 from tunedlens import ConstantLens, FrozenModel, InputError, LogitLens, trajectory
 from tunedlens.model import SITES
-from tunedlens.trajectory import FIGURES, windows
+from tunedlens.trajectories import FIGURES, windows
 
 TEXT = "def naïve(x):\n    return x + 1\n"
 

@@ -8,7 +8,7 @@
 from tunedlens.checkpoint import load_lens, load_lens_of_kind, save_lens
 from tunedlens.config import CorpusConfig, EvaluateConfig, ModelConfig, TrainConfig
 from tunedlens.errors import InputError
-from tunedlens.evaluation import Evaluation, evaluate
+from tunedlens.evaluation import Evaluation, score_lenses
 from tunedlens.generation import generate
 from tunedlens.lenses import (
     AffineLens,
@@ -19,12 +19,12 @@ from tunedlens.lenses import (
     ResidualLens,
     TunedLens,
 )
+from tunedlens.mlp_neurons import neurons
 from tunedlens.model import FrozenModel, load_model
-from tunedlens.neurons import neurons
 from tunedlens.report import explorer, top_k
 from tunedlens.report.plots import curves, heatmap
 from tunedlens.training import train
-from tunedlens.trajectory import Trajectory, trajectory
+from tunedlens.trajectories import Trajectory, trajectory
 
 # Methods whose code lives in a later module than their class. This is the one module that may
 # import everything, so the modules themselves need no circle.
@@ -50,10 +50,10 @@ __all__ = [
     "TrainConfig",
     "Trajectory",
     "TunedLens",
-    "evaluate",
     "load_lens",
     "load_model",
     "neurons",
+    "score_lenses",
     "train",
     "trajectory",
 ]

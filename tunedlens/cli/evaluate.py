@@ -18,7 +18,7 @@ from tunedlens.cli.prompt import show_prompts
 from tunedlens.config import CorpusConfig, EvaluateConfig, TrainConfig
 from tunedlens.corpus import CorpusSplits, load_splits, resolve_corpus
 from tunedlens.errors import InputError
-from tunedlens.evaluation import evaluate
+from tunedlens.evaluation import score_lenses
 from tunedlens.evaluation.lens_specs import BASELINE_TOKENS, LensSpec, lens_specs, of_same_text
 from tunedlens.fit import mean_lens, unigram_lens
 from tunedlens.lenses import Lens, LogitLens
@@ -91,7 +91,7 @@ def evaluate_lenses(arguments: Sequence[str] | None) -> int:
         spec.name: loaded.get(spec.name) or _unsaved(spec.kind, model, training) for spec in specs
     }
     with progress_bar(tokens, "evaluating", show=is_main) as bar:
-        evaluation = evaluate(
+        evaluation = score_lenses(
             model,
             lenses,
             blocks,

@@ -16,7 +16,7 @@ from tunedlens.evaluation.lens_specs import BASELINE_TOKENS, LensSpec, lens_spec
 from tunedlens.lenses import LogitLens, ResidualLens
 from tunedlens.model import FrozenModel, load_configured
 from tunedlens.tracking import say
-from tunedlens.trajectory import Trajectory, trajectory
+from tunedlens.trajectories import Trajectory, trajectory
 
 
 def show_prompts(flags: dict[str, Any]) -> int:

@@ -2,7 +2,7 @@
 
 from tunedlens.evaluation.estimates import Estimate, RatioSums, to_estimates
 from tunedlens.evaluation.results import MODEL, Difference, Evaluation, Grid, Result
-from tunedlens.evaluation.scoring import evaluate
+from tunedlens.evaluation.scoring import score_lenses
 
 __all__ = [
     "MODEL",
@@ -12,6 +12,6 @@ __all__ = [
     "Grid",
     "RatioSums",
     "Result",
-    "evaluate",
+    "score_lenses",
     "to_estimates",
 ]

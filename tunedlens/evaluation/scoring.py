@@ -25,7 +25,7 @@ _CACHED_LOGITS = 2**20
 """As many as a few arrays of them fit into the cache of a CPU."""
 
 
-def evaluate(
+def score_lenses(
     model: FrozenModel,
     lenses: Mapping[str, Lens],
     blocks: Iterable[Int[Tensor, " seq"]],

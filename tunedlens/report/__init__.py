@@ -1,5 +1,6 @@
 """Results as tables, files and one page."""
 
+from tunedlens.report.best_tokens import TopK, top_k
 from tunedlens.report.card import card
 from tunedlens.report.files import (
     figures,
@@ -17,7 +18,6 @@ from tunedlens.report.tables import (
     summary,
     terminal_table,
 )
-from tunedlens.report.top_k import TopK, top_k
 
 __all__ = [
     "TopK",

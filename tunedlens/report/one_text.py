@@ -6,10 +6,10 @@ from urllib.parse import quote
 
 from tunedlens.files import write
 from tunedlens.report import plots
+from tunedlens.report.best_tokens import top_k
 from tunedlens.report.html.explorer import explorer
 from tunedlens.report.tables import code, code_block
-from tunedlens.report.top_k import top_k
-from tunedlens.trajectory import Trajectory
+from tunedlens.trajectories import Trajectory
 
 _PER_PAGE = 24
 _MOST_PAGES = 4

@@ -11,7 +11,7 @@ from tunedlens.corpus import CorpusSplits
 from tunedlens.distributed import reduce_sums
 from tunedlens.engine.objective import LensKL, ModelSide
 from tunedlens.errors import InputError
-from tunedlens.evaluation import Evaluation, RatioSums, evaluate
+from tunedlens.evaluation import Evaluation, RatioSums, score_lenses, to_estimates
 from tunedlens.fit import LeastSquares
 from tunedlens.lenses import Lens, TunedLens
 from tunedlens.model import FrozenModel
@@ -105,7 +105,7 @@ class HeldOut:
 
     def score(self, lenses: Mapping[str, Lens], tokens: int) -> Evaluation:
         """The table that a run reports, with float32 products, on at most so many positions."""
-        return evaluate(
+        return score_lenses(
             self._model,
             lenses,
             self._blocks,

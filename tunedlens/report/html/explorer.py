@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tunedlens.errors import InputError
 from tunedlens.report.plots import styles
-from tunedlens.trajectory import LensPredictions, Trajectory
+from tunedlens.trajectories import LensPredictions, Trajectory
 
 
 def explorer(*trajectories: Trajectory) -> str:

@@ -10,10 +10,10 @@ from tunedlens.report.plots.by_layer import (
     prediction_depth,
     transfer,
 )
-from tunedlens.report.plots.curves import curves
-from tunedlens.report.plots.heatmap import heatmap, heatmap_pages
+from tunedlens.report.plots.heatmaps import heatmap, heatmap_pages
 from tunedlens.report.plots.learning import draw_learning_curve, learning_curve
 from tunedlens.report.plots.style import KINDS, rendered, save, styles
+from tunedlens.report.plots.token_curves import curves
 
 __all__ = [
     "DRAWINGS",

@@ -16,8 +16,8 @@ from tunedlens.errors import InputError
 from tunedlens.lenses import ResidualLens
 from tunedlens.model import FrozenModel
 from tunedlens.tokenizer import as_text, shown
-from tunedlens.trajectory.predictions import LensPredictions
-from tunedlens.trajectory.windows import Row, decode, next_ids, pieces, positions_at_a_time
+from tunedlens.trajectories.predictions import LensPredictions
+from tunedlens.trajectories.windows import Row, decode, next_ids, pieces, positions_at_a_time
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from tunedlens.errors import InputError
 from tunedlens.report.tables import Rows, code, markdown, padded
-from tunedlens.trajectory import Row, Trajectory
+from tunedlens.trajectories import Row, Trajectory
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tunedlens.errors import InputError
 from tunedlens.report.plots.style import COLORS, drawable, name_lines, new_figure, plain_log_ticks
-from tunedlens.trajectory import Trajectory, single_ids
+from tunedlens.trajectories import Trajectory, single_ids
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

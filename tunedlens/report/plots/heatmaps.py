@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tunedlens.errors import InputError
 from tunedlens.report.plots.style import drawable, new_figure, scale
-from tunedlens.trajectory import DIVERGENCES, FIGURES, FIGURES_OF_A_TOKEN, Trajectory, whose
+from tunedlens.trajectories import DIVERGENCES, FIGURES, FIGURES_OF_A_TOKEN, Trajectory, whose
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

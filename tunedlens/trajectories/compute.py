@@ -10,9 +10,9 @@ from torch import Tensor
 from tunedlens.errors import InputError
 from tunedlens.lenses import LogitLens, ResidualLens, require_made_for
 from tunedlens.model import FrozenModel
-from tunedlens.trajectory.predictions import LensPredictions, cat_filled, joined, read_states
-from tunedlens.trajectory.result import Trajectory, single_ids
-from tunedlens.trajectory.windows import decode, next_ids, pieces, positions_at_a_time, rows_of
+from tunedlens.trajectories.predictions import LensPredictions, cat_filled, joined, read_states
+from tunedlens.trajectories.result import Trajectory, single_ids
+from tunedlens.trajectories.windows import decode, next_ids, pieces, positions_at_a_time, rows_of
 
 Text = str | list[int] | Int[Tensor, " positions"]
 Texts = list[str] | list[list[int]] | list[Tensor] | tuple[Text, ...]

@@ -1,8 +1,8 @@
 """One text through the layers: what every lens says at every layer and position."""
 
-from tunedlens.trajectory.compute import trajectory
-from tunedlens.trajectory.predictions import LensPredictions
-from tunedlens.trajectory.result import (
+from tunedlens.trajectories.compute import trajectory
+from tunedlens.trajectories.predictions import LensPredictions
+from tunedlens.trajectories.result import (
     DIVERGENCES,
     FIGURES,
     FIGURES_OF_A_TOKEN,
@@ -10,7 +10,7 @@ from tunedlens.trajectory.result import (
     single_ids,
     whose,
 )
-from tunedlens.trajectory.windows import Row
+from tunedlens.trajectories.windows import Row
 
 __all__ = [
     "DIVERGENCES",
