@@ -35,7 +35,7 @@ def gradient_norms(lens: TunedLens, first: LeastSquares, halves: list, kl: LensK
     for half in halves:
         lens.zero_grad()
         for states in half:
-            accumulate_gradient(lens, states, kl, share=1 / len(half))
+            accumulate_gradient(lens, states, kl, fraction=1 / len(half))
         columns = [torch.cat([t.weight.grad, t.bias.grad[:, None]], 1) for t in lens.translators]
         found.append(torch.stack(columns) @ evened * error[:, None, None])
     square = (found[0] * found[1]).sum((1, 2))

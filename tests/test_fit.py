@@ -241,7 +241,7 @@ def test_accumulated_gradient_is_that_of_the_plain_kl(tiny, chunk):
     torch.manual_seed(0)
     states, lens = torch.randn(4, 30, 16), random_lens(tiny)
     kl = LensKL(tiny.unembedding.centred(), chunk=chunk)
-    figures = accumulate_gradient(lens, states, kl, layers=[0, 2], share=0.5)
+    figures = accumulate_gradient(lens, states, kl, layers=[0, 2], fraction=0.5)
     translated = torch.stack([lens.transform_hidden(states[layer], layer) for layer in (0, 2)])
     expected = reference_kl(translated, states[-1], tiny.unembedding) / 2
     parameters = [*lens.translators[0].parameters(), *lens.translators[2].parameters()]

@@ -288,7 +288,7 @@ def _gradient(
                 model=model,
                 keys=keys,
                 layers=layers,
-                share=share,
+                fraction=share,
             )
         )
 
