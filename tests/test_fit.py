@@ -326,5 +326,5 @@ def test_mean_lens_is_the_average_of_what_the_model_says(tiny):
 
 @pytest.mark.parametrize("make", [unigram_lens, mean_lens])
 def test_baseline_of_no_text_is_refused(tiny, make):
-    with pytest.raises(InputError, match="no text to make a baseline from"):
+    with pytest.raises(InputError, match="a baseline needs text"):
         make(tiny, [], tokens=10)
