@@ -36,7 +36,10 @@ def gradient_norms(lens: TunedLens, first: LeastSquares, halves: list, kl: LensK
         lens.zero_grad()
         for states in half:
             accumulate_gradient(lens, states, kl, fraction=1 / len(half))
-        columns = [torch.cat([t.weight.grad, t.bias.grad[:, None]], 1) for t in lens.translators]
+        columns = [
+            torch.cat([t.weight.grad, t.bias.grad[:, None]], 1)
+            for t in lens.translators["resid_pre"]
+        ]
         found.append(torch.stack(columns) @ evened * error[:, None, None])
     square = (found[0] * found[1]).sum((1, 2))
     return square.clamp(min=0).sqrt().tolist()

@@ -306,7 +306,7 @@ def test_nothing_to_score_is_refused(tiny, blocks):
 def test_lens_that_gives_no_number_is_refused(tiny, blocks, extended):
     lens = random_lens(tiny)
     with torch.no_grad():
-        lens.translators[1].bias[0] = math.nan
+        lens.translator(1).bias[0] = math.nan
     with pytest.raises(InputError, match="of broken at layer 1 is nan"):
         score_lenses(tiny, {"broken": lens}, blocks, token_bytes(tiny.tokenizer), extended=extended)
 

@@ -149,13 +149,13 @@ def test_layers_that_are_done_stay_as_they_are(tiny):
     random_gradients(steps.lens, 0)
     steps.step([True, False, True], 0.0)
     for key, value in steps.result().state_dict().items():
-        assert torch.equal(value, before[key]) == key.startswith("translators.1.")
+        assert torch.equal(value, before[key]) == key.startswith("translators.resid_pre.1.")
 
 
 def test_preconditioned_steps_start_from_the_closed_form(tiny):
     steps, expected = preconditioned(TunedLens.from_model(tiny)), first_pass().solve(1e-4)
     for lens in (steps.lens, steps.result()):
-        for translator, columns in zip(lens.translators, expected, strict=True):
+        for translator, columns in zip(lens.translators["resid_pre"], expected, strict=True):
             assert torch.allclose(translator.weight.double(), columns[:, :-1], atol=1e-5)
             assert torch.allclose(translator.bias.double(), columns[:, -1], atol=1e-5)
 
@@ -176,18 +176,20 @@ def test_a_layer_is_reverted_to_the_closed_form(tiny):
     steps.step(ALL, 0.0)
     steps.revert(1)
     for key, value in steps.result().state_dict().items():
-        assert torch.equal(value, closed_form[key]) == key.startswith("translators.1.")
+        assert torch.equal(value, closed_form[key]) == key.startswith("translators.resid_pre.1.")
 
 
 def test_preconditioned_step_is_a_share_of_what_the_closed_form_leaves(tiny):
     steps, sums = preconditioned(TunedLens.from_model(tiny), 0.1, 0.0), first_pass()
     error = sums.mean_square_error(sums.solve(1e-4)).sqrt()
-    before = [translator.weight.detach().clone() for translator in steps.lens.translators]
+    before = [
+        translator.weight.detach().clone() for translator in steps.lens.translators["resid_pre"]
+    ]
     random_gradients(steps.lens, 0)
     steps.step(ALL, 0.0)
     generator = torch.Generator().manual_seed(5)
     scales = torch.logspace(-1, 2, 16)
-    for layer, translator in enumerate(steps.lens.translators):
+    for layer, translator in enumerate(steps.lens.translators["resid_pre"]):
         inputs = torch.randn(5000, 16, generator=generator) * scales
         change = inputs @ (translator.weight.detach() - before[layer]).T
         assert change.square().mean().sqrt() == pytest.approx(0.1 * float(error[layer]), rel=0.35)
@@ -195,11 +197,11 @@ def test_preconditioned_step_is_a_share_of_what_the_closed_form_leaves(tiny):
 
 def test_preconditioned_steps_even_large_and_small_inputs_out(tiny):
     steps = preconditioned(TunedLens.from_model(tiny))
-    before = steps.lens.translators[0].weight.detach().clone()
+    before = steps.lens.translator(0).weight.detach().clone()
     random_gradients(steps.lens, 2)
     steps.step(ALL, 0.0)
     sizes = (first_pass().inputs[0].diagonal()[:-1] / 400).sqrt()
-    change = (steps.lens.translators[0].weight - before).norm(dim=0) * sizes
+    change = (steps.lens.translator(0).weight - before).norm(dim=0) * sizes
     assert sizes.max() / sizes.min() > 500
     # The fourth root leaves the square root of that.
     assert 5 < change.max() / change.min() < 60
@@ -222,10 +224,10 @@ def test_result_is_an_average_that_leans_to_the_latest_steps(tiny):
     for index in range(40):
         random_gradients(steps.lens, index)
         steps.step(ALL, 0.0)
-        moved.append(steps.lens.translators[0].weight.detach().clone())
+        moved.append(steps.lens.translator(0).weight.detach().clone())
     weights = torch.tensor([float((t + 1) * (t + 2)) for t in range(40)])  # t² and lower terms
     expected = (torch.stack(moved) * (weights / weights.sum())[:, None, None]).sum(0)
-    assert torch.allclose(steps.result().translators[0].weight, expected, atol=1e-4)
+    assert torch.allclose(steps.result().translator(0).weight, expected, atol=1e-4)
 
 
 def test_recipes_end_at_a_learning_rate_of_0(tiny):
@@ -244,11 +246,11 @@ def test_accumulated_gradient_is_that_of_the_plain_kl(tiny, chunk):
     figures = accumulate_gradient(lens, states, kl, layers=[0, 2], fraction=0.5)
     translated = torch.stack([lens.transform_hidden(states[layer], layer) for layer in (0, 2)])
     expected = reference_kl(translated, states[-1], tiny.unembedding) / 2
-    parameters = [*lens.translators[0].parameters(), *lens.translators[2].parameters()]
+    parameters = [*lens.translator(0).parameters(), *lens.translator(2).parameters()]
     gradients = torch.autograd.grad(expected.sum(), parameters)
     assert torch.allclose(figures[[0, 2]], expected, rtol=1e-4)
     assert figures[1] == 0
-    assert lens.translators[1].weight.grad is None
+    assert lens.translator(1).weight.grad is None
     for parameter, gradient in zip(parameters, gradients, strict=True):
         assert torch.allclose(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
 

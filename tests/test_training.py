@@ -89,7 +89,7 @@ def test_closed_form_is_the_least_squares_lens(config, tmp_path):
         )
         sums.add(states[:-1], states[-1])
     for layer, columns in enumerate(sums.solve(1e-3).float()):
-        weight = lens[f"translators.{layer}.weight"]
+        weight = lens[f"translators.resid_pre.{layer}.weight"]
         assert torch.allclose(weight, columns[:, :-1], atol=2e-2 * float(columns.abs().max()))
 
 

@@ -404,7 +404,7 @@ def test_another_architecture_in_half_precision_is_read_where_its_norms_read(tok
 
 def test_lens_that_is_not_finite_is_refused(tiny):
     lens = random_lens(tiny)
-    lens.translators[1].bias.data[0] = math.nan
+    lens.translator(1).bias.data[0] = math.nan
     with pytest.raises(InputError, match="the lens broken says something that is not finite"):
         trajectory(tiny, {"broken": lens}, TEXT)
 

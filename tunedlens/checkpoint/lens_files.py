@@ -34,10 +34,10 @@ def save_lens(lens: AffineLens, folder: str | Path, about: dict[str, Any] | None
     Raises:
         InputError: the folder cannot be written.
     """
-    folder, tensors = Path(folder), {}
-    for layer, translator in enumerate(lens.translators):
-        for name, value in translator.state_dict().items():
-            tensors[f"resid_pre.{layer}.{name}"] = value.cpu().contiguous()
+    folder = Path(folder)
+    tensors = {
+        name: value.cpu().contiguous() for name, value in lens.translators.state_dict().items()
+    }
     weights = safetensors.torch.save(tensors)
     write(folder / WEIGHTS, weights)
     manifest = {
@@ -123,9 +123,7 @@ def fill_lens(lens: AffineLens, folder: Path) -> None:
     for name, value in tensors.items():
         if not value.isfinite().all():
             raise InputError(f"{path} holds values that are no number ({name}); train it again")
-    lens.translators.load_state_dict(
-        {name.removeprefix("resid_pre."): value for name, value in tensors.items()}
-    )
+    lens.translators.load_state_dict(tensors)
 
 
 def newest_lens(root: Path) -> Path:

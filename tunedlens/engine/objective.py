@@ -25,7 +25,7 @@ from tunedlens.config import Kernel
 from tunedlens.engine.decoding import Workspace, chunk_tokens, max_chunk_tokens
 from tunedlens.engine.keys import Keys, make_keys, upcast
 from tunedlens.engine.vocab_sample import VocabSample
-from tunedlens.lenses import AffineLens, Translator
+from tunedlens.lenses import AffineLens
 from tunedlens.model import Unembedding
 
 
@@ -263,8 +263,7 @@ def accumulate_gradient(
     model = model or objective.model_side(states[-1])
     kl = states[-1].new_zeros(lens.n_layers)
     for layer in range(lens.n_layers) if layers is None else layers:
-        hidden, translator = states[layer], lens.translators[layer]
-        assert isinstance(translator, Translator)
+        hidden, translator = states[layer], lens.translator(layer)
         nats, gradient = objective.gradient(lens.transform_hidden(hidden, layer), model, keys)
         factor = fraction / len(nats)
         kl[layer] = nats.sum() * factor

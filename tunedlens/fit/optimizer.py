@@ -268,7 +268,7 @@ class TorchOptimizer(LensOptimizer):
 
 
 def _translators(lens: TunedLens) -> list[Translator]:
-    return list(lens.translators)  # type: ignore[arg-type]
+    return [one.translator for one in lens.all_translators()]
 
 
 def _columns(lens: TunedLens) -> Float[Tensor, "layers d_model d_model_plus_1"]:

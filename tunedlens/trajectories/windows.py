@@ -9,8 +9,7 @@ from torch import Tensor
 
 from tunedlens.errors import InputError
 from tunedlens.lenses import Lens
-from tunedlens.model import FrozenModel
-from tunedlens.model.sites import SITES
+from tunedlens.model import SITES, FrozenModel
 
 _TOKENS_AT_A_TIME = 2**13
 """In one forward pass, padding included."""
