@@ -6,7 +6,7 @@ from conftest import make_evaluation, random_lens
 from matplotlib.textpath import TextPath
 
 from tunedlens import Evaluation, InputError, LogitLens, trajectory
-from tunedlens.fit import LearningCurve, Look
+from tunedlens.fit import ValidationResult
 from tunedlens.metrics import METRICS
 from tunedlens.report import plots
 from tunedlens.report.plots import style
@@ -117,20 +117,20 @@ def test_svg_holds_its_labels_as_text(evaluation):
 
 
 @pytest.fixture
-def curve():
+def history():
     points = ((0, 3.0, 1.0), (1000, 2.0, 0.5), (4000, 1.5, 0.4))
-    return LearningCurve([Look(t // 10, t, t / 100, [a, b]) for t, a, b in points])
+    return [ValidationResult(t // 10, t, t / 100, [a, b]) for t, a, b in points]
 
 
-def test_learning_curve_shows_every_layer_and_the_mean(curve):
-    figure = plots.learning_curve(curve)
+def test_learning_curve_shows_every_layer_and_the_mean(history):
+    figure = plots.learning_curve(history)
     assert lines(figure.axes[0]) == {(3.0, 2.0, 1.5), (1.0, 0.5, 0.4), (2.0, 1.25, 0.95)}
     assert {text.get_text() for text in figure.axes[0].texts} == {"layer 0", "1", "mean"}
     assert "40 s" in figure.axes[0].get_xlabel()
 
 
-def test_learning_curve_of_a_single_look_is_not_drawn(curve, tmp_path):
-    plots.draw_learning_curve(LearningCurve(curve.looks[:1]), tmp_path)
+def test_learning_curve_of_a_single_validation_is_not_drawn(history, tmp_path):
+    plots.draw_learning_curve(history[:1], tmp_path)
     assert not list(tmp_path.iterdir())
 
 
