@@ -5,9 +5,9 @@
 
 Only the fit differs: text, held-out text, objective and precision are the same, and every
 run counts all its seconds (validation included) and all its tokens (the closed
-form's too). The baselines get their best hyperparameters: learning rates are swept with one seed, then the
-best one runs with three seeds. Runs that are in the results already are not made again. Writes
-quality-<model>.json, .md, .png and .svg beside this file.
+form's too). The baselines get their best hyperparameters: learning rates are swept with one
+seed, then the best one runs with three seeds. Runs that are in the results already are not
+repeated. The results go to quality-<model>.json, .md, .png and .svg beside this file.
 """
 
 import argparse
