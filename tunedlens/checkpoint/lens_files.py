@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,13 +24,14 @@ KINDS: dict[str, type[AffineLens]] = {"tuned": TunedLens, "jacobian": JacobianLe
 """What a manifest calls each kind of lens."""
 
 
-def save_lens(lens: AffineLens, folder: str | Path, about: dict[str, Any] | None = None) -> None:
+def save_lens(
+    lens: AffineLens, folder: str | Path, metadata: Mapping[str, object] | None = None
+) -> None:
     """Write a lens: first its translators, last the manifest that vouches for them.
 
     Args:
-        lens: the lens.
-        folder: made if need be; a lens that is there is replaced.
-        about: what else the manifest is to say (config, corpus, results).
+        folder: created if it does not exist; a lens in it is replaced.
+        metadata: further entries of the manifest (config, corpus, results).
 
     Raises:
         InputError: the folder cannot be written.
@@ -46,7 +48,7 @@ def save_lens(lens: AffineLens, folder: str | Path, about: dict[str, Any] | None
         "created": now(),
         "model": dataclasses.asdict(lens.identity),
         "lens_sha256": hashlib.sha256(weights).hexdigest(),
-        **(about or {}),
+        **(metadata or {}),
     }
     write_json(folder / MANIFEST, manifest)
 
