@@ -17,7 +17,7 @@ from tunedlens.evaluation import Evaluation
 from tunedlens.fit import LearningCurve, LensOptimizer, Look, Preconditioned, TorchOptimizer
 from tunedlens.lenses import AffineLens, LogitLens, TunedLens
 from tunedlens.model import FrozenModel, require_same_model
-from tunedlens.provenance import provenance
+from tunedlens.provenance import describe_run
 from tunedlens.report import plots
 from tunedlens.tracking import Tracker, say
 from tunedlens.training.costs import Costs
@@ -207,7 +207,7 @@ class Run:
                 "corpus": {name: side.about for name, side in sides.items()},
                 "progress": dataclasses.asdict(self.progress),
                 "held_out": evaluation.to_json(),
-                "provenance": provenance(self.model),
+                "provenance": describe_run(self.model),
             }
             checkpoint.save_lens(lens, self.output, about)
             text = report.card(self.output.name, about, evaluation)

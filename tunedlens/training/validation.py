@@ -6,7 +6,7 @@ from itertools import islice
 import torch
 from accelerate import Accelerator
 
-from tunedlens.config import TrainConfig
+from tunedlens.config import ScoringConfig, TrainConfig
 from tunedlens.corpus import CorpusSplits
 from tunedlens.distributed import reduce_sums
 from tunedlens.engine.objective import LensKL, ModelSide
@@ -15,7 +15,6 @@ from tunedlens.evaluation import Evaluation, RatioSums, score_lenses, to_estimat
 from tunedlens.fit import LeastSquares
 from tunedlens.lenses import Lens, TunedLens
 from tunedlens.model import FrozenModel
-from tunedlens.tokenizer import token_bytes
 from tunedlens.training.states import StateReader
 
 _BLOCKS_AT_A_TIME = 8
@@ -53,7 +52,6 @@ class HeldOut:
         self._blocks = list(islice(splits.validation.shuffled(), needed))
         self._look_blocks = self._blocks[:look_blocks]
         self._model_sides: list[ModelSide] = []
-        self._token_bytes = token_bytes(model.tokenizer)
         if not self._blocks:
             raise InputError(
                 f"the held-out side of {config.corpus.dataset} has no block of {seq_len} tokens; "
@@ -109,8 +107,8 @@ class HeldOut:
             self._model,
             lenses,
             self._blocks,
-            self._token_bytes,
-            tokens=tokens,
-            batch_size=self._config.micro_batch_size or _BLOCKS_AT_A_TIME,
+            ScoringConfig(
+                tokens=tokens, batch_size=self._config.micro_batch_size or _BLOCKS_AT_A_TIME
+            ),
             accelerator=self._accelerator,
         )
