@@ -25,12 +25,11 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tunedlens import builtin
-from tunedlens.config import CorpusConfig
+from tunedlens.config import CorpusConfig, ScoringConfig
 from tunedlens.corpus import CorpusSplits, load_splits, resolve_corpus
 from tunedlens.corpus.standard_library import standard_library
 from tunedlens.evaluation import Evaluation, score_lenses
 from tunedlens.model import FrozenModel, load_model
-from tunedlens.tokenizer import token_bytes
 
 EOS = "<|endoftext|>"
 VOCAB_SIZE = 4096
@@ -138,7 +137,7 @@ def mean_loss(model: GPT2LMHeadModel, input_ids: Int[Tensor, "batch seq"]) -> Fl
 def held_out(model: FrozenModel, splits: CorpusSplits) -> Evaluation:
     """The model's own figures on all held-out files."""
     blocks = splits.validation.blocks()
-    return score_lenses(model, {}, blocks, token_bytes(model.tokenizer), batch_size=16)
+    return score_lenses(model, {}, blocks, ScoringConfig(batch_size=16))
 
 
 def pretrain(args: argparse.Namespace, tokenizer: Any, splits: CorpusSplits) -> dict[str, float]:

@@ -6,9 +6,9 @@
 """
 
 from tunedlens.checkpoint import load_lens, load_lens_of_kind, save_lens
-from tunedlens.config import CorpusConfig, EvaluateConfig, ModelConfig, TrainConfig
+from tunedlens.config import CorpusConfig, EvaluateConfig, ModelConfig, ScoringConfig, TrainConfig
 from tunedlens.errors import InputError
-from tunedlens.evaluation import Evaluation, score_lenses
+from tunedlens.evaluation import Evaluation, evaluate, score_lenses
 from tunedlens.generation import generate
 from tunedlens.lenses import (
     AffineLens,
@@ -21,7 +21,7 @@ from tunedlens.lenses import (
 )
 from tunedlens.mlp_neurons import neurons
 from tunedlens.model import FrozenModel, load_model
-from tunedlens.report import explorer, top_k
+from tunedlens.report import explorer, read_evaluation, top_k, write_report
 from tunedlens.report.plots import curves, heatmap
 from tunedlens.training import train
 from tunedlens.trajectories import Trajectory, trajectory
@@ -47,13 +47,17 @@ __all__ = [
     "Lens",
     "LogitLens",
     "ModelConfig",
+    "ScoringConfig",
     "TrainConfig",
     "Trajectory",
     "TunedLens",
+    "evaluate",
     "load_lens",
     "load_model",
     "neurons",
+    "read_evaluation",
     "score_lenses",
     "train",
     "trajectory",
+    "write_report",
 ]

@@ -7,6 +7,7 @@ as `--config` uses the same names.
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, Literal, Self, get_args
 
 from tunedlens.errors import InputError
@@ -216,31 +217,52 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
-    """What is scored, and with what."""
+class ScoringConfig:
+    """How many positions are scored, and which metrics are computed."""
 
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
-    split: Split | None = option(
-        None,
-        "side of the text to score; without it, what was held out of the text that the lens was "
-        "trained on, and all of any other text",
-    )
     tokens: int | None = option(
-        None, "positions to score, exactly; without it 65,536, or all if the text has fewer"
+        None, "positions to score, exactly (default: 65,536, or all if the text has fewer)"
     )
     metrics: MetricSet = option(
         "standard",
         "all: also the reverse KL, Jensen-Shannon, ranks, confidence and calibration",
     )
-    by_position: bool = option(False, "also every figure by position in the block")
+    by_position: bool = option(False, "also compute every metric by position in the block")
     transfer: bool = option(
-        False, "also every layer's translator at every layer, which takes as many times as long"
+        False,
+        "also apply every layer's translator at every other layer, which multiplies the work by "
+        "the number of layers",
     )
     batch_size: int = option(8, "blocks in one forward pass; changes memory, not results")
 
     def __post_init__(self) -> None:
         _require_positive(self, "tokens", "batch_size")
         _require_choice(self, "metrics", get_args(MetricSet))
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(ScoringConfig):
+    """Which lenses are evaluated, and on which model and text.
+
+    Settings of `model` and `corpus` that keep their defaults are those that the first saved lens
+    was trained with, as long as its own model and text are used.
+    """
+
+    lenses: tuple[str, ...] = ()
+    """Folders of saved lenses, `unigram` or `mean`, each with an optional `NAME=` in front. The
+    logit lens is always added. If empty, the newest saved lens."""
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
+    split: Split | None = option(
+        None,
+        "side of the text to score (default: the held-out side of a text that a lens was trained "
+        "on, and all of any other text)",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.lenses, (str, PurePath)):
+            raise InputError(f"lenses must be a tuple, got {self.lenses!r}")
+        object.__setattr__(self, "lenses", tuple(map(str, self.lenses)))
         if self.split is not None:
             _require_choice(self, "split", get_args(Split))

@@ -1,20 +1,31 @@
-"""Every figure that an evaluation reports: its name, what it is called, its unit."""
+"""The catalogue of metrics: what each one is called, what it means and where it exists.
+
+To add a metric that has a value at every token, add an entry here with `per_token` and a property
+of the same name to `tunedlens.engine.LensStatistics`. Evaluations, tables, plots and reports take
+everything else from the entry.
+"""
 
 from typing import NamedTuple
 
+from tunedlens.config import MetricSet
+
 
 class Metric(NamedTuple):
-    """How a figure is shown, and what it says."""
+    """How a metric is shown, and when it exists."""
 
     label: str
     unit: str
     meaning: str
+    """A sentence without its subject, for the glossary of a report."""
     is_log: bool = False
-    """Whether it is drawn on a log scale."""
-    of_model: bool = False
-    """Whether the model has one by itself."""
+    """Whether plots use a log scale."""
+    for_model: bool = False
+    """Whether the model by itself has a value, without a lens to compare."""
     where_lens_is_model: float | None = None
-    """What it is where the lens says what the model says."""
+    """The value of a lens that agrees with the model everywhere, if it is known."""
+    per_token: MetricSet | None = None
+    """The smallest set that includes it, if it is measured at every token; None if it is computed
+    from other metrics or from sums over a corpus."""
 
     @property
     def title(self) -> str:
@@ -26,38 +37,55 @@ METRICS = {
     "kl_nats": Metric(
         "KL(model ‖ lens)",
         "nats",
-        "how far the lens is from what the model says in the end",
+        "divergence of the lens's distribution from the model's final one",
         is_log=True,
         where_lens_is_model=0,
+        per_token="standard",
     ),
     "cross_entropy_nats": Metric(
-        "cross-entropy", "nats", "minus log probability of the true next token", of_model=True
+        "cross-entropy",
+        "nats",
+        "negative log-probability of the true next token",
+        for_model=True,
+        per_token="standard",
     ),
     "perplexity": Metric(
-        "perplexity", "", "exp of the mean cross-entropy", is_log=True, of_model=True
+        "perplexity", "", "exp of the mean cross-entropy", is_log=True, for_model=True
     ),
     "bits_per_byte": Metric(
         "bits per byte",
         "",
-        "cross-entropy in bits, over the bytes that the tokens stand for",
+        "total cross-entropy in bits, divided by the bytes of the predicted text",
         is_log=True,
-        of_model=True,
+        for_model=True,
     ),
-    "entropy_nats": Metric("entropy", "nats", "of the lens's distribution", of_model=True),
+    "entropy_nats": Metric(
+        "entropy",
+        "nats",
+        "entropy of the lens's distribution",
+        for_model=True,
+        per_token="standard",
+    ),
     "top1_agreement": Metric(
         "top-1 agreement",
         "",
-        "how often lens and model like one token best",
+        "fraction of tokens where lens and model have the same most probable token",
         where_lens_is_model=1,
+        per_token="standard",
     ),
     "top10_agreement": Metric(
         "top-10 agreement",
         "",
-        "how often the model's best token is among the lens's best ten",
+        "fraction of tokens where the model's most probable token is among the lens's top ten",
         where_lens_is_model=1,
+        per_token="standard",
     ),
     "accuracy": Metric(
-        "accuracy", "", "how often the true next token is the lens's best", of_model=True
+        "accuracy",
+        "",
+        "fraction of tokens where the true next token is the lens's most probable one",
+        for_model=True,
+        per_token="standard",
     ),
     "bias_nats": Metric(
         "bias",
@@ -69,43 +97,68 @@ METRICS = {
     "kl_nats_position_0": Metric(
         "KL at position 0",
         "nats",
-        "KL(model ‖ lens) at the first position of a block alone",
+        "KL(model ‖ lens) at the first position of each block alone",
         is_log=True,
         where_lens_is_model=0,
     ),
     "reverse_kl_nats": Metric(
         "KL(lens ‖ model)",
         "nats",
-        "the KL the other way round",
+        "KL in the other direction",
         is_log=True,
         where_lens_is_model=0,
+        per_token="all",
     ),
     "js_nats": Metric(
-        "Jensen–Shannon", "nats", "divergence from the model, at most ln 2", where_lens_is_model=0
+        "Jensen–Shannon",
+        "nats",
+        "Jensen–Shannon divergence from the model, at most ln 2",
+        where_lens_is_model=0,
+        per_token="all",
     ),
     "reciprocal_rank": Metric(
-        "reciprocal rank", "", "mean of 1 / rank of the true next token", of_model=True
+        "reciprocal rank",
+        "",
+        "mean of 1 / rank of the true next token",
+        for_model=True,
+        per_token="all",
     ),
     "model_top1_rank": Metric(
-        "rank of the model's best",
+        "rank of the model's top token",
         "",
-        "mean rank, from 1, of the model's best token",
+        "mean rank, from 1, of the model's most probable token",
         is_log=True,
         where_lens_is_model=1,
+        per_token="all",
     ),
     "confidence": Metric(
-        "confidence", "", "mean probability of the lens's best token", of_model=True
+        "confidence",
+        "",
+        "mean probability of the lens's most probable token",
+        for_model=True,
+        per_token="all",
     ),
     "calibration_error": Metric(
         "calibration error",
         "",
         "mean gap between confidence and accuracy, in 15 bins of confidence",
-        of_model=True,
+        for_model=True,
     ),
     "prediction_depth": Metric(
-        "share of tokens", "", "those whose best token no longer changes from this layer on"
+        "fraction of tokens",
+        "",
+        "fraction of tokens whose prediction depth is this layer: the first layer from which the "
+        "most probable token no longer changes",
     ),
     "mean_prediction_depth": Metric(
-        "mean prediction depth", "layers", "mean layer from which the best token no longer changes"
+        "mean prediction depth",
+        "layers",
+        "mean over tokens of the first layer from which the most probable token no longer changes",
     ),
 }
+
+
+def per_token_metrics(metric_set: MetricSet) -> tuple[str, ...]:
+    """Names of the metrics that are measured at every token, in the catalogue's order."""
+    sets = ("standard", metric_set)
+    return tuple(name for name, metric in METRICS.items() if metric.per_token in sets)

@@ -1,4 +1,4 @@
-"""Where figures come from."""
+"""Records of what produced a result: versions, commit, device, model, command."""
 
 import platform
 import shlex
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 
@@ -17,15 +17,33 @@ from tunedlens.model import FrozenModel
 _VERSIONED = ("tunedlens", "torch", "transformers", "tokenizers", "accelerate")
 
 
-def provenance(model: FrozenModel, command: Sequence[str] | None = None) -> dict[str, Any]:
-    """Where figures come from: versions, commit, device, dtype, model, time, command.
+class Provenance(TypedDict, total=False):
+    """What produced a result, as `config.json` and `metrics.json` record it."""
+
+    created: str
+    command: str
+    model: str
+    revision: str | None
+    fingerprint: str
+    """Of the model's final norm and unembedding."""
+    dtype: str
+    device: str
+    threads: int
+    versions: dict[str, str]
+    commit: str | None
+    """The commit of this package's checkout, with `-dirty` if files have changed."""
+
+
+def describe_run(model: FrozenModel, command: Sequence[str] | None = None) -> Provenance:
+    """Describe this process.
 
     Args:
-        model: what was looked into.
-        command: that was run; by default this process's own.
+        model: the model that was used.
+        command: the command that was run; by default this process's own.
     """
     command = command or ["python", Path(sys.argv[0]).name, *sys.argv[1:]]
     identity = model.identity
+    versions = {name: metadata.version(name) for name in _VERSIONED}
     return {
         "created": now(),
         "command": shlex.join(command),
@@ -35,15 +53,13 @@ def provenance(model: FrozenModel, command: Sequence[str] | None = None) -> dict
         "dtype": str(model.model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version()}
-        | {name: metadata.version(name) for name in _VERSIONED},
+        "versions": {"python": platform.python_version(), **versions},
         "commit": _commit(),
     }
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this package runs from, if it is one; `-dirty` if changed."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[1]
     if not (root / ".git").exists():
         return None
     try:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
+import yaml
+
 from tunedlens.config import EvaluateConfig, TrainConfig, WandbMode
 from tunedlens.errors import InputError
 
@@ -20,7 +22,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(name: str, description: str, config: type) -> argparse.ArgumentParser:
-    """A parser with a flag for every field; what is not given is left out of the result."""
+    """A parser with a flag for every documented field of a config and of its parts.
+
+    Flags that are not given are missing from the result.
+    """
     parser = _Parser(
         prog=name,
         description=description,
@@ -28,25 +33,19 @@ def make_parser(name: str, description: str, config: type) -> argparse.ArgumentP
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="YAML with any of these; flags go before it"
+        "--config", type=Path, metavar="FILE", help="YAML file with any of these; flags override it"
     )
-    own = []
     hints = typing.get_type_hints(config)
-    for field in dataclasses.fields(config):
-        if dataclasses.is_dataclass(hints[field.name]):
-            group = parser.add_argument_group(f"the {field.name}")
-            part_hints = typing.get_type_hints(hints[field.name])
-            for part in dataclasses.fields(hints[field.name]):
-                _add_flag(group, part, part_hints[part.name])
-        else:
-            own.append(field)
-    group = parser.add_argument_group("the fit" if config is TrainConfig else "what is scored")
-    for field in own:
-        _add_flag(group, field, hints[field.name])
+    parts = [name for name, hint in hints.items() if dataclasses.is_dataclass(hint)]
+    for part in parts:
+        _add_flags(parser.add_argument_group(f"the {part}"), hints[part])
+    _add_flags(
+        parser.add_argument_group("the fit" if config is TrainConfig else "what is scored"), config
+    )
     return parser
 
 
-def add_wandb_flag(group: Any) -> None:
+def add_wandb_flag(group: argparse._ArgumentGroup) -> None:
     """`--wandb`, with a mode or without."""
     group.add_argument(
         "--wandb",
@@ -57,7 +56,16 @@ def add_wandb_flag(group: Any) -> None:
     )
 
 
-def _add_flag(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
+def _add_flags(group: argparse._ArgumentGroup, config: type) -> None:
+    hints = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        if "help" in field.metadata:
+            _add_flag(group, field, hints[field.name])
+
+
+def _add_flag(
+    group: argparse._ArgumentGroup, field: dataclasses.Field[object], hint: object
+) -> None:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     flag = "--" + field.name.replace("_", "-")
@@ -67,13 +75,16 @@ def _add_flag(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
     elif typing.get_origin(hint) is Literal:
         group.add_argument(flag, choices=typing.get_args(hint), help=text)
+    elif hint is int:
+        group.add_argument(flag, type=_count, metavar="N", help=text)
+    elif hint is float:
+        group.add_argument(flag, type=float, metavar="X", help=text)
     else:
-        kind, metavar = {int: (_count, "N"), float: (float, "X"), str: (str, "NAME")}[hint]
-        group.add_argument(flag, type=kind, metavar=metavar, help=text)
+        group.add_argument(flag, metavar="NAME", help=text)
 
 
 def _count(text: str) -> int:
-    """A whole number, as 1000000, 1_000_000 or 1e6."""
+    """A whole number, written as 1000000, 1_000_000 or 1e6."""
     try:
         if float(text).is_integer():
             return int(float(text))
@@ -83,13 +94,11 @@ def _count(text: str) -> int:
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> dict[str, Any]:
-    """What was given: in the YAML file, and over it on the command line."""
+    """The flags of the YAML file, if one is named, overridden by those of the command line."""
     given = vars(parser.parse_args(arguments))
     path = given.pop("config", None)
     if path is None:
         return given
-    import yaml
-
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -101,10 +110,12 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> d
         flag = "--" + str(name).replace("_", "-")
         if isinstance(value, bool):
             negative = "--no-" + flag[2:]
-            known = negative in parser.format_usage()
-            arguments_of_file += [flag] if value else [negative] * known
-        elif value is not None:
-            arguments_of_file += [flag, str(value)]
+            has_negative = negative in parser.format_usage()
+            arguments_of_file += [flag] if value else [negative] * has_negative
+        else:
+            values = value if isinstance(value, list) else [value]
+            arguments_of_file += [text for one in values if one is not None
+                                  for text in (flag, str(one))]  # fmt: skip
     return vars(parser.parse_args(arguments_of_file)) | given
 
 

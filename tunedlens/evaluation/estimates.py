@@ -1,52 +1,68 @@
-"""Figures for a whole corpus, from sums that stream, each with its standard error.
+"""Values for a whole corpus with their standard errors, from sums that stream.
 
-Tokens of one block are not independent, so errors are clustered by block. The sums of two
-parts of a corpus add up to those of the whole, so nothing depends on how it is cut up.
+Tokens of one block are not independent, so errors are clustered by block. The sums of two parts
+of a corpus add up to those of the whole, so results do not depend on how it is cut into batches
+or spread over processes.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
+
+from tunedlens.distributed import reduce_sums
 
 _LARGEST_EXPONENT = 700.0
 
 
 class Estimate(NamedTuple):
-    """A figure for a whole corpus, and how far off it may be."""
+    """The value of a metric for a whole corpus, and its standard error."""
 
     value: float
     standard_error: float | None
-    """None where there is a single block, which tells nothing of its own error."""
+    """None if there is a single block, which has no spread."""
+
+
+class Estimates(NamedTuple):
+    """Arrays of values and of their standard errors."""
+
+    values: Float[Tensor, "*shape"]
+    standard_errors: Float[Tensor, "*shape"]
+    """NaN where they are unknown."""
+
+    def at(self, *index: int) -> Estimate:
+        """One of the estimates."""
+        value, error = (float(part[index]) for part in self)
+        return Estimate(value, error if math.isfinite(error) else None)
+
+
+def to_estimates(values: Float[Tensor, "..."], errors: Float[Tensor, "..."]) -> list[Estimate]:
+    """The estimates of two arrays as a flat list."""
+    flat = Estimates(values.flatten(), errors.flatten())
+    return [flat.at(index) for index in range(len(flat.values))]
 
 
 def perplexity(cross_entropy_nats: Estimate) -> Estimate:
-    """`exp` of the mean cross-entropy, as far as a float goes; its error to first order."""
+    """`exp` of the mean cross-entropy, with its error to first order."""
     value = math.exp(min(cross_entropy_nats.value, _LARGEST_EXPONENT))
     error = cross_entropy_nats.standard_error
     return Estimate(value, None if error is None else value * error)
 
 
-def to_estimates(values: Float[Tensor, "..."], errors: Float[Tensor, "..."]) -> list[Estimate]:
-    """One for each pair of figures; an error that is no number is none."""
-    pairs = zip(values.flatten().tolist(), errors.flatten().tolist(), strict=True)
-    return [Estimate(value, error if math.isfinite(error) else None) for value, error in pairs]
-
-
 class RatioSums:
-    """Figures that are a total over a total: nats over tokens, say, or bits over bytes.
+    """Ratios of two totals over blocks, such as nats over tokens or bits over bytes.
 
-    Kept are, for the vector of a block's numerators (one column a lens), its denominator
-    and 1, the sums over blocks of all products of two of them. They give each column's
-    ratio, and that of any difference of columns on the same blocks, with the standard error
-    of a ratio estimator clustered by block.
+    Accumulates Σ_b v_b v_bᵀ over blocks b, where v_b = [numerators, denominator, 1] and the
+    numerators have one entry per column. This gives the ratio of every column, and of any linear
+    combination of columns, with the standard error of a ratio estimator clustered by block.
 
     Args:
-        shape: of figures with their own sums (metrics, layers).
-        columns: of figures that are to be compared on the same blocks (lenses).
+        shape: shape of an array of independent ratios (such as metrics by layer).
+        columns: number of ratios that are compared on the same blocks (such as lenses).
 
     Source:
         Cochran 1977, Sampling Techniques, section 6.3.
@@ -60,12 +76,16 @@ class RatioSums:
         numerators: Float[Tensor, "*shape columns blocks"],
         denominators: Float[Tensor, "*#shape blocks"],
     ) -> None:
-        """Count further blocks; one with a denominator of 0 is left out."""
+        """Add blocks. One with a denominator of 0 does not count as a block."""
         shape = (*numerators.shape[:-2], 1, numerators.shape[-1])
         denominators = denominators.double()[..., None, :].expand(shape)
-        there = (denominators > 0).double()
-        vectors = torch.cat([numerators.double() * there, denominators, there], -2)
+        is_counted = (denominators > 0).double()
+        vectors = torch.cat([numerators.double() * is_counted, denominators, is_counted], -2)
         self.moments += vectors @ vectors.mT
+
+    def reduce(self, accelerator: Accelerator) -> None:
+        """Add up the sums of all processes, in each of them."""
+        reduce_sums(accelerator, self.moments)
 
     @property
     def denominator(self) -> Float[Tensor, "*shape"]:
@@ -74,78 +94,68 @@ class RatioSums:
 
     @property
     def blocks(self) -> Float[Tensor, "*shape"]:
-        """How many blocks were counted."""
+        """Number of blocks."""
         return self.moments[..., -1, -1]
 
-    def estimates(
-        self, contrasts: Float[Tensor, "figures columns"] | None = None
-    ) -> tuple[Float[Tensor, "*shape figures"], Float[Tensor, "*shape figures"]]:
-        """Values and standard errors.
+    def estimates(self, contrasts: Float[Tensor, "contrasts columns"] | None = None) -> Estimates:
+        """Ratios of shape [*shape, contrasts], with their standard errors.
 
         Args:
-            contrasts: rows are weights of the columns: (1, -1) is the first less the second.
-                By default every column by itself.
+            contrasts: weights of the columns; (1, -1) is the first ratio minus the second. By
+                default every column by itself.
 
         Returns:
-            NaN where nothing was counted; no error where a single block was.
+            NaN where there is no block; an unknown error where there is a single one.
         """
         columns = self.moments.shape[-1] - 2
-        if contrasts is None:
-            contrasts = torch.eye(columns)
-        n = self.denominator[..., None]
-        values = (self.moments[..., :-2, -1] @ contrasts.double().mT) / n
-        # Of a block's numerator and denominator: what is left of the one when the ratio times
-        # the other is taken away.
-        shape = (*values.shape, columns)
-        residual = torch.cat(
-            [
-                contrasts.double().expand(shape),
-                -values[..., None],
-                torch.zeros_like(values)[..., None],
-            ],
-            -1,
-        )
-        spread = ((residual @ self.moments) * residual).sum(-1).clamp(min=0)
+        contrasts = (torch.eye(columns) if contrasts is None else contrasts).double()
+        total = self.denominator[..., None]
+        values = (self.moments[..., :-2, -1] @ contrasts.mT) / total
+        # The residual of block b is r·v_b = contrast·numerators_b - value · denominator_b.
+        weights = contrasts.expand(*values.shape, columns)
+        zero = torch.zeros_like(values)[..., None]
+        residual = torch.cat([weights, -values[..., None], zero], -1)
+        squares = ((residual @ self.moments) * residual).sum(-1).clamp(min=0)
         blocks = self.blocks[..., None]
-        return values, (spread * blocks / (blocks - 1)).sqrt() / n
+        return Estimates(values, (squares * blocks / (blocks - 1)).sqrt() / total)
 
 
 GROUPS = 16
-"""Parts of a corpus, block by block in turn, that a jackknife leaves out one at a time."""
+"""Block i belongs to group i mod 16; a jackknife leaves out one group at a time."""
 
 
 class GroupSums:
-    """Sums that a figure is no ratio of, such as a mean distribution, by group of blocks.
+    """Sums by group of blocks, for statistics that are no ratio, such as a mean distribution.
 
     Args:
-        shape: of the sums of one group.
+        shape: shape of the sums of one group.
         device: where they are kept.
     """
 
     def __init__(self, *shape: int, device: torch.device | str = "cpu") -> None:
         self.sums = torch.zeros(GROUPS, *shape, dtype=torch.float64, device=device)
 
-    def replicates(
-        self, figure: Callable[[Tensor], Tensor], used: Sequence[int]
-    ) -> Float[Tensor, "replicates ..."]:
-        """The figure of all groups, then of all but each one of those that were used."""
-        used = list(used)
-        # Added up anew: taking a group from the total would leave nothing but rounding where
-        # all of a token's probability is in that group.
+    def reduce(self, accelerator: Accelerator) -> None:
+        """Add up the sums of all processes, in each of them."""
+        reduce_sums(accelerator, self.sums)
+
+    def replicates(self, statistic: Callable[[Tensor], Tensor]) -> Float[Tensor, "replicates ..."]:
+        """The statistic of all groups, then of all groups but one, for each that has a sum."""
+        used = [group for group in range(GROUPS) if self.sums[group].any()]
+        # The sums are added up anew. If all of a token's probability is in one group, then
+        # subtracting that group from the total would leave nothing but rounding errors.
         parts = [used, *([other for other in used if other != group] for group in used)]
-        return torch.stack([figure(self.sums[part].sum(0)).cpu() for part in parts if part])
+        return torch.stack([statistic(self.sums[part].sum(0)).cpu() for part in parts if part])
 
 
-def jackknife(
-    replicates: Float[Tensor, "replicates ..."],
-) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
-    """Figures and their standard errors, from what `GroupSums.replicates` gives.
+def jackknife(replicates: Float[Tensor, "replicates ..."]) -> Estimates:
+    """Estimates from the replicates that `GroupSums` gives.
 
     Source:
         Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 11.
     """
-    value, without = replicates[0], replicates[1:]
-    if len(without) < 2:
-        return value, torch.full_like(value, math.nan)
-    spread = (without - without.mean(0)).square().mean(0) * (len(without) - 1)
-    return value, spread.sqrt()
+    value, without_one = replicates[0], replicates[1:]
+    if len(without_one) < 2:
+        return Estimates(value, torch.full_like(value, math.nan))
+    spread = (without_one - without_one.mean(0)).square().mean(0) * (len(without_one) - 1)
+    return Estimates(value, spread.sqrt())

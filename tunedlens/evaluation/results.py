@@ -1,12 +1,13 @@
 """What an evaluation says, in memory and in `metrics.json`."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 from tunedlens.errors import InputError
 from tunedlens.evaluation.estimates import Estimate
 from tunedlens.metrics import METRICS
+from tunedlens.provenance import Provenance
 
 SCHEMA = 2
 MODEL = "model"
@@ -15,22 +16,22 @@ MODEL = "model"
 
 @dataclass(frozen=True)
 class Result:
-    """One figure."""
+    """The value of one metric."""
 
     lens: str
     """Name of the lens, or `model`."""
     layer: int | None
-    """None for the mean over layers, or what belongs to a lens as a whole."""
+    """None for the mean over layers, or for a metric of the lens as a whole."""
     metric: str
     """One of `metrics.METRICS`."""
     value: float
     standard_error: float | None
-    """Clustered by block; None where there is a single block."""
+    """Clustered by block; None if there is a single block."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One figure of a lens less that of another, on the same tokens."""
+    """The value of one metric for `lens`, minus that for `other`, on the same tokens."""
 
     lens: str
     other: str
@@ -39,41 +40,65 @@ class Difference:
     metric: str
     value: float
     standard_error: float | None
-    """Of the difference: what both lenses find hard or easy has no part in it."""
+    """Of the paired difference: variation that both lenses share cancels."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Figures by layer and position, or by translator and layer."""
+    """One metric by layer and position, or by translator and layer."""
 
     values: list[list[float | None]]
     """None where nothing was scored."""
     standard_errors: list[list[float | None]]
 
 
+Grids = dict[str, dict[str, Grid]]
+"""Grids by lens and metric."""
+
+
+class LensSource(TypedDict, total=False):
+    """What a lens was made from: a saved file, or a text for a baseline."""
+
+    folder: str
+    sha256: str
+    kind: str
+    text: Mapping[str, object]
+    tokens_at_most: int
+
+
+class EvaluationProvenance(Provenance, total=False):
+    """What produced an evaluation."""
+
+    lenses: dict[str, LensSource]
+    corpus: Mapping[str, object]
+    """The description of the scored text, or of each side of the split if both are scored."""
+    config: Mapping[str, Any]
+    """The `EvaluateConfig` with all defaults filled in."""
+    processes: int
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """What a corpus says of a model and its lenses."""
+    """Metrics of a model and its lenses on a corpus."""
 
     results: list[Result]
     n_layers: int
     tokens: int
-    """Positions that were scored, the same for every figure."""
+    """Scored positions, the same for every metric."""
     text_bytes: int
     """Bytes of text that the predicted tokens stand for."""
     blocks: int
     tokens_sha256: str = ""
-    """Of the token ids (int32) that were scored, block by block."""
+    """Hash of the token ids (int32) of the scored blocks."""
     constant: list[str] = field(default_factory=list)
-    """Names of the lenses that say the same at every layer, whatever the state."""
+    """Names of the lenses that have the same distribution at every layer and position."""
     differences: list[Difference] = field(default_factory=list)
-    """Every lens against every one before it."""
-    by_position: dict[str, dict[str, Grid]] = field(default_factory=dict)
-    """By lens and metric: rows are layers, columns positions in the block."""
-    transfer: dict[str, dict[str, Grid]] = field(default_factory=dict)
-    """By lens and metric: rows are translators, columns the layers they are used at."""
-    provenance: dict[str, Any] = field(default_factory=dict)
-    """Where the figures come from: model, corpus, versions, command."""
+    """Every lens minus each one before it."""
+    by_position: Grids = field(default_factory=dict)
+    """Rows are layers, columns are positions in the block."""
+    transfer: Grids = field(default_factory=dict)
+    """Rows are translators, columns are the layers at which they are applied."""
+    provenance: EvaluationProvenance = field(default_factory=EvaluationProvenance)
 
     @property
     def lenses(self) -> list[str]:
@@ -82,97 +107,97 @@ class Evaluation:
 
     @property
     def metrics(self) -> list[str]:
-        """Names of the figures that there are for every lens and layer."""
+        """Names of the metrics that every lens has at every layer."""
         return list(
             dict.fromkeys(r.metric for r in self.results if r.lens != MODEL and r.layer == 0)
         )
 
     def by_layer(self, lens: str, metric: str) -> list[Estimate]:
-        """One figure for every layer, from 0 to n - 1 (n for prediction depth)."""
-        found = {
-            r.layer: Estimate(r.value, r.standard_error)
-            for r in self.results
-            if (r.lens, r.metric) == (lens, metric) and r.layer is not None
-        }
+        """A metric at every layer from 0 to n - 1 (to n for prediction depth)."""
+        found = {r.layer: r for r in self._results(lens, metric) if r.layer is not None}
         if not found:
-            raise InputError(f"there is no {metric} of {lens} in these results")
-        return [found[layer] for layer in sorted(found)]
+            raise InputError(f"these results have no {metric} of {lens}")
+        return [_estimate(found[layer]) for layer in sorted(found)]
 
     def of_model(self, metric: str) -> Estimate:
-        """The model's own figure."""
+        """A metric of the model itself."""
         return self._single(MODEL, metric, self.n_layers)
 
     def of_lens(self, lens: str, metric: str) -> Estimate:
-        """The mean of a figure over layers, or one that belongs to a lens as a whole."""
+        """The mean of a metric over layers, or a metric of the lens as a whole."""
         return self._single(lens, metric, None)
 
     def difference(self, lens: str, other: str, metric: str) -> list[Estimate]:
-        """One lens less another, for every layer."""
-        return self._difference(lens, other, metric, lambda layer: layer is not None)
+        """A metric of one lens minus that of another, at every layer."""
+        found = self._differences(lens, other, metric)
+        return [found[layer] for layer in found if layer is not None]
 
     def mean_difference(self, lens: str, other: str, metric: str) -> Estimate:
-        """One lens less another, in the mean over layers."""
-        return self._difference(lens, other, metric, lambda layer: layer is None)[0]
+        """The mean over layers of a metric of one lens minus that of another."""
+        return self._differences(lens, other, metric)[None]
 
-    def _difference(
-        self, lens: str, other: str, metric: str, wanted: Callable[[int | None], bool]
-    ) -> list[Estimate]:
+    def _differences(self, lens: str, other: str, metric: str) -> dict[int | None, Estimate]:
         for sign, pair in ((1.0, (lens, other)), (-1.0, (other, lens))):
-            found = [
-                Estimate(sign * d.value, d.standard_error)
+            found = {
+                d.layer: Estimate(sign * d.value, d.standard_error)
                 for d in self.differences
-                if (d.lens, d.other, d.metric) == (*pair, metric) and wanted(d.layer)
-            ]
+                if (d.lens, d.other, d.metric) == (*pair, metric)
+            }
             if found:
                 return found
-        raise InputError(f"there is no difference of {lens} and {other} in {metric}")
+        raise InputError(f"these results have no difference of {lens} and {other} in {metric}")
+
+    def _results(self, lens: str, metric: str) -> list[Result]:
+        return [r for r in self.results if (r.lens, r.metric) == (lens, metric)]
 
     def _single(self, lens: str, metric: str, layer: int | None) -> Estimate:
-        for r in self.results:
-            if (r.lens, r.metric, r.layer) == (lens, metric, layer):
-                return Estimate(r.value, r.standard_error)
-        raise InputError(f"there is no {metric} of {lens} in these results")
+        for result in self._results(lens, metric):
+            if result.layer == layer:
+                return _estimate(result)
+        raise InputError(f"these results have no {metric} of {lens}")
 
-    def to_json(self) -> dict[str, Any]:
-        """As `metrics.json` holds it."""
+    def to_json(self) -> dict[str, object]:
+        """The content of `metrics.json`."""
         return {"schema": SCHEMA} | asdict(self)
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Self:
+    def from_json(cls, data: object) -> Self:
         """The inverse of `to_json`.
 
         Raises:
             InputError: it is no evaluation, or one of another schema.
         """
-        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-            found = data.get("schema") if isinstance(data, dict) else None
+        schema = data.get("schema") if isinstance(data, dict) else None
+        if not isinstance(data, dict) or schema != SCHEMA:
             raise InputError(
-                f"expected an evaluation of schema {SCHEMA}, got {found}; run evaluate.py again"
+                f"expected an evaluation of schema {SCHEMA}, got {schema}; run evaluate.py again"
             )
         try:
             fields = {name: value for name, value in data.items() if name != "schema"}
-            grids = {
-                part: {
-                    lens: {metric: Grid(**grid) for metric, grid in figures.items()}
-                    for lens, figures in data[part].items()
+            fields["results"] = [Result(**result) for result in data["results"]]
+            fields["differences"] = [Difference(**one) for one in data["differences"]]
+            for part in ("by_position", "transfer"):
+                fields[part] = {
+                    lens: {metric: Grid(**grid) for metric, grid in grids.items()}
+                    for lens, grids in data[part].items()
                 }
-                for part in ("by_position", "transfer")
-            }
-            results = [Result(**result) for result in data["results"]]
-            differences = [Difference(**difference) for difference in data["differences"]]
-            found = cls(**fields | grids | {"results": results, "differences": differences})
-            found._require_whole()
+            evaluation = cls(**fields)
+            evaluation._require_complete()
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"the evaluation is damaged: {error}") from error
-        return found
+        return evaluation
 
-    def _require_whole(self) -> None:
+    def _require_complete(self) -> None:
         if not self.lenses:
             raise ValueError("it has no lens")
         for metric in self.metrics:
             if metric not in METRICS:
-                raise ValueError(f"nothing is known of {metric}")
+                raise ValueError(f"the metric {metric} is unknown")
             for lens in self.lenses:
                 count = len(self.by_layer(lens, metric))
                 if count != self.n_layers + (metric == "prediction_depth"):
                     raise ValueError(f"{metric} of {lens} has {count} layers")
+
+
+def _estimate(result: Result) -> Estimate:
+    return Estimate(result.value, result.standard_error)

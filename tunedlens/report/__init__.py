@@ -3,7 +3,7 @@
 from tunedlens.report.best_tokens import TopK, top_k
 from tunedlens.report.card import card
 from tunedlens.report.files import (
-    figures,
+    pictures,
     read_evaluation,
     require_own,
     write_report,
@@ -24,9 +24,9 @@ __all__ = [
     "aligned",
     "card",
     "explorer",
-    "figures",
     "kl_table",
     "page",
+    "pictures",
     "read_evaluation",
     "require_own",
     "scored_text",

@@ -89,8 +89,8 @@ def read_evaluation(folder: str | Path) -> Evaluation:
         raise InputError(f"{path}: {error}") from error
 
 
-def figures(folder: Path) -> dict[str, Path]:
-    """The figures of a report as PNG, by name."""
+def pictures(folder: Path) -> dict[str, Path]:
+    """The plots of a report as PNG files, by name."""
     paths = {name: folder / f"{name}.png" for name in plots.DRAWINGS}
     return {name: path for name, path in paths.items() if path.exists()}
 

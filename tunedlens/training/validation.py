@@ -7,6 +7,7 @@ from itertools import islice
 import torch
 from accelerate import Accelerator
 
+from tunedlens.config import ScoringConfig
 from tunedlens.corpus import CorpusSplits
 from tunedlens.distributed import reduce_sums
 from tunedlens.engine.objective import LensKL, ModelSide
@@ -15,7 +16,6 @@ from tunedlens.evaluation import Evaluation, RatioSums, score_lenses, to_estimat
 from tunedlens.fit import LeastSquares
 from tunedlens.lenses import Lens, TunedLens
 from tunedlens.model import FrozenModel
-from tunedlens.tokenizer import token_bytes
 from tunedlens.training.plan import TrainPlan
 from tunedlens.training.states import StateReader
 
@@ -53,7 +53,6 @@ class ValidationSet:
         self._model_sides: list[ModelSide] = []
         self.seconds = 0.0
         """How long the last validation took."""
-        self._token_bytes = token_bytes(model.tokenizer)
         if not self._blocks:
             raise InputError(
                 f"the held-out side of {plan.corpus.dataset} has no block of {seq_len} tokens; "
@@ -111,8 +110,8 @@ class ValidationSet:
             self._model,
             lenses,
             self._blocks,
-            self._token_bytes,
-            tokens=tokens,
-            batch_size=self._plan.micro_batch_size or _BLOCKS_AT_A_TIME,
+            ScoringConfig(
+                tokens=tokens, batch_size=self._plan.micro_batch_size or _BLOCKS_AT_A_TIME
+            ),
             accelerator=self._accelerator,
         )

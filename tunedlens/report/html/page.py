@@ -153,7 +153,7 @@ def _cell(text: str) -> str:
 
 
 def _facts(evaluation: Evaluation) -> str:
-    about: dict[str, Any] = evaluation.provenance
+    about = evaluation.provenance
     facts = {
         "model": about.get("model"),
         "revision": about.get("revision"),
