@@ -97,7 +97,7 @@ def test_position_0_is_a_mark_apart_from_the_line(evaluation):
 
 def test_what_was_not_measured_is_not_drawn():
     evaluation = make_evaluation(grids=False)
-    there = {name for name, drawing in plots.DRAWINGS.items() if drawing.is_there(evaluation)}
+    there = {name for name, drawing in plots.DRAWINGS.items() if drawing.has_data(evaluation)}
     assert there == plots.DRAWINGS.keys() - {"transfer", "by_position"}
 
 

@@ -1,9 +1,9 @@
-"""What is said while a run goes on: messages, a progress bar, Weights & Biases."""
+"""Messages, a progress bar and Weights & Biases."""
 
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Protocol, Self
 
 from tqdm import tqdm
 
@@ -15,13 +15,13 @@ WANDB_PATIENCE_SECONDS = 5
 
 
 def say(message: str) -> None:
-    """One line on the terminal, above a progress bar if there is one."""
+    """Print a line, above the progress bar if there is one."""
     tqdm.write(message, file=sys.stdout)
     sys.stdout.flush()
 
 
 def progress_bar(total_tokens: int, description: str, done: int = 0, show: bool = True) -> tqdm:
-    """A bar that counts tokens, with their rate and the time left."""
+    """A bar that counts tokens and shows their rate and the remaining time."""
     return tqdm(
         total=total_tokens,
         initial=done,
@@ -35,43 +35,65 @@ def progress_bar(total_tokens: int, description: str, done: int = 0, show: bool 
     )
 
 
-class Tracker:
-    """Figures of a run to Weights & Biases, or to nowhere.
+class WandbSummary(Protocol):
+    """The summary of a Weights & Biases run."""
 
-    Online falls back to offline, with one line, where there is no key or no connection
-    within a few seconds: tracking never stops a run.
+    def update(self, d: dict[str, float]) -> None: ...
+
+
+class WandbRun(Protocol):
+    """What is used of a Weights & Biases run."""
+
+    @property
+    def summary(self) -> WandbSummary: ...
+
+    def log(self, data: dict[str, object], step: int | None = None) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class Tracker:
+    """Sends the metrics of a run to Weights & Biases, or nowhere.
+
+    Tracking never stops a run. If there is no key, or no connection within a few seconds, an
+    online run becomes an offline one, with a message of one line.
 
     Args:
         mode: online, offline or disabled.
-        name: of the run.
-        config: what the run depends on.
+        name: the name of the run.
+        config: the run's settings.
         folder: where an offline run is kept.
     """
 
-    def __init__(self, mode: WandbMode, name: str, config: Mapping[str, Any], folder: Path) -> None:
+    def __init__(
+        self, mode: WandbMode, name: str, config: Mapping[str, object], folder: Path
+    ) -> None:
         self._run = None if mode == "disabled" else _start(mode, name, config, folder)
 
-    def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Figures at one step."""
-        self._try(lambda run: run.log(dict(figures), step=step))
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Send metrics of one step."""
+        self._try(lambda run: run.log(dict(metrics), step=step))
 
-    def summarise(self, figures: Mapping[str, float]) -> None:
-        """Figures of the whole run."""
-        self._try(lambda run: run.summary.update(dict(figures)))
+    def summarise(self, metrics: Mapping[str, float]) -> None:
+        """Send metrics of the whole run."""
+        self._try(lambda run: run.summary.update(dict(metrics)))
 
-    def report(self, evaluation: Evaluation, figures: Mapping[str, Path]) -> None:
-        """An evaluation as a summary, one table, and the figures as images."""
+    def report(self, evaluation: Evaluation, pictures: Mapping[str, Path]) -> None:
+        """Send an evaluation as a summary, a table and pictures."""
 
-        def send(run: Any) -> None:
+        def send(run: WandbRun) -> None:
             import wandb
 
-            columns: list[str | int] = ["lens", "layer", "metric", "value", "standard_error"]
-            rows = [[getattr(result, str(c)) for c in columns] for result in evaluation.results]
-            images = {f"figures/{name}": wandb.Image(str(path)) for name, path in figures.items()}
-            run.log({"metrics": wandb.Table(columns=columns, data=rows), **images})
-            for result in evaluation.results:
-                place = "" if result.layer is None else f"/{result.layer}"
-                run.summary[f"{result.metric}/{result.lens}{place}"] = result.value
+            results = evaluation.results
+            table = wandb.Table(
+                columns=["lens", "layer", "metric", "value", "standard_error"],
+                data=[[r.lens, r.layer, r.metric, r.value, r.standard_error] for r in results],
+            )
+            images = {f"figures/{name}": wandb.Image(str(path)) for name, path in pictures.items()}
+            run.log({"metrics": table, **images})
+            layers = ["" if r.layer is None else f"/{r.layer}" for r in results]
+            names = [f"{r.metric}/{r.lens}{at}" for r, at in zip(results, layers, strict=True)]
+            run.summary.update({n: r.value for n, r in zip(names, results, strict=True)})
 
         self._try(send)
 
@@ -79,41 +101,44 @@ class Tracker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Send what is left, as far as that can be done in a few seconds."""
+        """Send the rest, as far as a few seconds allow."""
         self._try(lambda run: run.finish())
 
-    def _try(self, send: Callable[[Any], object]) -> None:
+    def _try(self, send: Callable[[WandbRun], object]) -> None:
         if self._run is None:
             return
         try:
             send(self._run)
-        except Exception as error:  # whatever it is, the run is worth more
-            say(f"wandb has failed, the run goes on without it: {first_line(error)}")
+        except Exception as error:  # of any kind: the run is worth more
+            say(f"wandb failed, and the run continues without it: {first_line(error)}")
             self._run = None
 
 
-def _start(mode: WandbMode, name: str, config: Mapping[str, Any], folder: Path) -> Any:
+def _start(
+    mode: WandbMode, name: str, config: Mapping[str, object], folder: Path
+) -> WandbRun | None:
     import wandb
 
-    options: dict[str, Any] = {
-        "project": "tunedlens",
-        "name": name,
-        "config": dict(config),
-        "dir": str(folder),
-        "settings": wandb.Settings(
-            init_timeout=WANDB_PATIENCE_SECONDS,
-            login_timeout=WANDB_PATIENCE_SECONDS,
-            finish_timeout=6 * WANDB_PATIENCE_SECONDS,
-            silent=True,
-            console="off",
-        ),
-    }
+    settings = wandb.Settings(
+        init_timeout=WANDB_PATIENCE_SECONDS,
+        login_timeout=WANDB_PATIENCE_SECONDS,
+        finish_timeout=6 * WANDB_PATIENCE_SECONDS,
+        silent=True,
+        console="off",
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return wandb.init(mode=mode, **options)
+        return wandb.init(
+            project="tunedlens",
+            name=name,
+            config=dict(config),
+            dir=str(folder),
+            mode=mode,
+            settings=settings,
+        )
     except Exception as error:
         if mode == "offline":
-            say(f"wandb cannot be used, the run goes on without it: {first_line(error)}")
+            say(f"wandb failed to start, and the run continues without it: {first_line(error)}")
             return None
-        say(f"wandb is not to be reached, the run is kept offline: {first_line(error)}")
+        say(f"wandb cannot be reached, so the run is kept offline: {first_line(error)}")
         return _start("offline", name, config, folder)

@@ -1,4 +1,4 @@
-"""Results as tables: rows of text, plain, coloured or in Markdown, and sentences."""
+"""Results as tables and sentences: rows of text, plain or in Markdown."""
 
 import math
 import re
@@ -15,6 +15,7 @@ _TERMINAL = (
     "top1_agreement",
     "bias_nats",
 )
+"""The metrics that fit into a terminal."""
 _SHORT = {
     "kl_nats": "KL, nats",
     "cross_entropy_nats": "CE, nats",
@@ -24,26 +25,50 @@ _SHORT = {
 }
 
 Rows = list[list[str]]
+"""Cells by row and column; the first row is the header."""
 
 
 def kl_rows(evaluation: Evaluation) -> Rows:
-    """Layers down, lenses across: the KL, and its mean over layers."""
-    lenses = evaluation.lenses
-    columns = [evaluation.by_layer(lens, "kl_nats") for lens in lenses]
-    rows = [
-        [str(layer), *(plus_minus(column[layer]) for column in columns)]
-        for layer in range(evaluation.n_layers)
+    """The KL of every lens by layer, and its mean over layers."""
+    columns = {
+        f"{lens} KL, nats": [
+            *evaluation.by_layer(lens, "kl_nats"),
+            evaluation.of_lens(lens, "kl_nats"),
+        ]
+        for lens in evaluation.lenses
+    }
+    return _by_layer(columns)
+
+
+def difference_rows(evaluation: Evaluation, metric: str = "kl_nats") -> Rows:
+    """The paired differences of all pairs of lenses by layer, and their means over layers."""
+    pairs = dict.fromkeys((d.lens, d.other) for d in evaluation.differences)
+    columns = {
+        f"{lens} − {other}": [
+            *evaluation.difference(lens, other, metric),
+            evaluation.mean_difference(lens, other, metric),
+        ]
+        for lens, other in pairs
+    }
+    return _by_layer(columns)
+
+
+def _by_layer(columns: dict[str, list[Estimate]]) -> Rows:
+    """One row per layer and a last one for the mean."""
+    *layers, mean = zip(*columns.values(), strict=True)
+    names = [*map(str, range(len(layers))), "mean"]
+    return [
+        ["layer", *columns],
+        *([name, *map(plus_minus, row)] for name, row in zip(names, [*layers, mean], strict=True)),
     ]
-    means = [plus_minus(evaluation.of_lens(lens, "kl_nats")) for lens in lenses]
-    return [["layer", *(f"{lens} KL, nats" for lens in lenses)], *rows, ["mean", *means]]
 
 
 def metric_rows(evaluation: Evaluation, metrics: list[str] | None = None) -> Rows:
-    """Layers and lenses down, metrics across; a lens that is the same at every layer once.
+    """All metrics of every lens by layer; a constant lens has one row for all layers.
 
     Args:
         evaluation: the results.
-        metrics: names; all that there are by default.
+        metrics: names of the metrics; by default all.
     """
     metrics = metrics or evaluation.metrics
     columns = {
@@ -51,48 +76,34 @@ def metric_rows(evaluation: Evaluation, metrics: list[str] | None = None) -> Row
         for lens in evaluation.lenses
         for metric in metrics
     }
-    rows = [["layer", "lens", *(_SHORT.get(metric, METRICS[metric].title) for metric in metrics)]]
 
-    def row(layer: int, lens: str, name: str) -> list[str]:
+    def row(name: str, lens: str, layer: int) -> list[str]:
         return [name, lens, *(plus_minus(columns[lens, metric][layer]) for metric in metrics)]
 
     varied = [lens for lens in evaluation.lenses if lens not in evaluation.constant]
-    for layer in range(evaluation.n_layers):
-        rows += [row(layer, lens, str(layer)) for lens in varied]
-    rows += [row(0, lens, "any") for lens in evaluation.constant]
-    own = {r.metric for r in evaluation.results if r.lens == MODEL}
-    last = [str(evaluation.n_layers), MODEL]
-    for metric in metrics:
-        known = METRICS[metric].where_lens_is_model
-        if metric in own:
-            last.append(plus_minus(evaluation.of_model(metric)))
-        else:
-            last.append("" if known is None else f"{known:g}")
-    return [*rows, last]
-
-
-def difference_rows(evaluation: Evaluation, metric: str = "kl_nats") -> Rows:
-    """Layers down, pairs of lenses across: one less the other, with the error of that."""
-    pairs = list(dict.fromkeys((d.lens, d.other) for d in evaluation.differences))
-    columns = [evaluation.difference(*pair, metric) for pair in pairs]
-    means = [plus_minus(evaluation.mean_difference(*pair, metric)) for pair in pairs]
     return [
-        ["layer", *(f"{lens} − {other}" for lens, other in pairs)],
-        *(
-            [str(layer), *(plus_minus(column[layer]) for column in columns)]
-            for layer in range(evaluation.n_layers)
-        ),
-        ["mean", *means],
+        ["layer", "lens", *(_SHORT.get(metric, METRICS[metric].title) for metric in metrics)],
+        *(row(str(layer), lens, layer) for layer in range(evaluation.n_layers) for lens in varied),
+        *(row("any", lens, 0) for lens in evaluation.constant),
+        [str(evaluation.n_layers), MODEL, *(_model_cell(evaluation, m) for m in metrics)],
     ]
 
 
+def _model_cell(evaluation: Evaluation, metric: str) -> str:
+    """The model's value, or that of a lens which agrees with it everywhere."""
+    if any((r.lens, r.metric) == (MODEL, metric) for r in evaluation.results):
+        return plus_minus(evaluation.of_model(metric))
+    known = METRICS[metric].where_lens_is_model
+    return "" if known is None else f"{known:g}"
+
+
 def kl_table(evaluation: Evaluation) -> str:
-    """Layer, and the KL of every lens, as plain text."""
+    """The KL of every lens by layer, as plain text."""
     return aligned(kl_rows(evaluation))
 
 
 def terminal_table(evaluation: Evaluation) -> str:
-    """What fits a terminal, and what it comes to in words."""
+    """The metrics that fit into a terminal, and the summary."""
     table = aligned(metric_rows(evaluation, list(_TERMINAL)))
     return "\n".join([table, "", *summary(evaluation)])
 
@@ -102,46 +113,45 @@ def summary(evaluation: Evaluation) -> list[str]:
     means = {lens: evaluation.of_lens(lens, "kl_nats") for lens in evaluation.lenses}
     ranked = sorted(means, key=lambda lens: means[lens].value)
     varied = [lens for lens in ranked if lens not in evaluation.constant]
-    every = ", ".join(f"{lens} {plus_minus(means[lens])}" for lens in ranked)
-    sentences = [f"Mean KL(model ‖ lens) over layers, in nats: {every}."]
-    for other in varied[1:]:
-        best = varied[0]
-        column = evaluation.difference(other, best, "kl_nats")
-        sure = sum(e.value > 2 * (e.standard_error or math.inf) for e in column)
-        where = "every layer" if sure == len(column) else f"{sure} of {len(column)} layers"
-        mean = plus_minus(evaluation.mean_difference(other, best, "kl_nats"))
-        sentences.append(
-            f"{best} beats {other} by {mean} nats on average, and by more than two standard "
-            f"errors at {where}."
-        )
+    listed = ", ".join(f"{lens} {plus_minus(means[lens])}" for lens in ranked)
+    sentences = [f"Mean KL(model ‖ lens) over layers, in nats: {listed}."]
+    sentences += [_comparison(evaluation, varied[0], other) for other in varied[1:]]
     depths = ", ".join(
         f"{lens} {plus_minus(evaluation.of_lens(lens, 'mean_prediction_depth'))}" for lens in varied
     )
-    sentences.append(
-        f"The best token stays as it is from a layer on, on average (of {evaluation.n_layers}): "
-        f"{depths}."
+    perplexity, bits = (plus_minus(evaluation.of_model(m)) for m in ("perplexity", "bits_per_byte"))
+    return [
+        *sentences,
+        f"Mean prediction depth (of {evaluation.n_layers} layers): {depths}.",
+        f"The model itself has a perplexity of {perplexity} and {bits} bits per byte.",
+    ]
+
+
+def _comparison(evaluation: Evaluation, best: str, other: str) -> str:
+    layers = evaluation.difference(other, best, "kl_nats")
+    clear = sum(e.value > 2 * (e.standard_error or math.inf) for e in layers)
+    where = "every layer" if clear == len(layers) else f"{clear} of {len(layers)} layers"
+    mean = plus_minus(evaluation.mean_difference(other, best, "kl_nats"))
+    return (
+        f"The mean KL of {best} is {mean} nats lower than that of {other}; it is lower by more "
+        f"than two standard errors at {where}."
     )
-    perplexity, bits = (evaluation.of_model(m) for m in ("perplexity", "bits_per_byte"))
-    sentences.append(
-        f"The model itself: perplexity {plus_minus(perplexity)}, {plus_minus(bits)} bits per byte."
-    )
-    return sentences
 
 
 def scored_text(evaluation: Evaluation) -> str:
-    """How much of what text was scored."""
+    """Which text was scored, and how much."""
     config = evaluation.provenance.get("config", {})
     dataset = config.get("corpus", {}).get("dataset", "text")
-    side = {"validation": "held out", "train": "trained on"}
-    kept = f" ({side[config['split']]})" if config.get("split") in side else ""
+    sides = {"validation": " (held out)", "train": " (trained on)"}
+    side = sides.get(config.get("split", ""), "")
     return (
-        f"{evaluation.tokens:,} positions, {evaluation.text_bytes:,} bytes of {dataset}{kept}, "
+        f"{evaluation.tokens:,} positions, {evaluation.text_bytes:,} bytes of {dataset}{side}, "
         f"{evaluation.blocks:,} blocks"
     )
 
 
 def plus_minus(estimate: Estimate) -> str:
-    """A figure with its standard error, to the two digits of the error that mean something."""
+    """A value with its standard error, both to the error's second significant digit."""
     value, error = estimate
     if not error:
         return f"{value:.5g}"
@@ -152,31 +162,31 @@ def plus_minus(estimate: Estimate) -> str:
 
 
 def code(word: str) -> str:
-    """A text as it is, in Markdown."""
+    """A verbatim text in a line of Markdown."""
     fence = _fence(word, 1)
     space = " " if len(fence) > 1 else ""
     return f"{fence}{space}{word}{space}{fence}"
 
 
 def code_block(text: str) -> str:
-    """A text of several lines as it is, in Markdown."""
+    """A verbatim text of several lines in Markdown."""
     fence = _fence(text, 3)
     return f"{fence}text\n{text}\n{fence}"
 
 
 def _fence(text: str, shortest: int) -> str:
-    """Backticks that end nothing within the text."""
+    """A run of backticks that is longer than any in the text."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     return "`" * max(longest + 1, shortest)
 
 
 def aligned(rows: Rows) -> str:
-    """Columns of plain text, to the right."""
+    """A table in plain text with right-aligned columns."""
     return "\n".join("  ".join(row) for row in padded(rows))
 
 
 def padded(rows: Rows) -> Rows:
-    """Cells as wide as the widest of their column."""
+    """Cells padded on the left to the width of their column."""
     widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
     return [
         [
@@ -188,7 +198,7 @@ def padded(rows: Rows) -> Rows:
 
 
 def markdown(rows: Rows) -> str:
-    """A table in Markdown, its columns to the right."""
+    """A table in Markdown with right-aligned columns."""
     header, *body = rows
     lines = (header, ["---:"] * len(header), *body)
     return "\n".join(

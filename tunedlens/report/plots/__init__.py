@@ -1,4 +1,4 @@
-"""Figures of saved results, drawn for a paper: vector and 2x raster, readable in grey."""
+"""Plots for a paper, as vector graphics and as 2x raster images, readable in grey."""
 
 from tunedlens.report.plots.by_layer import (
     DRAWINGS,

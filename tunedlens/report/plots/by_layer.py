@@ -1,4 +1,4 @@
-"""Figures of an evaluation: every lens by layer, by position, by translator."""
+"""Plots of an evaluation: every lens by layer, by position and by translator."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,19 +16,20 @@ from tunedlens.report.plots.style import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
 _LAYER = "layer (0 is the embeddings)"
 _HATCHES = ("", "///", "...", "xxx", "\\\\\\")
-_MOST_ANNOTATED = 16
-"""Layers up to which a transfer matrix has its numbers written in."""
+_MAX_ANNOTATED_LAYERS = 16
+"""With more layers, the cells of a transfer matrix are too small for numbers."""
 
 
 def by_layer(evaluation: Evaluation, metric: str) -> "Figure":
-    """One figure of every lens by layer, and the model's own as a line where it has one.
+    """One metric of every lens by layer, with a line for the model if it has a value.
 
-    Bands are two standard errors to either side. A first layer that dwarfs all others is left
-    out, with its value.
+    Bands are two standard errors on either side. If the value of the first layer dwarfs all
+    others, it is written at the top instead of drawn.
     """
     with new_figure(5.0, 3.2) as figure:
         name_lines(*draw_by_layer(figure.subplots(), evaluation, metric))
@@ -36,7 +37,7 @@ def by_layer(evaluation: Evaluation, metric: str) -> "Figure":
 
 
 def agreement_by_layer(evaluation: Evaluation) -> "Figure":
-    """How often a lens and the model agree on the best token: among the best one, or ten."""
+    """Top-1 and top-10 agreement of every lens by layer."""
     with new_figure(8.6, 3.2) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
         lines = [
@@ -50,7 +51,7 @@ def agreement_by_layer(evaluation: Evaluation) -> "Figure":
 
 
 def prediction_depth(evaluation: Evaluation) -> "Figure":
-    """Share of tokens whose best token no longer changes from a layer on, for every lens."""
+    """Fractions of tokens by prediction depth, for every lens."""
     with new_figure(5.0, 3.2) as figure:
         draw_prediction_depth(figure.subplots(), evaluation)
     return figure
@@ -62,20 +63,20 @@ def transfer(evaluation: Evaluation) -> "Figure":
 
     lenses = list(evaluation.transfer)
     matrices = [evaluation.transfer[lens]["kl_nats"].values for lens in lenses]
-    every = [value for matrix in matrices for row in matrix for value in row if value]
+    values = [value for matrix in matrices for row in matrix for value in row if value]
     size = max(2.6, 0.34 * evaluation.n_layers)
     with new_figure(size * len(lenses) + 1.1, size + 0.5) as figure:
         grid = figure.subplots(1, len(lenses), squeeze=False, sharey=True)[0]
-        norm = LogNorm(min(every), max(every))
+        norm = LogNorm(min(values), max(values))
         for axes, lens, matrix in zip(grid, lenses, matrices, strict=True):
-            shown: Any = [[math.nan if v is None else v for v in row] for row in matrix]
+            shown = [[math.nan if v is None else v for v in row] for row in matrix]
             image = axes.imshow(shown, origin="lower", norm=norm, cmap="cividis")
             axes.set_title(f"{lens} lens", fontsize=9)
-            axes.set_xlabel("used at layer")
+            axes.set_xlabel("applied at layer")
             ticks = range(0, evaluation.n_layers, max(1, evaluation.n_layers // 12))
             axes.set_xticks(ticks)
             axes.set_yticks(ticks)
-            if evaluation.n_layers <= _MOST_ANNOTATED:
+            if evaluation.n_layers <= _MAX_ANNOTATED_LAYERS:
                 _write_numbers(axes, shown, norm)
         grid[0].set_ylabel("translator of layer")
         figure.colorbar(image, ax=list(grid), label=METRICS["kl_nats"].title, shrink=0.85)
@@ -83,14 +84,14 @@ def transfer(evaluation: Evaluation) -> "Figure":
 
 
 def by_position(evaluation: Evaluation) -> "Figure":
-    """KL(model ‖ lens) by position in the block, at up to four layers; position 0 is a mark.
+    """KL(model ‖ lens) by position in the block, at up to four layers.
 
-    Neighbouring positions are averaged, so that there are at most 64 points.
+    Position 0 is a separate mark. Neighbouring positions are averaged to at most 64 points.
     """
     n_layers = evaluation.n_layers
     layers = sorted({round(i * (n_layers - 1) / 3) for i in range(4)})
     lenses = [lens for lens in evaluation.lenses if lens in evaluation.by_position]
-    look = styles(evaluation.lenses)
+    line_styles = styles(evaluation.lenses)
     with new_figure(2.3 * len(layers) + 1.0, 2.8) as figure:
         grid = figure.subplots(1, len(layers), squeeze=False, sharey=True)[0]
         ends = {}
@@ -99,20 +100,20 @@ def by_position(evaluation: Evaluation) -> "Figure":
             for lens in lenses:
                 row = evaluation.by_position[lens]["kl_nats"]
                 values, errors = row.values[layer], row.standard_errors[layer]
-                style = look[lens] | {"marker": ""}
+                style = line_styles[lens] | {"marker": ""}
                 if points := _averaged(values, errors):
                     x, y, error = zip(*points, strict=True)
                     _line_with_band(axes, x, y, error, style, is_log=True)
                     ends[lens] = y[-1]
                 if values[0]:
-                    mark = look[lens]["marker"] or "_"
+                    mark = line_styles[lens]["marker"] or "_"
                     axes.plot([0], [values[0]], color=style["color"], marker=mark)
             axes.set_title(f"layer {layer}", fontsize=9)
             axes.set_xlabel("position in the block")
         grid[0].set_ylabel(METRICS["kl_nats"].title)
         for axes in grid:
             plain_log_ticks(axes)
-        name_lines(grid[-1], ends, {lens: look[lens]["color"] for lens in lenses})
+        name_lines(grid[-1], ends, {lens: line_styles[lens]["color"] for lens in lenses})
     return figure
 
 
@@ -132,81 +133,89 @@ def overview(evaluation: Evaluation) -> "Figure":
 
 
 class Drawing(NamedTuple):
-    """A figure that can be drawn from an evaluation."""
+    """A plot of an evaluation."""
 
     draw: Callable[[Evaluation], "Figure"]
     caption: str
-    is_there: Callable[[Evaluation], bool] = lambda _: True
+    has_data: Callable[[Evaluation], bool] = lambda _: True
 
 
-def _of(metric: str) -> Callable[[Evaluation], "Figure"]:
+def _by_layer(metric: str) -> Callable[[Evaluation], "Figure"]:
     return lambda evaluation: by_layer(evaluation, metric)
 
 
-_BAND = "bands are two standard errors"
+_BAND = "The bands are two standard errors wide on either side."
 DRAWINGS = {
-    "overview": Drawing(overview, "KL, perplexity, agreement and prediction depth at a glance"),
+    "overview": Drawing(
+        overview, "KL, perplexity, top-1 agreement and prediction depth of every lens."
+    ),
     "kl_by_layer": Drawing(
-        _of("kl_nats"), f"How far each lens is from what the model says in the end; {_BAND}"
+        _by_layer("kl_nats"),
+        f"KL from the model's final distribution to that of each lens. {_BAND}",
     ),
     "perplexity_by_layer": Drawing(
-        _of("perplexity"), f"Perplexity on the true next token; the line is the model's; {_BAND}"
+        _by_layer("perplexity"),
+        f"Perplexity of the true next token; the grey line is the model. {_BAND}",
     ),
     "bits_per_byte_by_layer": Drawing(
-        _of("bits_per_byte"), f"Cross-entropy in bits per byte of text; {_BAND}"
+        _by_layer("bits_per_byte"),
+        f"Cross-entropy in bits per byte of text; the grey line is the model. {_BAND}",
     ),
     "bias_by_layer": Drawing(
-        _of("bias_nats"), f"KL between the mean distributions of model and lens; {_BAND}"
+        _by_layer("bias_nats"), f"KL between the mean distributions of model and lens. {_BAND}"
     ),
     "agreement_by_layer": Drawing(
         agreement_by_layer,
-        f"How often the model's best token is the lens's best, and among its best ten; {_BAND}",
+        "Fraction of tokens where the model's most probable token is the lens's most probable "
+        f"one (left) or among its top ten (right). {_BAND}",
     ),
     "prediction_depth": Drawing(
-        prediction_depth, "From which layer on the best token no longer changes"
+        prediction_depth,
+        "Fraction of tokens by the first layer from which the most probable token no longer "
+        "changes. The error bars are two standard errors long on either side.",
     ),
     "transfer": Drawing(
         transfer,
-        "Every layer's translator at every layer",
+        "KL when the translator of one layer is applied at another.",
         lambda evaluation: bool(evaluation.transfer),
     ),
     "by_position": Drawing(
         by_position,
-        f"KL by position in the block, its first position as a mark; {_BAND}",
+        f"KL by position in the block; the first position is a separate mark. {_BAND}",
         lambda evaluation: bool(evaluation.by_position),
     ),
 }
-"""Every figure of a report, by the name of its files."""
+"""The plots of a report by the name of their files."""
 
 
 def draw_by_layer(
     axes: "Axes", evaluation: Evaluation, metric: str
-) -> tuple["Axes", dict[str, float], dict[str, Any]]:
-    """Lines and bands of one metric on axes that are there; returns what names the lines."""
+) -> tuple["Axes", dict[str, float], dict[str, str]]:
+    """Draw one metric by layer; returns the arguments of `name_lines`."""
     shown, lenses = METRICS[metric], evaluation.lenses
-    look, layers = styles(lenses), list(range(evaluation.n_layers))
+    line_styles, layers = styles(lenses), list(range(evaluation.n_layers))
     columns = {lens: evaluation.by_layer(lens, metric) for lens in lenses}
     values = {lens: [estimate.value for estimate in columns[lens]] for lens in lenses}
     top = math.inf
     if shown.is_log:
         axes.set_yscale("log")
-        top = _top_of_the_scale(list(values.values()))
+        top = _top_of_scale(list(values.values()))
     for lens in lenses:
         line = [value if value <= top else math.nan for value in values[lens]]
         errors = [estimate.standard_error or 0.0 for estimate in columns[lens]]
-        color = look[lens]["color"]
-        _line_with_band(axes, layers, line, errors, look[lens], is_log=shown.is_log)
+        color = line_styles[lens]["color"]
+        _line_with_band(axes, layers, line, errors, line_styles[lens], is_log=shown.is_log)
         if values[lens][0] > top:
             axes.annotate(f"↑ {values[lens][0]:.0e}", (0, top), (4, -3), color=color,
                           textcoords="offset points", va="top")  # fmt: skip
     ends = {lens: values[lens][-1] for lens in lenses}
-    colors = {lens: look[lens]["color"] for lens in lenses}
-    own = [r.value for r in evaluation.results if (r.lens, r.metric) == (MODEL, metric)]
-    if own:
-        axes.axhline(own[0], color=MODEL_COLOR, linewidth=1)
-        ends[MODEL], colors[MODEL] = own[0], MODEL_COLOR
+    colors = {lens: line_styles[lens]["color"] for lens in lenses}
+    of_model = [r.value for r in evaluation.results if (r.lens, r.metric) == (MODEL, metric)]
+    if of_model:
+        axes.axhline(of_model[0], color=MODEL_COLOR, linewidth=1)
+        ends[MODEL], colors[MODEL] = of_model[0], MODEL_COLOR
         if shown.is_log:
-            axes.set_ylim(bottom=own[0] / 1.8)
+            axes.set_ylim(bottom=of_model[0] / 1.8)
     if top < math.inf:
         axes.set_ylim(top=top)
     axes.set_xlabel(_LAYER)
@@ -218,9 +227,9 @@ def draw_by_layer(
 
 
 def draw_prediction_depth(axes: "Axes", evaluation: Evaluation) -> None:
-    """Share of tokens by the layer from which their best token no longer changes."""
+    """Draw the fractions of tokens by prediction depth."""
     lenses = [lens for lens in evaluation.lenses if lens not in evaluation.constant]
-    look, layers = styles(evaluation.lenses), list(range(evaluation.n_layers + 1))
+    line_styles, layers = styles(evaluation.lenses), list(range(evaluation.n_layers + 1))
     width = 0.8 / max(1, len(lenses))
     for index, lens in enumerate(lenses):
         column = evaluation.by_layer(lens, "prediction_depth")
@@ -230,7 +239,7 @@ def draw_prediction_depth(axes: "Axes", evaluation: Evaluation) -> None:
             width,
             yerr=[2 * (estimate.standard_error or 0.0) for estimate in column],
             error_kw={"elinewidth": 0.8},
-            color=look[lens]["color"],
+            color=line_styles[lens]["color"],
             hatch=_HATCHES[index % len(_HATCHES)],
             edgecolor="white",
             linewidth=0,
@@ -242,12 +251,12 @@ def draw_prediction_depth(axes: "Axes", evaluation: Evaluation) -> None:
             xycoords="axes fraction",
             xytext=(8, -4 - 11 * index),
             textcoords="offset points",
-            color=look[lens]["color"],
+            color=line_styles[lens]["color"],
             va="top",
             fontsize=8.5,
         )
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("layer from which the best token stays")
+    axes.set_xlabel("prediction depth, layers")
     axes.set_ylabel(METRICS["prediction_depth"].title)
     axes.set_xticks(layers[:: max(1, len(layers) // 12)])
 
@@ -261,7 +270,7 @@ def _line_with_band(
     *,
     is_log: bool,
 ) -> None:
-    """A line, and two standard errors to either side of it; on a log scale above a tenth of it."""
+    """Draw a line with a band of two standard errors; on a log scale not below a tenth of it."""
     axes.plot(x, y, **style)
     floor = [value / 10 if is_log else -math.inf for value in y]
     low = [max(v - 2 * e, f) for v, e, f in zip(y, errors, floor, strict=True)]
@@ -269,15 +278,15 @@ def _line_with_band(
     axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 
-def _top_of_the_scale(values: list[list[float]]) -> float:
-    """Infinite, or short of a first layer that is 50 times above all the others."""
+def _top_of_scale(values: list[list[float]]) -> float:
+    """A limit below the first layer if its value is over 50 times all others; else infinity."""
     rest = max((value for line in values for value in line[1:]), default=0.0)
     if not rest or max(line[0] for line in values) <= 50 * rest:
         return math.inf
     return 2 * max(value for line in values for value in line if value <= 50 * rest)
 
 
-def _write_numbers(axes: "Axes", matrix: list[list[float]], norm: Any) -> None:
+def _write_numbers(axes: "Axes", matrix: list[list[float]], norm: "LogNorm") -> None:
     for row, line in enumerate(matrix):
         for column, value in enumerate(line):
             if math.isfinite(value):
@@ -289,14 +298,14 @@ def _write_numbers(axes: "Axes", matrix: list[list[float]], norm: Any) -> None:
 def _averaged(
     values: list[float | None], errors: list[float | None]
 ) -> list[tuple[float, float, float]]:
-    """Position, figure and error of runs of positions after the first one."""
+    """Position, value and error of runs of positions after position 0, at most 64 of them."""
     run = max(1, -(-(len(values) - 1) // 64))
     points = []
     for start in range(1, len(values), run):
         pairs = zip(values[start : start + run], errors[start : start + run], strict=True)
-        there = [(value, error or 0.0) for value, error in pairs if value is not None]
-        if there:
-            # Positions of one block are not independent, so their errors are not made smaller.
-            value, error = (sum(part) / len(there) for part in zip(*there, strict=True))
-            points.append((start + (len(there) - 1) / 2, value, error))
+        measured = [(value, error or 0.0) for value, error in pairs if value is not None]
+        if measured:
+            # Positions of one block are not independent, so averaging does not reduce the error.
+            value, error = (sum(part) / len(measured) for part in zip(*measured, strict=True))
+            points.append((start + (len(measured) - 1) / 2, value, error))
     return points
