@@ -30,7 +30,7 @@ def option(default: Any, meaning: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": meaning})
 
 
-def _require_positive(config: Any, *names: str) -> None:
+def _require_positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -38,7 +38,7 @@ def _require_positive(config: Any, *names: str) -> None:
             raise InputError(f"{flag} must be at least 1, got {value}")
 
 
-def _require_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
+def _require_choice(config: object, name: str, choices: tuple[str, ...]) -> None:
     value = getattr(config, name)
     if value not in choices:
         flag = "--" + name.replace("_", "-")

@@ -4,12 +4,12 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import safetensors.torch
 
 from tunedlens.errors import InputError
-from tunedlens.files import newest_folder, now, read_json, write, write_json
+from tunedlens.files import JsonObject, newest_folder, now, read_json, write, write_json
 from tunedlens.lenses import AffineLens, JacobianLens, TunedLens
 from tunedlens.model import FrozenModel, require_same_model
 
@@ -53,7 +53,7 @@ def save_lens(
     write_json(folder / MANIFEST, manifest)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> JsonObject:
     """What `config.json` of a saved lens says.
 
     Raises:

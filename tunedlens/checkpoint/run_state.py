@@ -3,7 +3,7 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tunedlens.errors import InputError
-from tunedlens.files import newest_folder, now, write
+from tunedlens.files import JsonObject, newest_folder, now, write
 
 STATE = Path("state") / "state.safetensors"
 
@@ -20,7 +20,7 @@ class State(NamedTuple):
     """The state of an interrupted run."""
 
     tensors: dict[str, Float[Tensor, "..."]]
-    metadata: dict[str, Any]
+    metadata: JsonObject
     """JSON-able: the config, the model, the progress."""
 
 

@@ -1,12 +1,13 @@
 """What every corpus offers: blocks of tokens, in batches or one by one."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from jaxtyping import Int
 from torch import Tensor
 
 from tunedlens.errors import InputError
+from tunedlens.files import JsonObject
 
 
 class TextRanOutError(InputError):
@@ -17,18 +18,18 @@ class Batch(NamedTuple):
     """Blocks of tokens, and the position after them."""
 
     input_ids: Int[Tensor, "batch seq"]
-    position: dict[str, Any]
+    position: JsonObject
     """`Corpus.batches` continues from it. It can be written as JSON."""
 
 
 class Corpus(Protocol):
     """One split (train or validation) of a text, as blocks."""
 
-    about: dict[str, Any]
+    about: JsonObject
     """What the text consists of, as far as it is known. It can be written as JSON."""
 
     def batches(
-        self, batch_size: int, seed: int, position: dict[str, Any] | None = None
+        self, batch_size: int, seed: int, position: JsonObject | None = None
     ) -> Iterator[Batch]:
         """Batches to train on, from the start or from the position after a batch.
 

@@ -6,7 +6,7 @@ and its index, whatever the number of workers and processes.
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Self
 
 import torch
 from jaxtyping import Int
@@ -16,6 +16,7 @@ from tunedlens.corpus.blocks import Batch
 from tunedlens.corpus.documents import Document, hold_out
 from tunedlens.corpus.standard_library import hash_fraction
 from tunedlens.errors import InputError
+from tunedlens.files import JsonObject
 
 
 class PackedCorpus:
@@ -26,7 +27,7 @@ class PackedCorpus:
         about: what they were made of.
     """
 
-    def __init__(self, blocks: Int[Tensor, "blocks seq"], about: dict[str, Any]) -> None:
+    def __init__(self, blocks: Int[Tensor, "blocks seq"], about: JsonObject) -> None:
         self._blocks = blocks
         self.about = about | {"blocks": len(blocks)}
 
@@ -77,7 +78,7 @@ class PackedCorpus:
         )
 
     def batches(
-        self, batch_size: int, seed: int, position: dict[str, Any] | None = None
+        self, batch_size: int, seed: int, position: JsonObject | None = None
     ) -> Iterator[Batch]:
         count = len(self._blocks)
         order, shuffled_epoch = torch.arange(0), -1

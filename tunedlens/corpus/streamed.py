@@ -1,7 +1,7 @@
 """A corpus that is read while it is used."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
@@ -11,6 +11,7 @@ from tunedlens.corpus.blocks import Batch, TextRanOutError
 from tunedlens.corpus.documents import DOCUMENTS_AT_A_TIME, Document, Packer, encode_texts
 from tunedlens.corpus.standard_library import HELD_OUT_FRACTION, hash_fraction
 from tunedlens.errors import InputError, first_line
+from tunedlens.files import JsonObject
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -42,13 +43,13 @@ class StreamedCorpus:
         self._packer = packer
         self._seq_len = seq_len
         self._held_out = held_out
-        self.about: dict[str, Any] = {"dataset": name, "streamed": True}
+        self.about: JsonObject = {"dataset": name, "streamed": True}
 
     def batches(
         self,
         batch_size: int,
         seed: int,  # noqa: ARG002 - a stream keeps the order of its text
-        position: dict[str, Any] | None = None,
+        position: JsonObject | None = None,
     ) -> Iterator[Batch]:
         needed = batch_size * self._seq_len
         # A position is where the reader stood before it read the last run of documents, what

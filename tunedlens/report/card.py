@@ -1,13 +1,12 @@
 """The README of a saved lens."""
 
-from typing import Any
-
 from tunedlens.config import ONE_PASS
 from tunedlens.evaluation import Evaluation
+from tunedlens.files import JsonObject
 from tunedlens.report.tables import kl_rows, markdown
 
 
-def card(name: str, manifest: dict[str, Any], evaluation: Evaluation) -> str:
+def card(name: str, manifest: JsonObject, evaluation: Evaluation) -> str:
     """A short README for a saved lens: how it was made, and its KL table."""
     config, corpus = manifest["config"], manifest["corpus"]["train"]
     text = f"{corpus['dataset']}"

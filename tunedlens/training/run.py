@@ -3,13 +3,14 @@
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from accelerate import Accelerator
 
 from tunedlens.config import ONE_PASS
 from tunedlens.corpus import CorpusSplits, load_splits
 from tunedlens.engine.objective import LensKL
+from tunedlens.files import JsonObject
 from tunedlens.fit import LensOptimizer, PreconditionedMuon, TorchOptimizer, ValidationResult
 from tunedlens.lenses import TunedLens
 from tunedlens.model import FrozenModel
@@ -66,13 +67,13 @@ class Progress:
     """Positions that the steps have trained on."""
     init_tokens: int = 0
     """Positions of the first pass, whose KL is never computed."""
-    position: dict[str, Any] | None = None
+    position: JsonObject | None = None
     """Where the corpus continues."""
     seconds: float = 0.0
     history: list[ValidationResult] = field(default_factory=list)
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Self:
+    def from_json(cls, data: JsonObject) -> Self:
         """The inverse of `dataclasses.asdict`."""
         history = [ValidationResult(**result) for result in data["history"]]
         return cls(**data | {"history": history})

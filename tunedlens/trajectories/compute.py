@@ -136,18 +136,11 @@ def compare(
     positions: the best ones of every row of both.
 
     Args:
-        model: the model of the first side.
-        lenses: as for `trajectory`.
-        text: a text or its token ids.
-        baseline_text: a text or its token ids.
         baseline_lenses: a lens is compared with the one of the same name, or with the first.
         baseline_model: a model with the same vocabulary and number of layers.
         positions: the positions of the text to compare.
         baseline_positions: those of the baseline text; by default the same.
-        sites: as for `trajectory`.
-        k: as for `trajectory`.
-        track: as for `trajectory`.
-        stride: as for `trajectory`.
+        sites, k, track, stride: as for `trajectory`.
 
     Raises:
         InputError: nothing differs, the sides do not align, or as for `trajectory`.

@@ -19,7 +19,10 @@ MODEL_COLOR = "0.35"
 
 # Okabe and Ito's colours, which most colour-blind readers can tell apart. Each lens also has
 # its own marker and dash, so that it can be recognised in grey.
-_KNOWN: dict[str, dict[str, Any]] = {
+Style = dict[str, Any]
+"""Keyword arguments of a matplotlib line."""
+
+_KNOWN: dict[str, Style] = {
     "logit": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
     "tuned": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
     "closed-form": {"color": "#009E73", "marker": "^", "linestyle": "-."},
@@ -53,7 +56,7 @@ _RC: Any = {
 }
 
 
-def styles(lenses: list[str]) -> dict[str, dict[str, Any]]:
+def styles(lenses: list[str]) -> dict[str, Style]:
     """A different combination of colour, marker and dash for every lens."""
     unknown = [lens for lens in lenses if lens not in _KNOWN]
     others = zip(*map(itertools.cycle, (_COLORS, _MARKERS, _DASHES)), strict=True)
@@ -181,7 +184,7 @@ def plain_log_ticks(axes: "Axes", axis: str = "y") -> None:
 def name_lines(
     axes: "Axes",
     ends: Mapping[str, float],
-    colors: Mapping[str, Any],
+    colors: Mapping[str, object],
     size: float = 8.5,
 ) -> None:
     """Write the name of every line at the right edge, moved apart where names would touch.

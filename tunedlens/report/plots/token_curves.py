@@ -10,6 +10,7 @@ from tunedlens.report.plots.style import COLORS, drawable, name_lines, new_figur
 from tunedlens.trajectories import Trajectory
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _MAX_TOKENS = 5
@@ -29,7 +30,6 @@ def curves(
     Every token has a colour and every lens a dash. Ranks are on a log scale with 1 on top.
 
     Args:
-        trajectory: the trajectory.
         tokens: tracked tokens as text or ids; by default the at most 5 tracked tokens that the
             model itself finds most probable.
         position: an index within the trajectory.
@@ -48,12 +48,7 @@ def curves(
         ids = [trajectory.token_id(token) for token in several]
     if not ids:
         raise InputError("there is no token to follow; give at least one")
-    lenses = list(trajectory.predictions)
-    if len(lenses) > len(_DASHES):
-        raise InputError(
-            f"{len(lenses)} lenses are too many to tell apart by their dashes; read the text "
-            f"with at most {len(_DASHES)}"
-        )
+    lenses = _distinguishable_lenses(trajectory)
     with new_figure(5.2, 3.2, has_tokens=True) as figure:
         axes = figure.subplots()
         ends, colors = {}, {}
@@ -68,9 +63,7 @@ def curves(
                     )
                 axes.plot(range(len(line)), line, linestyle=dash, color=color)
             ends[word], colors[word] = line[-1], color  # every lens equals the model there
-        names = trajectory.row_names
-        ticks = [*range(0, len(names) - 1, max(1, len(names) // 12)), len(names) - 1]
-        axes.set_xticks(ticks, [names[tick] for tick in ticks])
+        _name_layers(axes, trajectory.row_names)
         dashes = ", ".join(f"{d} {lens}" for d, lens in zip(_DASH_NAMES, lenses, strict=False))
         axes.set_xlabel(f"layer ({dashes})")
         after = drawable(trajectory.vocabulary[int(trajectory.input_ids[index])].shown)
@@ -83,6 +76,22 @@ def curves(
             axes.set_ylim(0, None)
         name_lines(axes, ends, colors, size=8)
     return figure
+
+
+def _distinguishable_lenses(trajectory: Trajectory) -> list[str]:
+    lenses = list(trajectory.predictions)
+    if len(lenses) > len(_DASHES):
+        raise InputError(
+            f"{len(lenses)} lenses are too many to tell apart by their dashes; read the text "
+            f"with at most {len(_DASHES)}"
+        )
+    return lenses
+
+
+def _name_layers(axes: "Axes", names: list[str]) -> None:
+    """Name at most about 12 of the rows on the x-axis, and the last one."""
+    ticks = [*range(0, len(names) - 1, max(1, len(names) // 12)), len(names) - 1]
+    axes.set_xticks(ticks, [names[tick] for tick in ticks])
 
 
 def _most_probable(trajectory: Trajectory, index: int) -> list[int]:
