@@ -1,4 +1,4 @@
-"""The neurons of an MLP: how active they are, and the tokens that they promote."""
+"""Neurons of an MLP: how strongly they fire, and what they write."""
 
 from typing import TYPE_CHECKING
 
@@ -16,24 +16,23 @@ if TYPE_CHECKING:
 def neurons(
     model: FrozenModel, text: str, layer: int, position: int = -1, *, k: int = 10, promoted: int = 5
 ) -> "DataFrame":
-    """The most active neurons of a block's MLP at one position.
+    """The neurons of a block's MLP that count most at one position.
 
-    A neuron adds its coefficient (its activation) times its output vector to the residual
-    stream. It promotes the tokens whose logits this raises most. The logits are computed with
-    the unembedding alone, without the final norm, because the scale of the norm depends on the
-    whole stream.
+    A neuron adds its coefficient (its activation there) times its output vector to the
+    residual stream. What it promotes are the tokens whose logits that raises most, read
+    through the unembedding alone: the final norm is left out, as its scale is the text's.
 
     Args:
         model: the model.
         text: the text.
-        layer: the block.
-        position: an index in the text.
-        k: the number of neurons, which have the largest absolute coefficients.
-        promoted: the number of promoted tokens per neuron.
+        layer: of the block.
+        position: in the text.
+        k: neurons, those with the largest absolute coefficients.
+        promoted: tokens of each.
 
     Returns:
-        A line per neuron: its coefficient, and the promoted tokens by rank with the increase of
-        their logits beyond the mean increase of all tokens.
+        A line for each neuron: its coefficient, and by place the tokens that it promotes
+        with what it adds to their logits, beyond what it adds to all.
 
     Raises:
         InputError: there is no such layer or position, the text cannot be read, or the MLP
@@ -70,9 +69,9 @@ def neurons(
         words = [shown(model.tokenizer, token) for token in tokens]
         pairs = [value for pair in zip(words, gains, strict=True) for value in pair]
         lines.append([here[neuron].item(), *pairs])
-    ranks = pd.MultiIndex.from_product([range(1, promoted + 1), ["token", "logit"]])
+    places = pd.MultiIndex.from_product([range(1, promoted + 1), ["token", "logit"]])
     return pd.DataFrame(
         lines,
         index=pd.Index(chosen.tolist(), name="neuron"),
-        columns=ranks.insert(0, ("coefficient", "")),
+        columns=places.insert(0, ("coefficient", "")),
     )
