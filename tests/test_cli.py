@@ -66,7 +66,7 @@ def test_both_commands_run_again_and_again(here, asked, capsys):
     }
 
 
-def test_csv_and_json_hold_the_same_figures(here, asked):
+def test_csv_and_json_hold_the_same_values(here, asked):
     train_command([*asked, "--output", "run"])
     evaluate_command(["--lens", "run", "--output", "out", "--tokens", "100"])
     results = json.loads((here / "out" / "metrics.json").read_text())["results"]
@@ -132,7 +132,7 @@ def read(folder):
 
 
 @pytest.mark.usefixtures("lenses")
-def test_all_lenses_there_are_stand_side_by_side(here, capsys):
+def test_lenses_of_every_kind_are_evaluated_side_by_side(here, capsys):
     names = ["unigram", "mean", "steps", "closed-form", "jacobian"]
     flags = [flag for name in names for flag in ("--lens", name)]
     more = ["--metrics", "all", "--by-position", "--transfer", "--tokens", "100"]
@@ -144,7 +144,7 @@ def test_all_lenses_there_are_stand_side_by_side(here, capsys):
     assert evaluation["tokens"] == 100
     assert len(evaluation["tokens_sha256"]) == 64
     assert evaluation["provenance"]["lenses"]["tuned"]["folder"] == "steps"
-    assert "The best token stays as it is from a layer on" in capsys.readouterr().out
+    assert "Mean prediction depth (of 3 layers)" in capsys.readouterr().out
 
 
 def test_text_of_any_lens_is_scored_where_it_was_held_out(here, lenses):
@@ -170,7 +170,7 @@ def test_baseline_is_made_from_the_training_text_whatever_is_scored(here, lenses
 
 
 @pytest.mark.usefixtures("lenses")
-def test_report_names_a_command_that_gives_the_same_figures(here):
+def test_report_names_a_command_that_gives_the_same_values(here):
     (here / "checkpoints").mkdir()
     (here / "steps").rename(here / "checkpoints" / "a run")
     assert evaluate_command(["--tokens", "50", "--output", "out"]) == 0
@@ -305,11 +305,11 @@ def test_bad_lenses_are_one_line(here, tokenizer, text_file, capsys):
     cases = [
         (["--lens", "steps", "--lens", "foreign"], "does not fit"),
         (["--lens", "broken", "--model", "other", "--dataset", text_file], "no number", "1.bias"),
-        (["--lens", "steps", "--lens", "steps"], "beside another steps", "NAME=steps"),
-        (["--lens", "mean", "--lens", "mean"], "beside another mean", "NAME=mean"),
+        (["--lens", "steps", "--lens", "steps"], "the lens name steps is taken", "NAME=steps"),
+        (["--lens", "mean", "--lens", "mean"], "the lens name mean is taken", "NAME=mean"),
         (["--lens", "model=steps"], "model"),
         (["--lens", "nowhere"], "nowhere holds no lens"),
-        (["--lens", "steps", "--output", "mine"], "mine holds something else"),
+        (["--lens", "steps", "--output", "mine"], "mine holds files that are no part"),
         (["--lens", "steps", "--tokens", "1e6"], "asks for 1,000,000 positions", "has 285"),
         (["--lens", "steps", "--metrics", "some"], "invalid choice", "some"),
         (["--redraw", "nowhere"], "nowhere holds no evaluation"),
@@ -418,7 +418,7 @@ def test_installed_command_is_the_same():
 
 
 @pytest.mark.usefixtures("lenses")
-def test_evaluation_goes_to_wandb_with_its_table_and_figures(here):
+def test_evaluation_goes_to_wandb_with_its_table_and_pictures(here):
     flags = ["--lens", "steps", "--tokens", "50", "--output", "out", "--wandb", "offline"]
     assert evaluate_command(flags) == 0
     (media,) = (here / "out").glob("wandb/offline-run-*/files/media")

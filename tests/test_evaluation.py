@@ -1,4 +1,5 @@
 import collections
+import functools
 import itertools
 import json
 import math
@@ -9,10 +10,19 @@ import torch
 from accelerate import Accelerator
 from conftest import in_two_processes, make_gpt2, random_lens
 
-from tunedlens import ConstantLens, FrozenModel, InputError, LogitLens, load_model
+from tunedlens import (
+    ConstantLens,
+    FrozenModel,
+    InputError,
+    LogitLens,
+    ScoringConfig,
+    load_model,
+    score_lenses,
+)
 from tunedlens.corpus import Packer
-from tunedlens.evaluation import Evaluation, score_lenses
-from tunedlens.evaluation.accumulators import per_token
+from tunedlens.engine import LensStatistics
+from tunedlens.evaluation import Evaluation
+from tunedlens.metrics import METRICS, per_token_metrics
 from tunedlens.tokenizer import token_bytes
 
 
@@ -33,8 +43,9 @@ def lenses_of(model):
     }
 
 
-def run(model, blocks, **settings):
-    return score_lenses(model, lenses_of(model), blocks, token_bytes(model.tokenizer), **settings)
+def run(model, blocks, accelerator=None, **settings):
+    config = ScoringConfig(**settings)
+    return score_lenses(model, lenses_of(model), blocks, config, accelerator=accelerator)
 
 
 @torch.no_grad()
@@ -49,7 +60,7 @@ def distributions(model, lens, blocks, layer):
 
 
 def brute_force(model, lens, blocks, layer):
-    """Every figure of a position in float64 with numpy, one position after the other."""
+    """Every per-token metric in float64 with numpy, one position after the other."""
     p, q, following = distributions(model, lens, blocks, layer)
     found = collections.defaultdict(list)
     for model_probs, probs, true in zip(
@@ -76,26 +87,26 @@ def brute_force(model, lens, blocks, layer):
 
 @pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("name", ["logit", "tuned", "uniform"])
-def test_figures_equal_brute_force(tiny, blocks, layer, name):
+def test_metrics_equal_brute_force(tiny, blocks, layer, name):
     blocks = blocks[:4]
-    evaluation = run(tiny, blocks, extended=True)
+    evaluation = run(tiny, blocks, metrics="all")
     expected = brute_force(tiny, lenses_of(tiny)[name], blocks, layer)
-    assert expected.keys() == set(per_token(extended=True))
+    assert expected.keys() == set(per_token_metrics("all"))
     for metric, values in expected.items():
         actual = evaluation.by_layer(name, metric)[layer].value
         assert actual == pytest.approx(values.mean(), rel=1e-4), metric
 
 
-def test_model_has_figures_of_its_own(tiny, blocks):
+def test_model_has_metrics_without_a_lens(tiny, blocks):
     last = tiny.identity.n_layers
     expected = brute_force(tiny, LogitLens.from_model(tiny), blocks[:4], last)
-    evaluation = run(tiny, blocks[:4], extended=True)
+    evaluation = run(tiny, blocks[:4], metrics="all")
     for metric in ("cross_entropy_nats", "entropy_nats", "accuracy", "reciprocal_rank"):
         actual = evaluation.of_model(metric).value
         assert actual == pytest.approx(expected[metric].mean(), rel=1e-4)
 
 
-def test_uniform_lens_has_known_figures(tiny, blocks):
+def test_uniform_lens_has_known_metrics(tiny, blocks):
     evaluation, vocab_size = run(tiny, blocks), tiny.identity.vocab_size
     assert evaluation.constant == ["uniform"]
     assert evaluation.by_layer("uniform", "perplexity")[1].value == pytest.approx(vocab_size)
@@ -115,7 +126,7 @@ def test_bias_is_the_divergence_of_the_mean_distributions(tiny, blocks, name):
     assert actual == pytest.approx(expected, rel=1e-4)
 
 
-def test_prediction_depth_is_the_layer_from_which_the_best_token_stays(tiny, blocks):
+def test_prediction_depth_is_the_layer_from_which_the_top_token_stays(tiny, blocks):
     lens, n_layers = lenses_of(tiny)["tuned"], tiny.identity.n_layers
     best = np.stack(
         [distributions(tiny, lens, blocks, i)[1].argmax(-1) for i in range(n_layers + 1)]
@@ -138,7 +149,7 @@ def test_calibration_error_equals_a_count_by_bins(tiny, blocks):
     confidence, correct = q.max(-1).flatten(), (q.argmax(-1) == following).flatten()
     bins = np.minimum((confidence.astype(np.float32) * 15).astype(int), 14)
     gaps = [abs((confidence[bins == b] - correct[bins == b]).sum()) for b in range(15)]
-    evaluation = run(tiny, blocks, extended=True)
+    evaluation = run(tiny, blocks, metrics="all")
     actual = evaluation.by_layer("tuned", "calibration_error")[1].value
     assert actual == pytest.approx(sum(gaps) / len(bins), rel=1e-4)
 
@@ -161,8 +172,8 @@ def test_standard_errors_agree_with_a_bootstrap_over_blocks(tiny, tokenizer):
 
 
 def test_differences_are_paired(tiny, blocks):
-    evaluation = run(tiny, blocks, extended=True)
-    for metric in (*per_token(extended=True), "bits_per_byte", "bias_nats", "calibration_error"):
+    evaluation = run(tiny, blocks, metrics="all")
+    for metric in (*per_token_metrics("all"), "bits_per_byte", "bias_nats", "calibration_error"):
         for layer, (value, error) in enumerate(evaluation.difference("tuned", "logit", metric)):
             tuned, logit = (evaluation.by_layer(lens, metric)[layer] for lens in ("tuned", "logit"))
             assert value == pytest.approx(tuned.value - logit.value, abs=1e-9)
@@ -174,12 +185,12 @@ def test_differences_are_paired(tiny, blocks):
 def test_by_position_equals_brute_force(tiny, blocks):
     expected = brute_force(tiny, lenses_of(tiny)["tuned"], blocks, 2)
     evaluation = run(tiny, blocks, by_position=True)
-    for metric in per_token(extended=False):
+    for metric in per_token_metrics("standard"):
         row = evaluation.by_position["tuned"][metric].values[2]
         assert row == pytest.approx(expected[metric].reshape(9, 23).mean(0), rel=1e-4)
 
 
-def test_position_that_is_in_no_scored_block_has_no_figure(tiny, blocks):
+def test_position_that_is_in_no_scored_block_has_no_value(tiny, blocks):
     row = run(tiny, blocks[:1], tokens=5, by_position=True).by_position["logit"]["kl_nats"]
     assert None not in row.values[0][:5]
     assert row.values[0][5:] == [None] * 18
@@ -236,7 +247,7 @@ def test_text_that_has_fewer_tokens_is_scored_whole(tiny, blocks):
 
 
 def assert_alike(one, other):
-    """All figures of two evaluations, to 1e-5 (their errors to 1e-4)."""
+    """Compare all values of two evaluations to 1e-5, and their errors to 1e-4."""
     for part in ("results", "differences"):
         for a, b in zip(getattr(one, part), getattr(other, part), strict=True):
             assert a.value == pytest.approx(b.value, rel=1e-5, abs=1e-6), a
@@ -249,8 +260,8 @@ def assert_alike(one, other):
                 assert values == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
-def test_figures_do_not_depend_on_batch_or_chunk(tiny, blocks, monkeypatch):
-    settings = {"extended": True, "by_position": True, "transfer": True}
+def test_results_do_not_depend_on_batch_or_chunk(tiny, blocks, monkeypatch):
+    settings = {"metrics": "all", "by_position": True, "transfer": True}
     one = run(tiny, blocks, batch_size=1, **settings)
     monkeypatch.setattr("tunedlens.evaluation.scoring.chunk_tokens", lambda *_: 7)
     other = run(tiny, blocks, batch_size=9, **settings)
@@ -282,14 +293,14 @@ def _evaluate_a_share(folder, blocks):
         blocks,
         accelerator=Accelerator(),
         tokens=190,
-        extended=True,
+        metrics="all",
         by_position=True,
         transfer=True,
     )
 
 
-def test_two_processes_give_the_figures_of_one(tiny, tiny_folder, blocks):
-    settings = {"extended": True, "by_position": True, "transfer": True}
+def test_two_processes_give_the_results_of_one(tiny, tiny_folder, blocks):
+    settings = {"metrics": "all", "by_position": True, "transfer": True}
     expected = run(tiny, blocks, tokens=190, **settings)
     for share in in_two_processes(_evaluate_a_share, tiny_folder, blocks):
         assert share.tokens == 190
@@ -302,20 +313,20 @@ def test_nothing_to_score_is_refused(tiny, blocks):
         run(tiny, blocks[:0])
 
 
-@pytest.mark.parametrize("extended", [False, True])
-def test_lens_that_gives_no_number_is_refused(tiny, blocks, extended):
+@pytest.mark.parametrize("metrics", ["standard", "all"])
+def test_lens_with_values_that_are_not_finite_is_refused(tiny, blocks, metrics):
     lens = random_lens(tiny)
     with torch.no_grad():
         lens.translators[1].bias[0] = math.nan
     with pytest.raises(InputError, match="of broken at layer 1 is nan"):
-        score_lenses(tiny, {"broken": lens}, blocks, token_bytes(tiny.tokenizer), extended=extended)
+        score_lenses(tiny, {"broken": lens}, blocks, ScoringConfig(metrics=metrics))
 
 
 def test_lens_of_another_model_is_refused(tiny, tokenizer, blocks):
     other = FrozenModel(make_gpt2(seed=1), tokenizer, name="other")
     lenses = {"foreign": LogitLens.from_model(other)}
     with pytest.raises(InputError, match="the lens foreign was made for other and does not fit"):
-        score_lenses(tiny, lenses, blocks, token_bytes(tokenizer))
+        score_lenses(tiny, lenses, blocks)
 
 
 def test_blocks_of_different_length_are_refused(tiny, blocks):
@@ -323,8 +334,8 @@ def test_blocks_of_different_length_are_refused(tiny, blocks):
         run(tiny, [blocks[0], blocks[1, :20]])
 
 
-def test_single_block_gives_figures_without_errors(tiny, blocks):
-    evaluation = run(tiny, blocks[:1], tokens=1, extended=True, by_position=True)
+def test_single_block_gives_values_without_errors(tiny, blocks):
+    evaluation = run(tiny, blocks[:1], tokens=1, metrics="all", by_position=True)
     assert evaluation.tokens == 1
     assert all(result.standard_error is None for result in evaluation.results)
 
@@ -342,3 +353,20 @@ def test_mean_over_layers_has_an_error_of_its_own(tiny, blocks):
         .mean((0, 2))
     )
     assert error == pytest.approx(per_block.std(ddof=1) / 3, rel=1e-3)
+
+
+def test_tokens_beyond_the_tokenizer_count_no_bytes(tiny, blocks, monkeypatch):
+    sizes = token_bytes(tiny.tokenizer)[:4000]
+    monkeypatch.setattr("tunedlens.evaluation.scoring.token_bytes", lambda _: sizes)
+    expected = sum(int(sizes[i]) for i in blocks[:, 1:].flatten() if i < 4000)
+    assert run(tiny, blocks).text_bytes == expected
+
+
+def test_every_per_token_metric_is_a_property_of_the_statistics():
+    for metric in per_token_metrics("all"):
+        assert isinstance(getattr(LensStatistics, metric), (property, functools.cached_property))
+
+
+@pytest.mark.parametrize("metric", [name for name, m in METRICS.items() if m.for_model])
+def test_metric_of_the_model_is_reported(tiny, blocks, metric):
+    assert math.isfinite(run(tiny, blocks[:2], metrics="all").of_model(metric).value)

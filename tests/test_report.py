@@ -1,4 +1,5 @@
 import csv
+import html
 import json
 import re
 import shutil
@@ -8,7 +9,8 @@ import pytest
 from conftest import make_evaluation
 
 from tunedlens import InputError, report
-from tunedlens.evaluation.estimates import Estimate
+from tunedlens.evaluation import Estimate
+from tunedlens.metrics import METRICS
 
 
 @pytest.fixture
@@ -30,9 +32,10 @@ def test_table_gives_every_layer_and_the_mean(evaluation):
 def test_summary_says_who_is_best_and_by_how_much(evaluation):
     text = " ".join(report.summary(evaluation))
     assert "tuned 4.500 ± 0.050, logit 9.000 ± 0.050" in text
-    assert "tuned beats logit by 4.500 ± 0.020 nats" in text
-    assert "two standard errors at every layer" in text
-    assert "perplexity 9.50 ± 0.50" in text
+    assert "The mean KL of tuned is 4.500 ± 0.020 nats lower than that of logit" in text
+    assert "by more than two standard errors at every layer" in text
+    assert "Mean prediction depth (of 8 layers): tuned 4.00 ± 0.10, logit 5.00 ± 0.10" in text
+    assert "a perplexity of 9.50 ± 0.50 and 0.90 ± 0.10 bits per byte" in text
 
 
 @pytest.mark.parametrize(
@@ -45,7 +48,7 @@ def test_summary_says_who_is_best_and_by_how_much(evaluation):
         (3.14159, None, "3.1416"),
     ],
 )
-def test_figures_are_said_to_the_digits_that_their_error_leaves(value, error, said):
+def test_values_have_as_many_digits_as_their_error_allows(value, error, said):
     assert report.tables.plus_minus(Estimate(value, error)) == said
 
 
@@ -53,7 +56,7 @@ def test_report_reads_back(evaluation, folder):
     assert report.read_evaluation(folder) == evaluation
 
 
-def test_csv_has_one_row_for_every_figure(evaluation, folder):
+def test_csv_has_one_row_for_every_value(evaluation, folder):
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     expected = [(r.lens, r.metric, r.value) for r in evaluation.results]
@@ -72,7 +75,7 @@ def test_report_that_is_written_again_is_the_same(folder):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_what_an_earlier_report_had_and_this_one_has_not_is_removed(folder):
+def test_files_of_an_earlier_report_are_removed(folder):
     assert (folder / "transfer.svg").exists()
     report.write_report(make_evaluation(grids=False), folder)
     assert not list(folder.glob("transfer.*"))
@@ -99,6 +102,12 @@ def test_page_needs_no_other_file(evaluation, folder):
     assert page.rows > 2 * evaluation.n_layers
 
 
+def test_page_explains_every_metric_that_it_shows(evaluation):
+    text = report.page(evaluation, {})
+    for metric in evaluation.metrics:
+        assert html.escape(METRICS[metric].meaning) in text
+
+
 def test_page_escapes_what_it_is_told():
     evaluation = make_evaluation()
     evaluation.provenance.update(model="<script>alert(1)</script>", command="a && b < c")
@@ -113,7 +122,7 @@ def test_folder_with_something_else_is_not_overwritten(folder, tmp_path):
     (tmp_path / "mine").mkdir()
     report.require_own(tmp_path / "mine")
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="holds something else than an evaluation"):
+    with pytest.raises(InputError, match="holds files that are no part of an evaluation"):
         report.require_own(tmp_path / "mine")
 
 
