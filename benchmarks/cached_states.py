@@ -29,9 +29,9 @@ from tunedlens.engine import accumulate_gradient
 from tunedlens.engine.backend import DTYPES, fastest_backend
 from tunedlens.engine.objective import LensKL
 from tunedlens.engine.vocab_sample import draw_sample
-from tunedlens.fit import LeastSquares, LensOptimizer, Preconditioned, TorchOptimizer
+from tunedlens.fit import LeastSquares, LensOptimizer, PreconditionedMuon, TorchOptimizer
 from tunedlens.model import ModelIdentity
-from tunedlens.training.costs import next_look
+from tunedlens.training.costs import next_validation_step
 
 HERE = Path(__file__).parent
 LAYERS = (2, 10, 18, 26, 29)
@@ -89,29 +89,31 @@ class Problem:
         ]
 
 
-def closed_form(problem: Problem, steps: Preconditioned, tokens: int) -> None:
+def closed_form(problem: Problem, optimizer: PreconditionedMuon, tokens: int) -> None:
     sums, held_out = (LeastSquares(len(LAYERS), problem.train[-1].shape[1]) for _ in range(2))
     sums.add([state[:tokens] for state in problem.train[:-1]], problem.train[-1][:tokens])
     held_out.add(problem.held_out[:-1], problem.held_out[-1])
-    steps.start(sums, sums.solve(sums.best_ridge(held_out)))
+    optimizer.initialise(sums, sums.solve(sums.best_ridge(held_out)))
 
 
 def fit(
     problem: Problem, make: Callable[[TunedLens], LensOptimizer], start: int, sample: int
 ) -> list:
-    """The curve of one fit: tokens, seconds and KL by layer at every look."""
-    steps, curve, looks, seconds = make(problem.lens()), [], [0], 0.0
+    """The curve of one fit: tokens, seconds and KL by layer at every validation."""
+    optimizer, curve, validations, seconds = make(problem.lens()), [], [0], 0.0
     since = time.perf_counter()
 
-    def look(tokens: int) -> None:
+    def validate(tokens: int) -> None:
         nonlocal seconds, since
         seconds += time.perf_counter() - since
-        curve.append({"tokens": tokens, "seconds": seconds, "kl_nats": problem.kl(steps.result())})
+        curve.append(
+            {"tokens": tokens, "seconds": seconds, "kl_nats": problem.kl(optimizer.result())}
+        )
         since = time.perf_counter()
 
-    if isinstance(steps, Preconditioned):
-        closed_form(problem, steps, start)
-    look(start)
+    if isinstance(optimizer, PreconditionedMuon):
+        closed_form(problem, optimizer, start)
+    validate(start)
     count = (problem.tokens - start) // STEP
     for step in range(count):
         first = start + step * STEP
@@ -120,16 +122,16 @@ def fit(
         model = problem.objective.model_side(states[-1], usage)
         drawn = None if usage is None else draw_sample(usage, sample, seed=0, step=step)
         keys = problem.objective.keys(drawn)
-        accumulate_gradient(steps.lens, states, problem.objective, model=model, keys=keys)
-        steps.step([True] * len(LAYERS), step / count)
-        if step + 1 == count or step + 1 == next_look(looks):
-            looks.append(step + 1)
-            look(first + STEP)
+        accumulate_gradient(optimizer.lens, states, problem.objective, model=model, keys=keys)
+        optimizer.step([True] * len(LAYERS), step / count)
+        if step + 1 == count or step + 1 == next_validation_step(validations):
+            validations.append(step + 1)
+            validate(first + STEP)
     return curve
 
 
-def mean(look: dict) -> float:
-    return sum(look["kl_nats"]) / len(look["kl_nats"])
+def mean(result: dict) -> float:
+    return sum(result["kl_nats"]) / len(result["kl_nats"])
 
 
 def main() -> None:
@@ -144,7 +146,7 @@ def main() -> None:
     runs: dict[str, list] = {}
 
     def ours(lens: TunedLens) -> LensOptimizer:
-        return Preconditioned(lens, 0.035, 0.8, 0.0)
+        return PreconditionedMuon(lens, 0.035, 0.8, 0.0)
 
     twentieth, fifth = flags.tokens // 20, flags.tokens // 5 // STEP * STEP
     # The first run also warms up, so it is made twice.
@@ -198,10 +200,10 @@ def draw(runs: dict[str, list], path: Path) -> None:
     }
     figure, axes = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
     for name, (color, line, marker) in shown.items():
-        curve = [look for look in runs[name] if look["seconds"] > 0.05]
+        curve = [result for result in runs[name] if result["seconds"] > 0.05]
         axes.plot(
-            [look["seconds"] for look in curve],
-            [mean(look) for look in curve],
+            [result["seconds"] for result in curve],
+            [mean(result) for result in curve],
             color=color,
             linestyle=line,
             marker=marker,

@@ -13,15 +13,15 @@ import argparse
 import tempfile
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 
 from tunedlens import TrainConfig, TunedLens, checkpoint, load_model, train
 from tunedlens.corpus import load_splits
 from tunedlens.engine import accumulate_gradient
 from tunedlens.engine.objective import LensKL
-from tunedlens.fit import LeastSquares, evening
-from tunedlens.training.plan import settled
+from tunedlens.fit import LeastSquares, preconditioner
+from tunedlens.fit.optimizer import translator_gradients
+from tunedlens.training.resolving import resolve
 from tunedlens.training.states import StateReader
 
 LENS = Path(__file__).parents[1] / "checkpoints" / "embedded"
@@ -29,15 +29,14 @@ BLOCKS = 64
 
 
 def gradient_norms(lens: TunedLens, first: LeastSquares, halves: list, kl: LensKL) -> list[float]:
-    evened = evening(first.second_moment).float()
+    inverse_root = preconditioner(first.second_moment).float()
     error = first.mean_square_error(first.solve(1e-4)).sqrt().float()
     found = []
     for half in halves:
         lens.zero_grad()
         for states in half:
-            accumulate_gradient(lens, states, kl, share=1 / len(half))
-        columns = [torch.cat([t.weight.grad, t.bias.grad[:, None]], 1) for t in lens.translators]
-        found.append(torch.stack(columns) @ evened * error[:, None, None])
+            accumulate_gradient(lens, states, kl, fraction=1 / len(half))
+        found.append(translator_gradients(lens) @ inverse_root * error[:, None, None])
     square = (found[0] * found[1]).sum((1, 2))
     return square.clamp(min=0).sqrt().tolist()
 
@@ -48,9 +47,9 @@ def main() -> None:
     parser.add_argument("--times", type=int, help="also train with so many times its tokens")
     flags = parser.parse_args()
     model, accelerator = load_model(device="cpu"), Accelerator(cpu=True)
-    config = settled(TrainConfig(), model, accelerator)
-    train_side = load_splits(config.corpus, model.tokenizer).train
-    reader = StateReader(model, config, accelerator)
+    plan = resolve(TrainConfig(), model, accelerator)
+    train_side = load_splits(plan.corpus, model.tokenizer).train
+    reader = StateReader(model, plan, accelerator)
     # Other blocks than the first ones of the runs below: another seed orders them.
     batches = train_side.batches(8, seed=1)
     states = [part for _ in range(BLOCKS // 8) for part in reader.read(next(batches).input_ids)]
@@ -75,9 +74,9 @@ def main() -> None:
         then = checkpoint.read_manifest(Path(folder) / "more")["progress"]
     means = []
     for progress in (now, then):
-        look = progress["curve"]["looks"][-1]
-        means.append(sum(look["kl_nats"]) / len(look["kl_nats"]))
-        print(f"{look['tokens']:,} tokens: {means[-1]:.4f} nats")
+        end = (progress.get("history") or progress["curve"]["looks"])[-1]
+        means.append(sum(end["kl_nats"]) / len(end["kl_nats"]))
+        print(f"{end['tokens']:,} tokens: {means[-1]:.4f} nats")
     print(f"{1 - means[1] / means[0]:.2%} less")
 
 

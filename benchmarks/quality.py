@@ -1,13 +1,13 @@
-"""Held-out KL against tokens and seconds: our fit beside the recipes of others.
+"""Held-out KL against tokens and seconds: the default fit beside published baselines.
 
     python benchmarks/quality.py                         the embedded GPT-2
     python benchmarks/quality.py --model M --dataset D   another
 
 Only the fit differs: text, held-out text, objective and precision are the same, and every
-run counts all its seconds (looks at held-out text included) and all its tokens (the closed
-form's too). The recipes get their best: learning rates are swept with one seed, then the
-best one runs with three seeds. Runs that are in the results already are not made again. Writes
-quality-<model>.json, .md, .png and .svg beside this file.
+run counts all its seconds (validation included) and all its tokens (the closed
+form's too). The baselines get their best hyperparameters: learning rates are swept with one
+seed, then the best one runs with three seeds. Runs that are in the results already are not
+repeated. The results go to quality-<model>.json, .md, .png and .svg beside this file.
 """
 
 import argparse
@@ -25,13 +25,11 @@ HERE = Path(__file__).parent
 RATES = {
     "sgd": (0.1, 0.3, 1.0, 3.0),
     "muon": (0.01, 0.02, 0.04, 0.08),
-    "adamw": (3e-4, 1e-3, 3e-3),
 }
 LABELS = {
     "preconditioned": "ours, default",
     "sgd": "SGD (tuned-lens)",
     "muon": "Muon",
-    "adamw": "AdamW",
 }
 
 
@@ -41,21 +39,21 @@ def run(config: TrainConfig) -> list[dict[str, Any]]:
         train(config, Path(folder) / "run")
         progress = checkpoint.read_manifest(Path(folder) / "run")["progress"]
     start = progress["init_tokens"]
-    return [look | {"model_tokens": look["tokens"] + start} for look in progress["curve"]["looks"]]
+    return [result | {"model_tokens": result["tokens"] + start} for result in progress["history"]]
 
 
-def mean(look: dict[str, Any]) -> float:
-    return statistics.fmean(look["kl_nats"])
+def mean(result: dict[str, Any]) -> float:
+    return statistics.fmean(result["kl_nats"])
 
 
 def reached(curve: list[dict[str, Any]], goal: list[float] | float) -> dict[str, Any] | None:
-    """The first look at or below a mean KL, or below another's at every layer."""
-    for look in curve:
+    """The first result at or below a mean KL, or below another's at every layer."""
+    for result in curve:
         if isinstance(goal, float):
-            if mean(look) <= goal:
-                return look
-        elif all(ours <= theirs for ours, theirs in zip(look["kl_nats"], goal, strict=True)):
-            return look
+            if mean(result) <= goal:
+                return result
+        elif all(ours <= theirs for ours, theirs in zip(result["kl_nats"], goal, strict=True)):
+            return result
     return None
 
 
@@ -83,7 +81,7 @@ def main() -> None:
     parser.add_argument("--dataset")
     parser.add_argument("--seq-len", type=int)
     parser.add_argument("--name", default="embedded")
-    parser.add_argument("--tokens", type=int, default=512_000, help="budget of the recipes")
+    parser.add_argument("--tokens", type=int, default=512_000, help="budget of the baselines")
     parser.add_argument("--max-tokens", type=int, help="of ours (default: train.py's)")
     parser.add_argument("--evaluate-tokens", type=int, default=16_384)
     parser.add_argument("--validation-tokens", type=int, default=8192, help="the same for all")
@@ -121,11 +119,11 @@ def table(curves: dict[str, list[Any]], best: dict[str, float]) -> str:
         "|---|---:|---:|---:|---|",
     ]
 
-    def row(name: str, looks: list[Any]) -> str:
-        means = [mean(look) for look in looks]
-        layers = [statistics.fmean(kl) for kl in zip(*(k["kl_nats"] for k in looks), strict=True)]
-        tokens = statistics.median(look["model_tokens"] for look in looks)
-        seconds = statistics.median(look["seconds"] for look in looks)
+    def row(name: str, results: list[Any]) -> str:
+        means = [mean(result) for result in results]
+        layers = [statistics.fmean(kl) for kl in zip(*(k["kl_nats"] for k in results), strict=True)]
+        tokens = statistics.median(result["model_tokens"] for result in results)
+        seconds = statistics.median(result["seconds"] for result in results)
         spread = max(means) - min(means)
         return (
             f"| {name} | {tokens:,.0f} | {seconds:.0f} | {statistics.fmean(means):.4f} "
@@ -136,9 +134,9 @@ def table(curves: dict[str, list[Any]], best: dict[str, float]) -> str:
     for fit, rate in best.items():
         lines.append(row(f"{LABELS[fit]}, lr {rate:g}", [curve[-1] for curve in curves[fit]]))
     budget = min((curves[fit][0][-1]["model_tokens"] for fit in best), default=0)
-    within = [[look for look in curve if look["model_tokens"] <= budget] for curve in ours]
+    within = [[result for result in curve if result["model_tokens"] <= budget] for curve in ours]
     if all(within):
-        lines.append(row("ours, with no more tokens", [looks[-1] for looks in within]))
+        lines.append(row("ours, with no more tokens", [results[-1] for results in within]))
     lines.append(row(LABELS["preconditioned"], [curve[-1] for curve in ours]))
     for fit in best:
         ends = [curve[-1] for curve in curves[fit]]
@@ -149,25 +147,25 @@ def table(curves: dict[str, list[Any]], best: dict[str, float]) -> str:
             (statistics.fmean(layers), "mean KL"),
             (layers, "KL at every layer"),
         ):
-            looks = [reached(curve, goal) for curve in ours]
-            if None in looks:
+            results = [reached(curve, goal) for curve in ours]
+            if None in results:
                 lines.append(f"| not reached: {what} of {LABELS[fit]} | | | | |")
                 continue
-            our_tokens = statistics.median(look["model_tokens"] for look in looks)
-            our_seconds = statistics.median(look["seconds"] for look in looks)
+            our_tokens = statistics.median(result["model_tokens"] for result in results)
+            our_seconds = statistics.median(result["seconds"] for result in results)
             name = (
                 f"ours at the {what} that {LABELS[fit]} ends with: 1/{tokens / our_tokens:.1f} "
                 f"of its tokens, 1/{seconds / our_seconds:.1f} of its seconds"
             )
-            lines.append(row(name, looks))
+            lines.append(row(name, results))
     return "\n".join(lines) + "\n"
 
 
 def draw(curves: dict[str, list[Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    styles = {"preconditioned": "-", "sgd": "--", "muon": "-.", "adamw": ":"}
-    colors = {"preconditioned": "#0072B2", "sgd": "#D55E00", "muon": "#009E73", "adamw": "#CC79A7"}
+    styles = {"preconditioned": "-", "sgd": "--", "muon": "-."}
+    colors = {"preconditioned": "#0072B2", "sgd": "#D55E00", "muon": "#009E73"}
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained", sharey=True)
     for panel, key, label in (
         (axes[0], "model_tokens", "tokens through the model"),
@@ -175,10 +173,10 @@ def draw(curves: dict[str, list[Any]], path: Path) -> None:
     ):
         for fit, runs in curves.items():
             for index, curve in enumerate(runs):
-                looks = [look for look in curve if look["model_tokens"]]
+                results = [result for result in curve if result["model_tokens"]]
                 panel.plot(
-                    [look[key] for look in looks],
-                    [mean(look) for look in looks],
+                    [result[key] for result in results],
+                    [mean(result) for result in results],
                     color=colors[fit],
                     linestyle=styles[fit],
                     label=LABELS[fit] if index == 0 else None,

@@ -1,11 +1,11 @@
 """Train the GPT-2 that ships with the package.
 
-    python -m tunedlens.builtin.pretrain --output DIR
+    python scripts/pretrain.py --output DIR
 
 reads the standard library of the running Python, trains a byte-level BPE tokenizer and
 then the model, and writes a Hugging Face folder: config.json, model.safetensors
-(float16), tokenizer.json, and a card with what was measured. Stopped, it goes on with the
-same command; another --steps then moves the end, and the decay with it.
+(float16), tokenizer.json, and a card with what was measured. An interrupted run is resumed
+by the same command; another --steps then moves the end, and the decay with it.
 """
 
 import argparse
@@ -25,9 +25,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tunedlens import builtin
-from tunedlens.builtin import standard_library
 from tunedlens.config import CorpusConfig, ScoringConfig
-from tunedlens.corpus import CorpusSplits, load_splits
+from tunedlens.corpus import CorpusSplits, load_splits, resolve_corpus
+from tunedlens.corpus.standard_library import standard_library
 from tunedlens.evaluation import Evaluation, score_lenses
 from tunedlens.model import FrozenModel, load_model
 
@@ -39,7 +39,7 @@ DECAY_SHARE = 0.5
 """Share of the steps, the last ones, over which the learning rate falls to 0."""
 
 LINE_STEPS = 150
-"""LensOptimizer after those, at a tenth of the rate, on blocks that begin where a line does."""
+"""Further steps, at a tenth of the learning rate, on blocks that begin at the start of a line."""
 
 PROMPTS = ("def __init__(self", "import os", "for i in range(", "if x is not", "raise ValueError(")
 
@@ -223,7 +223,7 @@ def card(
         "# The embedded GPT-2",
         "",
         "A small GPT-2 (`GPT2LMHeadModel`, byte-level BPE) that ships with tunedlens, made by",
-        "`python -m tunedlens.builtin.pretrain`.",
+        "`python scripts/pretrain.py`.",
         "",
         f"- Text: the source of the standard library of Python {platform.python_version()}, "
         "without tests; files are split by a hash of their path.",
@@ -279,7 +279,8 @@ def main() -> None:
         compact = json.dumps(json.loads(tokenizer_file.read_text()), separators=(",", ":"))
         tokenizer_file.write_text(compact)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(args.output)
-    splits = load_splits(CorpusConfig(dataset=builtin.NAME, seq_len=CONTEXT), tokenizer)
+    corpus = CorpusConfig(dataset=builtin.NAME, seq_len=CONTEXT)
+    splits = load_splits(resolve_corpus(corpus, builtin.NAME, CONTEXT), tokenizer)
     print(f"train {splits.train.about}\nvalidation {splits.validation.about}", flush=True)
     run = pretrain(args, tokenizer, splits)
     (args.output / "README.md").write_text(card(args.output, splits, run, args))

@@ -113,3 +113,22 @@ def test_slow_package_has_one_home_and_is_imported_only_when_used(package, home)
         for name, when in imports(path):
             if name.split(".")[0] == package and when != "for types":
                 assert (room_of(path), when) == (home, "in a function")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_modules_and_functions_stay_short_enough_to_read(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 350
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno - node.lineno < 60, node.name
+
+
+def test_any_is_rare():
+    names = [
+        node.id
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Name)
+    ]
+    assert names.count("Any") < 30

@@ -111,7 +111,7 @@ def test_state_reads_back_bit_equal(tmp_path):
     tensors = {"a": torch.randn(3, 4), "b": torch.tensor(7.0)}
     checkpoint.save_state(tmp_path / "run", checkpoint.State(tensors, {"step": 3}))
     state = checkpoint.load_state(checkpoint.newest_state(tmp_path))
-    assert state.about["step"] == 3
+    assert state.metadata["step"] == 3
     assert all(torch.equal(state.tensors[name], value) for name, value in tensors.items())
 
 

@@ -297,7 +297,7 @@ def test_bad_lenses_are_one_line(here, tokenizer, text_file, capsys):
     tokenizer.save_pretrained(here / "other")
     lens = TunedLens.from_model(load_model(here / "other", device="cpu"))
     lens.save(here / "foreign")
-    lens.translators[1].bias.data[0] = math.nan
+    lens.translator(1).bias.data[0] = math.nan
     lens.save(here / "broken")
     (here / "mine").mkdir()
     (here / "mine" / "thesis.txt").write_text("mine")

@@ -317,7 +317,7 @@ def test_nothing_to_score_is_refused(tiny, blocks):
 def test_lens_with_values_that_are_not_finite_is_refused(tiny, blocks, metrics):
     lens = random_lens(tiny)
     with torch.no_grad():
-        lens.translators[1].bias[0] = math.nan
+        lens.translator(1).bias[0] = math.nan
     with pytest.raises(InputError, match="of broken at layer 1 is nan"):
         score_lenses(tiny, {"broken": lens}, blocks, ScoringConfig(metrics=metrics))
 

@@ -119,7 +119,7 @@ def test_generation_leaves_the_model_and_the_seed_as_they_were(tiny, lens):
         ("x", {"eos_token_id": 5000}, "eos_token_id must be between 0 and 4095"),
         ("x", {"do_sample": True, "temperature": 0.0}, "temperature must be more than 0"),
         ("x", {"do_sample": True, "top_k": -1}, "top_k must be 1 or more"),
-        ("x", {"temperature": 2}, "of samples; give do_sample=True"),
+        ("x", {"temperature": 2}, "need do_sample=True"),
         ("x", {"do_sample": True, "top_p": 1.5}, "top_p must be between 0 and 1"),
     ],
 )

@@ -51,7 +51,7 @@ def test_neurons_and_what_they_promote_are_those_of_the_definition(request, name
 
 def test_mlp_that_is_no_sum_of_neurons_is_refused(tiny):
     tiny.blocks[1].mlp.register_forward_hook(lambda _m, _a, output: 2 * output)
-    with pytest.raises(InputError, match="block 1 of tiny is no sum of output vectors"):
+    with pytest.raises(InputError, match="block 1 of tiny is not a sum of output vectors"):
         neurons(tiny, TEXT, 1)
 
 

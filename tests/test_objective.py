@@ -91,7 +91,7 @@ def test_out_of_memory_halves_the_chunk_and_loses_nothing(monkeypatch, error):
     monkeypatch.setattr(torch, "softmax", short_of_memory)
     translated, final, unembedding = problem()
     kl = LensKL(unembedding, dtype=torch.float64, chunk=16)
-    with pytest.warns(UserWarning, match="out of memory: going on with 4 tokens at a time"):
+    with pytest.warns(UserWarning, match="out of memory: continuing with chunks of 4 tokens"):
         actual = kl(translated, final)
     (gradient,) = torch.autograd.grad(actual.sum(), translated)
     expected = reference_kl(translated, final, unembedding)

@@ -1,11 +1,15 @@
 """The pages that we write, in a real browser."""
 
+import re
 import shutil
 
+import numpy as np
 import pytest
 from conftest import make_gpt2, random_lens
 
-from tunedlens import FrozenModel, InputError, LogitLens, trajectory
+from tunedlens import FrozenModel, InputError, LogitLens, difference, trajectory
+from tunedlens.metrics import TRAJECTORY_METRICS
+from tunedlens.report.plots.colors import ColorScale
 from tunedlens.tokenizer import shown
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -78,10 +82,14 @@ TEXT = "import os\n\ndef f(x):\n    return $x$  # </script><script>alert(1)</scr
 
 
 @pytest.fixture
-def read(tiny_many_positions):
+def lenses(tiny_many_positions):
     model = tiny_many_positions
-    lenses = {"tuned": random_lens(model), "logit": LogitLens.from_model(model)}
-    return trajectory(model, lenses, TEXT)
+    return {"tuned": random_lens(model), "logit": LogitLens.from_model(model)}
+
+
+@pytest.fixture
+def read(tiny_many_positions, lenses):
+    return trajectory(tiny_many_positions, lenses, TEXT)
 
 
 @pytest.fixture
@@ -116,7 +124,7 @@ def test_page_that_does_complain_is_heard(explorer):
 
 def test_explorer_says_the_best_token_of_every_cell(explorer, read, tokenizer):
     page, _ = explorer
-    best = read.readings["tuned"].top_ids[..., 0]
+    best = read.predictions["tuned"].top_ids[..., 0]
     for row, position in ((0, 0), (2, 5), (3, len(read.tokens) - 1)):
         expected = shown(tokenizer, int(best[row, position]))
         assert cell(page, row, position).text_content() == expected
@@ -125,7 +133,7 @@ def test_explorer_says_the_best_token_of_every_cell(explorer, read, tokenizer):
 
 def test_explorer_colours_by_the_figure_and_lens_that_are_chosen(explorer, read):
     page, _ = explorer
-    tuned, logit = (read.readings[name].kl_nats[1, 4].item() for name in ("tuned", "logit"))
+    tuned, logit = (read.predictions[name].kl_nats[1, 4].item() for name in ("tuned", "logit"))
     for lens, expected in (("tuned", tuned), ("logit", logit), ("tuned − logit", tuned - logit)):
         page.select_option("#lens", label=lens)
         page.select_option("#metric", "kl_nats")
@@ -137,15 +145,15 @@ def test_explorer_colours_by_the_token_that_is_chosen(tiny_many_positions, open_
     read = trajectory(tiny_many_positions, None, TEXT, track=["x"])
     (tmp_path / "explorer.html").write_text(read.to_html())
     page, heard = open_page("explorer.html")
-    wanted = str(read.model.tokenizer.encode("x")[0])
-    for metric, of in (("rank", "final"), ("logit", "x"), ("probability", "x"), ("rank", "x")):
+    wanted = str(tiny_many_positions.tokenizer.encode("x")[0])
+    for metric, token in (("rank", "final"), ("logit", "x"), ("probability", "x"), ("rank", "x")):
         page.select_option("#metric", metric)
-        page.select_option("#of", wanted if of == "x" else of)
-        expected = read.figures(metric, of=of)[2, 5].item()
+        page.select_option("#token", wanted if token == "x" else token)
+        expected = read.values(metric, token=token)[2, 5].item()
         found = float(cell(page, 2, 5).get_attribute("data-value"))
         assert found == pytest.approx(expected, abs=3e-4)
-    page.select_option("#of", "next")
-    rank = int(read.readings["logit"].next_rank[2, 5])
+    page.select_option("#token", "next")
+    rank = int(read.predictions["logit"].next_ranks[2, 5])
     assert int(cell(page, 2, 5).get_attribute("data-value")) == rank
     end = len(read.tokens) - 1
     assert not cell(page, 2, end).get_attribute("data-value")  # nothing comes next
@@ -158,12 +166,12 @@ def test_explorer_has_inputs_below_and_next_tokens_above(explorer, read):
     page, _ = explorer
     heads = page.locator(".map thead th").all_text_contents()
     feet = page.locator(".map tfoot th").all_text_contents()
-    inputs = [read.shown(i) for i in read.input_ids.tolist()]
+    inputs = [read.vocabulary[i].shown for i in read.input_ids.tolist()]
     assert feet[1:] == [f"{word}{position}" for position, word in enumerate(inputs)]
     assert heads[1:] == [*inputs[1:], ""]
     assert page.inner_text("h1") == "One text through the layers of tiny"
     right = [label.get_attribute("class") == "right" for label in page.locator("thead th").all()]
-    best = read.readings["tuned"].top_ids[-1, :, 0]
+    best = read.predictions["tuned"].top_ids[-1, :, 0]
     assert right[1:] == (best == read.next_ids).tolist()
 
 
@@ -178,7 +186,7 @@ def test_explorer_shows_the_best_tokens_of_what_is_pointed_at(explorer, read, to
     page, _ = explorer
     cell(page, 2, 3).hover()
     lines = page.locator("#tip tr").all_inner_texts()[1:]
-    reading = read.readings["tuned"]
+    reading = read.predictions["tuned"]
     assert len(lines) == 10
     for place, line in enumerate(lines):
         word, probability, logit, rank = line.split("\t")
@@ -193,12 +201,12 @@ def test_explorer_says_in_words_what_a_cell_is_coloured_by(explorer, read):
     page, _ = explorer
     page.select_option("#metric", "rank")
     cell(page, 1, 3).hover()
-    rank = int(read.figures("rank", "tuned")[1, 3])
+    rank = int(read.values("rank", "tuned", token="final")[1, 3])
     assert page.inner_text("#tip .coloured") == f"rank of the model's best token: {rank}"
     page.select_option("#lens", label="tuned − logit")
     page.select_option("#metric", "kl_nats")
     cell(page, 1, 4).hover()
-    one, other = (read.readings[name].kl_nats[1, 4].item() for name in ("tuned", "logit"))
+    one, other = (read.predictions[name].kl_nats[1, 4].item() for name in ("tuned", "logit"))
     expected = f"KL(model ‖ lens), nats: tuned {one:.3f} − logit {other:.3f} = {one - other:.3f}"
     assert page.inner_text("#tip .coloured") == expected
 
@@ -217,7 +225,7 @@ def test_explorer_marks_what_is_pinned_and_follows_its_address(explorer, read):
     page, _ = explorer
     cell(page, 2, 3).click()
     assert "pinned" in cell(page, 2, 3).get_attribute("class")
-    token = int(read.readings["tuned"].top_ids[1, 5, 0])
+    token = int(read.predictions["tuned"].top_ids[1, 5, 0])
     page.evaluate(f"location.hash = 'lens=logit&colour=kl_nats&pin=0.5.{token}'")
     page.wait_for_function("document.getElementById('lens').value === 'logit'")
     assert "(position 5)" in page.inner_text("#pins figcaption")
@@ -227,9 +235,9 @@ def test_explorer_marks_what_is_pinned_and_follows_its_address(explorer, read):
 def test_explorer_follows_a_token_that_is_clicked_until_it_is_clicked_again(explorer, read):
     page, _ = explorer
     cell(page, 1, 6).click()
-    token = int(read.readings["tuned"].top_ids[1, 6, 0])
+    token = int(read.predictions["tuned"].top_ids[1, 6, 0])
     place = read.tracked_ids[6].tolist().index(token)
-    for name, reading in read.readings.items():
+    for name, reading in read.predictions.items():
         points = page.locator(f"polyline[data-lens={name}]").get_attribute("data-points")
         expected = reading.tracked_log_probs[:, 6, place].exp().tolist()
         assert [float(point) for point in points.split()] == pytest.approx(
@@ -264,14 +272,16 @@ def test_explorer_keeps_what_is_chosen_in_the_address(explorer):
     assert not page.locator("#pins figure").count()
 
 
-def test_explorer_has_a_second_text_beside_the_first(read, open_page, tmp_path):
-    other = trajectory(read.model, read.lenses, "x = 1\n")
+def test_explorer_has_a_second_text_beside_the_first(
+    read, tiny_many_positions, lenses, open_page, tmp_path
+):
+    other = trajectory(tiny_many_positions, lenses, "x = 1\n")
     (tmp_path / "two.html").write_text(read.to_html(other[:, 1:]))
     page, heard = open_page("two.html")
     assert page.locator(".map").count() == 2
     page.select_option("#metric", "entropy_nats")
     found = page.locator("td[data-text='1'][data-row='2'][data-position='0']")
-    expected = other.readings["tuned"].entropy_nats[2, 1].item()
+    expected = other.predictions["tuned"].entropy_nats[2, 1].item()
     assert float(found.get_attribute("data-value")) == pytest.approx(expected, abs=2e-4)
     found.click()
     assert "(position 1, text 2)" in page.inner_text("#pins figcaption")
@@ -280,9 +290,9 @@ def test_explorer_has_a_second_text_beside_the_first(read, open_page, tmp_path):
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
 
 
-def test_texts_that_were_read_with_other_lenses_are_refused(read):
+def test_texts_that_were_read_with_other_lenses_are_refused(read, tiny_many_positions):
     with pytest.raises(InputError, match="tuned, logit and logit"):
-        read.to_html(trajectory(read.model, None, "x"))
+        read.to_html(trajectory(tiny_many_positions, None, "x"))
 
 
 @pytest.mark.parametrize("width", [1280, 375])
@@ -294,3 +304,40 @@ def test_explorer_is_no_wider_than_the_screen_and_keeps_its_headers(explorer, wi
     before = head.bounding_box()["x"]
     page.evaluate("document.querySelector('.map').scrollLeft = 300")
     assert head.bounding_box()["x"] == before
+
+
+def test_numbers_and_colours_of_the_page_are_those_of_python(explorer, read):
+    page, _ = explorer
+    sides = {"tuned": read, "logit": read, "tuned − logit": difference(read, "tuned", "logit")}
+    for lens, data in sides.items():
+        page.select_option("#lens", label=lens)
+        for metric, about in TRAJECTORY_METRICS.items():
+            page.select_option("#metric", metric)
+            for token in ("top1", "final", "next") if about.has_token else ("top1",):
+                if (metric, token) == ("rank", "top1"):
+                    continue
+                if about.has_token:
+                    page.select_option("#token", token)
+                name = None if lens == "tuned − logit" else lens
+                expected = data.values(metric, name, token=token)
+                assert_cells_equal(page, read, expected, metric, name is None)
+
+
+def assert_cells_equal(page, read, expected, metric, is_difference):
+    found = page.eval_on_selector_all(
+        ".map td",
+        "cells => cells.map((c) => [c.dataset.row, c.dataset.position, c.dataset.value,"
+        " c.style.backgroundColor, c.style.color])",
+    )
+    scale = ColorScale.from_values(metric, [(read, expected)], is_difference=is_difference)
+    colors = scale.colors()(np.ma.masked_invalid(scale.norm()(expected.numpy())), bytes=True)
+    assert len(found) == expected.numel()
+    for row, position, value, background, ink in found:
+        wanted = expected[int(row), int(position)].item()
+        if np.isnan(wanted):
+            assert value == ""
+            continue
+        assert float(value) == pytest.approx(wanted, abs=6e-5)
+        rgb = [int(part) for part in re.findall(r"\d+", background)]
+        assert np.abs(rgb - colors[int(row), int(position), :3].astype(int)).max() <= 3
+        assert ink in ("black", "white")

@@ -5,8 +5,8 @@ import pytest
 from conftest import make_evaluation, random_lens
 from matplotlib.textpath import TextPath
 
-from tunedlens import Evaluation, InputError, LogitLens, trajectory
-from tunedlens.fit import LearningCurve, Look
+from tunedlens import Evaluation, InputError, LogitLens, compare, difference, trajectory
+from tunedlens.fit import ValidationResult
 from tunedlens.metrics import METRICS
 from tunedlens.report import plots
 from tunedlens.report.plots import style
@@ -117,20 +117,20 @@ def test_svg_holds_its_labels_as_text(evaluation):
 
 
 @pytest.fixture
-def curve():
+def history():
     points = ((0, 3.0, 1.0), (1000, 2.0, 0.5), (4000, 1.5, 0.4))
-    return LearningCurve([Look(t // 10, t, t / 100, [a, b]) for t, a, b in points])
+    return [ValidationResult(t // 10, t, t / 100, [a, b]) for t, a, b in points]
 
 
-def test_learning_curve_shows_every_layer_and_the_mean(curve):
-    figure = plots.learning_curve(curve)
+def test_learning_curve_shows_every_layer_and_the_mean(history):
+    figure = plots.learning_curve(history)
     assert lines(figure.axes[0]) == {(3.0, 2.0, 1.5), (1.0, 0.5, 0.4), (2.0, 1.25, 0.95)}
     assert {text.get_text() for text in figure.axes[0].texts} == {"layer 0", "1", "mean"}
     assert "40 s" in figure.axes[0].get_xlabel()
 
 
-def test_learning_curve_of_a_single_look_is_not_drawn(curve, tmp_path):
-    plots.draw_learning_curve(LearningCurve(curve.looks[:1]), tmp_path)
+def test_learning_curve_of_a_single_validation_is_not_drawn(history, tmp_path):
+    plots.draw_learning_curve(history[:1], tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -146,7 +146,7 @@ def cells(figure):
 
 
 def test_heatmap_says_the_best_token_of_every_cell(read, tokenizer):
-    figure, reading = read.heatmap(), read.readings["logit"]
+    figure, reading = read.heatmap(), read.predictions["logit"]
     found = cells(figure)
     assert len(found) == len(read.rows) * len(read.tokens)
     for (column, row), word in found.items():
@@ -156,7 +156,7 @@ def test_heatmap_says_the_best_token_of_every_cell(read, tokenizer):
 
 @pytest.mark.parametrize("metric", ["probability", "log_prob", "logit", "kl_nats", "entropy_nats"])
 def test_heatmap_is_coloured_by_what_its_bar_says(read, metric):
-    reading = read.readings["logit"]
+    reading = read.predictions["logit"]
     figure = read.heatmap(metric)
     top = reading.top_log_probs[..., 0]
     expected = {
@@ -172,14 +172,14 @@ def test_heatmap_is_coloured_by_what_its_bar_says(read, metric):
 
 
 def test_heatmap_of_ranks_is_that_of_the_models_best_token_from_1(read):
-    figure = read.heatmap("rank")
+    figure = read.heatmap("rank", token="final")
     values = figure.axes[0].images[0].get_array()
     assert (values[-1] == 1).all()
     assert figure.axes[0].images[0].norm.vmin == 1
 
 
 def test_position_0_keeps_out_of_the_limits_of_the_colours(read):
-    read.readings["logit"].kl_nats[0, 0] = 1e6
+    read.predictions["logit"].kl_nats[0, 0] = 1e6
     assert read.heatmap("kl_nats").axes[0].images[0].norm.vmax < 1e5
 
 
@@ -194,7 +194,7 @@ def test_lenses_one_above_the_other_have_the_same_colours(tiny):
     read = trajectory(tiny, lenses, "def f(x):")
     *panels, bar = read.heatmap("kl_nats", ["logit", "tuned"]).axes
     for axes, lens in zip(panels, ("logit", "tuned"), strict=True):
-        assert np.allclose(axes.images[0].get_array(), read.readings[lens].kl_nats.numpy())
+        assert np.allclose(axes.images[0].get_array(), read.predictions[lens].kl_nats.numpy())
         assert axes.get_ylabel() == f"layer, {lens} lens"
     assert panels[0].images[0].norm is panels[1].images[0].norm
     assert bar.get_ylabel() == "KL(model ‖ lens), nats"
@@ -203,25 +203,29 @@ def test_lenses_one_above_the_other_have_the_same_colours(tiny):
 def test_differences_have_a_diverging_map_around_0(tiny):
     lenses = {"tuned": random_lens(tiny), "logit": LogitLens.from_model(tiny)}
     one, two = trajectory(tiny, lenses, ["def f(x):", "def g(y):"])
-    for versus, words in ((two, "this text − the other"), ("logit", "tuned − logit")):
-        image = one.heatmap("entropy_nats", versus=versus).axes[0].images[0]
+    texts = compare(tiny, lenses, "def f(x):", baseline_text="def g(y):")
+    for data, words in (
+        (texts, "this text − the baseline"),
+        (difference(one, "tuned", "logit"), "tuned − logit"),
+    ):
+        image = data.heatmap("entropy_nats").axes[0].images[0]
         assert image.norm.vmin == -image.norm.vmax < 0
         assert image.cmap.name == "RdBu"
         assert image.colorbar.ax.get_ylabel().replace("\n", " ") == f"entropy, nats: {words}"
-    expected = one.readings["tuned"].entropy_nats - two.readings["tuned"].entropy_nats
-    found = one.heatmap("entropy_nats", versus=two).axes[0].images[0].get_array()
+    expected = one.predictions["tuned"].entropy_nats - two.predictions["tuned"].entropy_nats
+    found = texts.heatmap("entropy_nats").axes[0].images[0].get_array()
     assert np.allclose(found, expected.numpy())
 
 
 def test_positions_inputs_and_next_tokens_are_named_and_right_ones_bold(read):
     axes = read[:, 2:7].heatmap().axes[0]
-    ids, best = read.input_ids.tolist(), read.readings["logit"].top_ids[-1, :, 0].tolist()
+    ids, best = read.input_ids.tolist(), read.predictions["logit"].top_ids[-1, :, 0].tolist()
     below = [label.get_text() for label in axes.get_xticklabels()]
-    assert below == [f"{style.drawable(read.shown(ids[p]))}\n{p}" for p in range(2, 7)]
+    assert below == [f"{style.drawable(read.vocabulary[ids[p]].shown)}\n{p}" for p in range(2, 7)]
     (top,) = axes.child_axes
     above = top.get_xticklabels()
     assert [x.get_text() for x in above] == [
-        style.drawable(read.shown(ids[p + 1])) for p in range(2, 7)
+        style.drawable(read.vocabulary[ids[p + 1]].shown) for p in range(2, 7)
     ]
     assert [x.get_fontweight() == "bold" for x in above] == [
         ids[p + 1] == best[p] for p in range(2, 7)
@@ -229,13 +233,13 @@ def test_positions_inputs_and_next_tokens_are_named_and_right_ones_bold(read):
 
 
 def test_right_next_token_is_bold(read):
-    read.text_ids[4] = read.readings["logit"].top_ids[-1, 3, 0]
+    read.next_ids[3] = read.predictions["logit"].top_ids[-1, 3, 0]
     (top,) = read.heatmap().axes[0].child_axes
     assert top.get_xticklabels()[3].get_fontweight() == "bold"
 
 
 def test_cells_that_say_what_the_model_says_are_outlined(read):
-    best = read.readings["logit"].top_ids
+    best = read.predictions["logit"].top_ids
     best[1, 2, 0] = best[-1, 2, 0]
     frames = {
         (round(patch.get_x() + 0.46), round(patch.get_y() + 0.44))
@@ -245,14 +249,14 @@ def test_cells_that_say_what_the_model_says_are_outlined(read):
     assert frames == {(x, y) for y, x in same.nonzero().tolist()} != set()
 
 
-@pytest.mark.parametrize("of", ["final", "x"])
-def test_heatmap_is_coloured_by_the_token_that_is_asked_for(tiny, of):
+@pytest.mark.parametrize("token", ["final", "x"])
+def test_heatmap_is_coloured_by_the_token_that_is_asked_for(tiny, token):
     read = trajectory(tiny, None, "def f(x):", track=["x"])
-    found = read.heatmap("log_prob", of=of).axes[0].images[0].get_array()
+    found = read.heatmap("log_prob", token=token).axes[0].images[0].get_array()
     for layer, hidden in enumerate(tiny.residual_stream(read.input_ids[None])):
-        log_probs = read.lenses["logit"](hidden[0], layer).log_softmax(-1)
-        best = read.readings["logit"].top_ids[-1, :, 0]
-        ids = best if of == "final" else tiny.encode("x")[0].expand(len(best))
+        log_probs = LogitLens.from_model(tiny)(hidden[0], layer).log_softmax(-1)
+        best = read.predictions["logit"].top_ids[-1, :, 0]
+        ids = best if token == "final" else tiny.encode("x")[0].expand(len(best))
         expected = log_probs.gather(-1, ids[:, None])[:, 0]
         assert np.allclose(found[layer], expected.numpy(), atol=1e-4)
 
@@ -272,21 +276,23 @@ def test_figure_of_another_width_is_the_same_picture(read):
 
 
 def test_pages_of_a_long_text_have_all_positions_in_the_same_colours(tiny):
-    one, two = trajectory(tiny, None, ["a b c d e f " * 12, "b a d c f e " * 12], stride=16)
+    text, other = "a b c d e f " * 12, "b a d c f e " * 12
+    one = trajectory(tiny, None, text, stride=16)
+    both = compare(tiny, None, text, baseline_text=other, stride=16)
     assert len(one.positions) > 60
-    for versus in (None, two):
-        pages = list(plots.heatmap_pages(one, "entropy_nats", versus=versus))
+    for data in (one, both):
+        pages = list(plots.heatmap_pages(data, "entropy_nats"))
         images = [page.axes[0].images[0] for page in pages]
         drawn = np.concatenate([image.get_array() for image in images], 1)
-        assert np.allclose(drawn, one.figures("entropy_nats", versus=versus).numpy())
+        assert np.allclose(drawn, data.values("entropy_nats").numpy())
         assert len({(image.norm.vmin, image.norm.vmax) for image in images}) == 1
 
 
 def test_divergence_of_two_texts_is_drawn_from_0(tiny):
-    one, two = trajectory(tiny, None, ["def f(x):", "def g(y):"])
-    figure = one.heatmap("js_nats", versus=two)
+    both = compare(tiny, None, "def f(x):", baseline_text="def g(y):")
+    figure = both.heatmap("js_nats")
     image = figure.axes[0].images[0]
-    assert np.allclose(image.get_array(), one.divergence(two).numpy())
+    assert np.allclose(image.get_array(), both.divergences["logit"]["js_nats"].numpy())
     assert image.norm.vmin == 0
     assert image.cmap.name == "cividis"
 
@@ -325,9 +331,9 @@ def test_dollars_are_not_read_as_mathematics(read):
     [
         ({"metric": "loss"}, "metric must be one of probability"),
         ({"lens": "tuned"}, "lens must be one of logit"),
-        ({"of": "zebra crossing"}, "tokens"),
+        ({"token": "zebra crossing"}, "zebra␣crossing was not tracked"),
+        ({"metric": "rank"}, "rank of top1 is 1 everywhere"),
         ({"metric": "js_nats"}, "metric must be one of probability"),
-        ({"versus": "tuned"}, "lens must be one of logit"),
         ({"width": 0}, "width must be more than 0"),
     ],
 )
@@ -344,19 +350,24 @@ def test_curves_follow_tokens_through_the_layers_of_every_lens(tiny, metric):
     found = [list(line.get_ydata()) for line in axes.lines]
     expected = []
     for token in ("x", " return"):
-        place = read.tracked_places(token)[-1]
-        for reading in read.readings.values():
+        place = read.tracked_ids[-1].tolist().index(read.token_id(token))
+        for reading in read.predictions.values():
             log_probs = reading.tracked_log_probs[:, -1, place]
             ranks = reading.tracked_ranks[:, -1, place]
             expected.append((ranks if metric == "rank" else log_probs.exp()).tolist())
     assert found == expected
     assert texts(axes) == {"x", "␣return"}
-    assert axes.get_ylabel() == f"{metric} after {read.shown(int(read.input_ids[-1]))} (position 4)"
+    assert (
+        axes.get_ylabel()
+        == f"{metric} after {read.vocabulary[int(read.input_ids[-1])].shown} (position 4)"
+    )
     figure = axes.figure
     figure.draw_without_rendering()
     for label in axes.texts:  # beside the end of their lines, but for what touches
-        place = read.tracked_places(label.get_text().replace("␣", " "))[-1]
-        reading = read.readings["logit"]
+        place = (
+            read.tracked_ids[-1].tolist().index(read.token_id(label.get_text().replace("␣", " ")))
+        )
+        reading = read.predictions["logit"]
         end = reading.tracked_ranks if metric == "rank" else reading.tracked_log_probs.exp()
         height = axes.transData.transform((0, float(end[-1, -1, place])))[1]
         at = label.get_window_extent()
@@ -374,9 +385,9 @@ def test_curves_that_cannot_be_drawn_are_refused(read):
 
 def test_curves_are_by_default_of_what_the_model_finds_probable(read):
     axes = read.curves().axes[0]
-    best = read.readings["logit"].top_ids[-1, -1, 0]
-    assert read.shown(int(best)) in texts(axes)
-    place = read.tracked_places(int(best))[-1]
-    probs = read.readings["logit"].tracked_log_probs[:, -1, place].exp().tolist()
+    best = read.predictions["logit"].top_ids[-1, -1, 0]
+    assert read.vocabulary[int(best)].shown in texts(axes)
+    place = read.tracked_ids[-1].tolist().index(int(best))
+    probs = read.predictions["logit"].tracked_log_probs[:, -1, place].exp().tolist()
     assert list(axes.lines[0].get_ydata()) == probs
     assert 1 <= len(axes.lines) <= 5

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tunedlens import LogitLens, load_model, neurons, trajectory
+from tunedlens.tokenizer import shown
 
 CAPITAL = "What is the capital of the US"
 BIRTHDAY = "Happy birthday to You, happy"
@@ -41,7 +42,7 @@ def test_words_and_scores_by_layer(model):
     read = trajectory(model, None, CAPITAL)
     logits = decoded(model, block_outputs(model, CAPITAL)[:-1])
     best = logits.max(-1)
-    words = [[read.shown(i) for i in line] for line in best.indices.tolist()]
+    words = [[shown(model.tokenizer, i) for i in line] for line in best.indices.tolist()]
     assert read.words()[1:-1].to_numpy().tolist() == words
     scores = read.scores("logit")[1:-1].to_numpy()
     assert np.allclose(scores, best.values, atol=1e-3)
@@ -61,7 +62,8 @@ def test_probabilities_ranks_and_kl_of_every_layer(model):
         "kl_nats": (final.exp() * (final - log_probs)).sum(-1),
     }
     for metric, values in expected.items():
-        image = read.heatmap(metric).axes[0].images[0].get_array()
+        token = "final" if metric == "rank" else "top1"
+        image = read.heatmap(metric, token=token).axes[0].images[0].get_array()
         assert np.allclose(image[1:], values, atol=1e-3), metric
 
 
@@ -69,9 +71,9 @@ def test_interactive_heatmap_of_the_best_probability(model):
     best = decoded(model, block_outputs(model, TOWER)).softmax(-1).max(-1)
     page = trajectory(model, None, TOWER).to_html()
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
-    (data,) = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
-    shown = np.exp(data["lenses"]["logit"]["top_log_probs"])[1:, :, 0]
-    assert np.allclose(shown, best.values, atol=1e-3)
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
+    probs = np.array(data["texts"][0]["lenses"]["logit"]["top_probs"])[1:, :, 0]
+    assert np.allclose(probs, best.values, atol=1e-3)
 
 
 def seed_table(read, lens=None):

@@ -23,8 +23,8 @@ from tunedlens import (
 from tunedlens.checkpoint import saved_config
 from tunedlens.corpus import load_splits
 from tunedlens.engine.backend import Backend
-from tunedlens.fit import LeastSquares, Preconditioned
-from tunedlens.training import Interrupted, plan, train
+from tunedlens.fit import LeastSquares, PreconditionedMuon
+from tunedlens.training import Interrupted, resolving, train
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def interrupt_after(monkeypatch):
     """Ask a run to stop, as Ctrl-C would, in a given step; it stops after the next."""
 
     def arm(step):
-        original, taken = Preconditioned.step, []
+        original, taken = PreconditionedMuon.step, []
 
         def take(self, *args):
             if len(taken) == step:
@@ -63,8 +63,8 @@ def interrupt_after(monkeypatch):
             taken.append(step)
             original(self, *args)
 
-        monkeypatch.setattr(Preconditioned, "step", take)
-        return lambda: monkeypatch.setattr(Preconditioned, "step", original)
+        monkeypatch.setattr(PreconditionedMuon, "step", take)
+        return lambda: monkeypatch.setattr(PreconditionedMuon, "step", original)
 
     return arm
 
@@ -89,12 +89,12 @@ def test_closed_form_is_the_least_squares_lens(config, tmp_path):
         )
         sums.add(states[:-1], states[-1])
     for layer, columns in enumerate(sums.solve(1e-3).float()):
-        weight = lens[f"translators.{layer}.weight"]
+        (weight,) = (v for name, v in lens.items() if name.endswith(f".{layer}.weight"))
         assert torch.allclose(weight, columns[:, :-1], atol=2e-2 * float(columns.abs().max()))
 
 
-@pytest.mark.parametrize("fit", ["sgd", "adamw", "muon"])
-def test_recipes_of_others_train_a_lens_too(config, tmp_path, fit):
+@pytest.mark.parametrize("fit", ["sgd", "muon"])
+def test_published_baselines_train_a_lens_too(config, tmp_path, fit):
     evaluation = train(dataclasses.replace(config, fit=fit), tmp_path / "run")
     logit, tuned = (evaluation.by_layer(lens, "kl_nats") for lens in ("logit", "tuned"))
     assert sum(e.value for e in tuned) < sum(e.value for e in logit)
@@ -103,14 +103,14 @@ def test_recipes_of_others_train_a_lens_too(config, tmp_path, fit):
     assert manifest["config"]["fit"] == fit
 
 
-def test_without_a_budget_a_run_ends_when_held_out_kl_is_flat(config, tmp_path):
+def test_without_a_budget_a_run_ends_when_held_out_kl_has_converged(config, tmp_path):
     config = dataclasses.replace(config, tokens=None, max_tokens=10**9)
     evaluation = train(config, tmp_path / "run")
-    looks = checkpoint.read_manifest(tmp_path / "run")["progress"]["curve"]["looks"]
-    assert looks[-1]["tokens"] < 10**6
-    halfway = max(look["tokens"] for look in looks if 2 * look["tokens"] <= looks[-1]["tokens"])
-    (before,) = [look for look in looks if look["tokens"] == halfway]
-    for then, now in zip(before["kl_nats"], looks[-1]["kl_nats"], strict=True):
+    history = checkpoint.read_manifest(tmp_path / "run")["progress"]["history"]
+    end = history[-1]
+    assert end["tokens"] < 10**6
+    halfway = [result for result in history if 2 * result["tokens"] <= end["tokens"]]
+    for then, now in zip(halfway[-1]["kl_nats"], end["kl_nats"], strict=True):
         assert now > 0.98 * then
     closed_form = train(
         dataclasses.replace(config, fit="closed-form", max_tokens=None), tmp_path / "closed"
@@ -134,13 +134,13 @@ def test_a_sample_of_the_vocabulary_gives_nearly_the_lens_of_all_of_it(config, t
         assert abs(other.value - one.value) < 0.2 * (closed.value - one.value)
 
 
-def _settled_precision(config):
-    """What a process settles on that would itself measure another backend than the others."""
+def _planned_precision(config):
+    """The precision that a process plans; each would measure another backend by itself."""
     accelerator = Accelerator()
     measured = Backend(("bf16", "fp32")[accelerator.process_index], "products")
-    plan.fastest_backend = lambda *_: measured
+    resolving.fastest_backend = lambda *_: measured
     model = load_model(config.model.model, device="cpu")
-    return plan.settled(config, model, accelerator).precision
+    return resolving.resolve(config, model, accelerator).precision
 
 
 def test_all_processes_take_the_backend_that_the_first_one_measures(config):
@@ -150,14 +150,14 @@ def test_all_processes_take_the_backend_that_the_first_one_measures(config):
         precision=None,
         kernel=None,
     )
-    assert in_two_processes(_settled_precision, open_config) == ["bf16", "bf16"]
+    assert in_two_processes(_planned_precision, open_config) == ["bf16", "bf16"]
 
 
 def test_resumed_run_keeps_the_backend_that_was_measured(config, tmp_path, monkeypatch):
     open_config = dataclasses.replace(config, precision=None, kernel=None, init_tokens=None)
-    monkeypatch.setattr(plan, "fastest_backend", lambda *_: Backend("bf16", "products"))
+    monkeypatch.setattr(resolving, "fastest_backend", lambda *_: Backend("bf16", "products"))
     train(open_config, tmp_path / "run")
-    monkeypatch.setattr(plan, "fastest_backend", lambda *_: Backend("fp32", "attention"))
+    monkeypatch.setattr(resolving, "fastest_backend", lambda *_: Backend("fp32", "attention"))
     train(dataclasses.replace(open_config, tokens=1280), tmp_path / "run", resume=True)
     saved = saved_config(tmp_path / "run")
     assert (saved.tokens, saved.precision, saved.kernel) == (1280, "bf16", "products")
@@ -179,7 +179,7 @@ def test_attention_is_refused_where_there_is_none(config, tiny, monkeypatch):
     monkeypatch.setattr(FrozenModel, "device", torch.device("meta"))
     config = dataclasses.replace(config, kernel="attention", precision=None)
     with pytest.raises(InputError, match="--kernel attention is for CPUs"):
-        plan.settled(config, tiny, Accelerator(cpu=True))
+        resolving.resolve(config, tiny, Accelerator(cpu=True))
 
 
 def test_attention_trains_the_lens_that_products_train(config, tmp_path):
@@ -193,10 +193,10 @@ def test_attention_trains_the_lens_that_products_train(config, tmp_path):
 
 def test_after_a_few_steps_the_run_says_how_long_it_takes(config, tmp_path, capsys):
     train(config, tmp_path / "run")
-    assert "tokens a second: about 1 more minute\n" in capsys.readouterr().out
+    assert "tokens per second: about 1 more minute\n" in capsys.readouterr().out
 
 
-def test_most_tokens_end_a_run_that_is_not_flat(config, tmp_path):
+def test_max_tokens_end_a_run_that_has_not_converged(config, tmp_path):
     config = dataclasses.replace(config, tokens=None, max_tokens=256)
     train(config, tmp_path / "run")
     assert checkpoint.read_manifest(tmp_path / "run")["progress"]["tokens"] == 256
@@ -324,7 +324,7 @@ def test_finished_run_is_extended_with_more_tokens(config, tmp_path):
 def test_resume_with_other_settings_is_refused(config, tmp_path):
     train(config, tmp_path / "run")
     other = dataclasses.replace(saved_config(tmp_path / "run"), tokens=1280, lr=0.5)
-    with pytest.raises(InputError, match="other settings"):
+    with pytest.raises(InputError, match=r"other settings \(lr\)"):
         train(other, tmp_path / "run", resume=True)
 
 
@@ -369,9 +369,9 @@ def test_manifest_says_where_the_lens_comes_from(config, tmp_path):
     assert manifest["config"]["tokens"] == 640
     assert manifest["provenance"]["fingerprint"] == manifest["model"]["fingerprint"]
     assert len(manifest["corpus"]["train"]["tokens_sha256"]) == 64
-    looks = manifest["progress"]["curve"]["looks"]
-    assert [look["tokens"] for look in looks] == [0, 640]
-    assert looks[0]["kl_nats"] > looks[1]["kl_nats"]
+    history = manifest["progress"]["history"]
+    assert [result["tokens"] for result in history] == [0, 640]
+    assert history[0]["kl_nats"] > history[1]["kl_nats"]
     assert (tmp_path / "run" / "learning_curve.svg").exists()
     assert "| mean |" in (tmp_path / "run" / "README.md").read_text()
 
@@ -383,7 +383,7 @@ def test_stream_that_runs_out_stops_the_run_with_a_reason(config, tmp_path):
     config = dataclasses.replace(config, corpus=corpus, tokens=10**6)
     with pytest.raises(InputError, match="ran out"):
         train(config, tmp_path / "run")
-    assert checkpoint.load_state(tmp_path / "run").about["progress"]["tokens"] > 0
+    assert checkpoint.load_state(tmp_path / "run").metadata["progress"]["tokens"] > 0
 
 
 def test_stream_that_runs_out_ends_a_run_without_a_budget(config, tmp_path, capsys):
@@ -394,7 +394,7 @@ def test_stream_that_runs_out_ends_a_run_without_a_budget(config, tmp_path, caps
     train(config, tmp_path / "run")
     assert "ran out" in capsys.readouterr().out
     progress = checkpoint.read_manifest(tmp_path / "run")["progress"]
-    assert progress["curve"]["looks"][-1]["tokens"] == progress["tokens"] > 0
+    assert progress["history"][-1]["tokens"] == progress["tokens"] > 0
 
 
 def test_a_run_in_another_thread_leaves_signals_alone(config, tmp_path):

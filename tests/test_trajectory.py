@@ -8,9 +8,19 @@ import torch
 from conftest import make_llama, random_lens
 from transformers import BloomConfig, BloomForCausalLM
 
-from tunedlens import ConstantLens, FrozenModel, InputError, LogitLens, trajectory
+from tunedlens import (
+    ConstantLens,
+    FrozenModel,
+    InputError,
+    LogitLens,
+    compare,
+    difference,
+    trajectory,
+)
+from tunedlens.metrics import TRAJECTORY_METRICS
 from tunedlens.model import SITES
-from tunedlens.trajectories import FIGURES, windows
+from tunedlens.trajectories import reading as reading_module
+from tunedlens.trajectories import windows
 
 TEXT = "def naïve(x):\n    return x + 1\n"
 
@@ -55,12 +65,12 @@ def by_hand(model, lens, ids, site, layer):
 )
 def test_every_number_equals_a_recomputation_from_hooks(tiny, monkeypatch, name, sites, chunked):
     if chunked:
-        monkeypatch.setattr(windows, "_LOGITS_AT_A_TIME", 4096 * 3 * 20)
+        monkeypatch.setattr(reading_module, "LOGITS_AT_A_TIME", 4096 * 3 * 20)
     lens = LogitLens.from_model(tiny) if name == "logit" else random_lens(tiny)
     # Texts of several lengths, and so with padding, in two forward passes.
     monkeypatch.setattr(windows, "_TOKENS_AT_A_TIME", 40)
     for found in trajectory(tiny, {name: lens}, [TEXT, "x", TEXT[:-9]], sites=sites, k=4):
-        assert_equals_by_hand(tiny, lens, found, found.readings[name])
+        assert_equals_by_hand(tiny, lens, found, found.predictions[name])
 
 
 def assert_equals_by_hand(tiny, lens, found, reading):
@@ -80,9 +90,9 @@ def assert_equals_by_hand(tiny, lens, found, reading):
         kl = (model.exp() * (model - log_probs)).sum(-1)
         assert torch.allclose(reading.kl_nats[index].double(), kl, atol=1e-4)
         following = log_probs[:-1].gather(-1, ids[1:, None])[:, 0]
-        assert torch.allclose(reading.next_log_prob[index, :-1].double(), following, atol=1e-4)
+        assert torch.allclose(reading.next_log_probs[index, :-1].double(), following, atol=1e-4)
         ranks = 1 + (log_probs[:-1] > following[:, None]).sum(-1)
-        assert torch.equal(reading.next_rank[index, :-1], ranks)
+        assert torch.equal(reading.next_ranks[index, :-1], ranks)
         for position, tracked in enumerate(found.tracked_ids.tolist()):
             for place, token in enumerate(tracked):
                 value = reading.tracked_log_probs[index, position, place].item()
@@ -98,17 +108,15 @@ def test_reading_on_an_accelerator_agrees_with_the_cpu(tiny):
     expected = trajectory(tiny, random_lens(tiny), texts)
     tiny.to(torch.accelerator.current_accelerator())
     for one, other in zip(trajectory(tiny, random_lens(tiny), texts), expected, strict=True):
-        for metric in FIGURES:
-            assert torch.allclose(
-                one.figures(metric), other.figures(metric), atol=1e-3, equal_nan=True
-            )
-        assert one.divergence(one).max() < 1e-6
+        for metric in TRAJECTORY_METRICS:
+            pair = [read.values(metric, token="final") for read in (one, other)]
+            assert torch.allclose(*pair, atol=1e-3, equal_nan=True)
 
 
 def test_last_position_has_no_next_token(tiny):
-    reading = trajectory(tiny, None, TEXT).readings["logit"]
-    assert reading.next_log_prob[:, -1].isnan().all()
-    assert not reading.next_rank[:, -1].any()
+    reading = trajectory(tiny, None, TEXT).predictions["logit"]
+    assert reading.next_log_probs[:, -1].isnan().all()
+    assert not reading.next_ranks[:, -1].any()
 
 
 def test_tracked_by_default_is_what_some_row_likes_best(tiny):
@@ -116,7 +124,7 @@ def test_tracked_by_default_is_what_some_row_likes_best(tiny):
         tiny, {"logit": LogitLens.from_model(tiny), "tuned": random_lens(tiny)}, TEXT
     )
     for position, tracked in enumerate(found.tracked_ids.tolist()):
-        best = {int(i) for r in found.readings.values() for i in r.top_ids[:, position, 0]}
+        best = {int(i) for r in found.predictions.values() for i in r.top_ids[:, position, 0]}
         assert {token for token in tracked if token >= 0} == best
 
 
@@ -167,29 +175,29 @@ def test_top_k_says_the_same_in_markdown_plain_and_coloured(tiny):
 
 def test_wide_tables_have_the_words_and_figures_of_every_cell(tiny):
     found = trajectory(tiny, None, TEXT)
-    reading = found.readings["logit"]
-    word = found.shown(int(reading.top_ids[1, 4, 0]))
-    column = (4, found.shown(int(found.input_ids[4])))
+    reading = found.predictions["logit"]
+    word = found.vocabulary[int(reading.top_ids[1, 4, 0])].shown
+    column = (4, found.vocabulary[int(found.input_ids[4])].shown)
     assert found.words().loc[("resid_pre", 1), column] == word
     for metric, expected in (
         ("kl_nats", reading.kl_nats),
         ("logit", reading.top_logits[..., 0]),
         ("entropy_nats", reading.entropy_nats),
-        ("cross_entropy_nats", -reading.next_log_prob),
+        ("cross_entropy_nats", -reading.next_log_probs),
     ):
         scores = found.scores(metric).to_numpy()
         assert np.allclose(scores, expected.numpy(), equal_nan=True)
 
 
-def test_rank_is_by_default_that_of_the_models_best_token(tiny):
-    found = trajectory(tiny, random_lens(tiny), TEXT, track=["x"])
+def test_rank_of_the_models_best_token(tiny):
+    lens = random_lens(tiny)
+    found = trajectory(tiny, lens, TEXT, track=["x"])
     stream = tiny.residual_stream(found.input_ids[None])
     best = tiny.model(found.input_ids[None]).logits[0].argmax(-1, keepdim=True)
-    lens = found.lenses["tuned"]
     for layer, hidden in enumerate(stream):
         logits = lens(hidden[0], layer)
         expected = 1 + (logits > logits.gather(-1, best)).sum(-1)
-        assert found.figures("rank")[layer].tolist() == expected.tolist()
+        assert found.values("rank", token="final")[layer].tolist() == expected.tolist()
 
 
 def test_a_part_has_the_rows_and_positions_that_are_asked_for_and_the_model(tiny):
@@ -200,7 +208,8 @@ def test_a_part_has_the_rows_and_positions_that_are_asked_for_and_the_model(tiny
     assert part.positions == [3, 4, 5, 6, 7]
     assert torch.equal(part.next_ids, found.input_ids[4:9])
     for metric in ("kl_nats", "probability", "rank"):
-        assert torch.equal(part.figures(metric), found.figures(metric)[[1, 3], 3:8])
+        pair = [read.values(metric, token="final") for read in (part, found)]
+        assert torch.equal(pair[0], pair[1][[1, 3], 3:8])
     assert found[::2].rows == [("resid_pre", layer) for layer in (0, 2, 3)]
     assert found[-1].row_names == ["model"]
     assert part[:, -1].tokens == found.tokens[7:8]
@@ -208,15 +217,15 @@ def test_a_part_has_the_rows_and_positions_that_are_asked_for_and_the_model(tiny
 
 
 @pytest.mark.parametrize(
-    ("name", "tuned"), [("kl_to_other_nats", 0), ("js_nats", 0), ("total_variation", 1)]
+    ("name", "tuned"), [("kl_to_baseline_nats", 0), ("js_nats", 0), ("total_variation", 1)]
 )
 def test_divergences_are_as_they_are_defined(tiny, monkeypatch, name, tuned):
-    monkeypatch.setattr(windows, "_LOGITS_AT_A_TIME", 4096 * 4 * 6)
+    monkeypatch.setattr(reading_module, "LOGITS_AT_A_TIME", 4096 * 4 * 6)
     lenses = {"logit": LogitLens.from_model(tiny), "tuned": random_lens(tiny)}
-    one, two = trajectory(tiny, lenses, ["x = 1 + 2 + 3", "y = 1 - 2 + 4"])
+    both = compare(tiny, lenses, "x = 1 + 2 + 3", baseline_text="y = 1 - 2 + 4")
+    one, two = both.trajectory, both.baseline
     lens = ("logit", "tuned")[tuned]
-    found = one[1:, 2:].divergence(two[1:, 2:], name, lens)
-    assert torch.equal(one[1:, 2:].figures(name, lens, versus=two[1:, 2:]), found)
+    found = both[1:, 2:].values(name, lens)
     for row, layer in enumerate((1, 2, 3)):
         p, q = (
             lenses[lens](tiny.residual_stream(read.input_ids[None])[layer][0, 2:], layer)
@@ -226,7 +235,7 @@ def test_divergences_are_as_they_are_defined(tiny, monkeypatch, name, tuned):
         )
         middle = (p + q) / 2
         expected = {
-            "kl_to_other_nats": (p * (p / q).log()).sum(-1),
+            "kl_to_baseline_nats": (p * (p / q).log()).sum(-1),
             "js_nats": ((p * (p / middle).log()).sum(-1) + (q * (q / middle).log()).sum(-1)) / 2,
             "total_variation": (p - q).clamp(min=0).sum(-1),
         }[name]
@@ -236,22 +245,25 @@ def test_divergences_are_as_they_are_defined(tiny, monkeypatch, name, tuned):
 def test_figures_against_another_lens_are_differences(tiny):
     lenses = {"logit": LogitLens.from_model(tiny), "tuned": random_lens(tiny)}
     found = trajectory(tiny, lenses, TEXT)
-    expected = found.readings["tuned"].kl_nats - found.readings["logit"].kl_nats
-    assert torch.equal(found.figures("kl_nats", "tuned", versus="logit"), expected)
-    between = found.divergence("tuned", lens="logit")
+    expected = found.predictions["tuned"].kl_nats - found.predictions["logit"].kl_nats
+    assert torch.equal(difference(found, "tuned", "logit").values("kl_nats"), expected)
+    both = compare(tiny, lenses["logit"], TEXT, baseline_lenses=lenses["tuned"])
+    between = both.values("js_nats")
     assert between[-1].max() < 1e-6 < between[:-1].min()  # in the end both are the model
 
 
 @pytest.mark.parametrize("metric", ["probability", "log_prob", "logit", "rank"])
-@pytest.mark.parametrize("of", ["final", " return"])
-def test_difference_of_two_texts_is_of_one_token(tiny, monkeypatch, metric, of):
-    one, two = trajectory(tiny, None, [" return x + 1", " return y - 2"], track=" return")
-    monkeypatch.setattr(windows, "_LOGITS_AT_A_TIME", 4096 * 4 * 4)
-    found = one[:, 1:].figures(metric, of=of, versus=two[:, 1:])
+@pytest.mark.parametrize("token", ["final", " return"])
+def test_difference_of_two_texts_is_of_one_token(tiny, monkeypatch, metric, token):
+    monkeypatch.setattr(reading_module, "LOGITS_AT_A_TIME", 4096 * 4 * 4)
+    texts = {"text": " return x + 1", "baseline_text": " return y - 2"}
+    both = compare(tiny, None, **texts, track=" return")
+    one, two = both.trajectory, both.baseline
+    found = both[:, 1:].values(metric, token=token)
     wanted = tiny.encode(" return")[0].expand(len(one.positions))
-    if of == "final":
+    if token == "final":
         wanted = tiny.model(one.input_ids[None]).logits[0].argmax(-1)
-    lens = one.lenses["logit"]
+    lens = LogitLens.from_model(tiny)
     for row in range(4):
         values = []
         for read in (one, two):
@@ -271,7 +283,7 @@ def test_difference_of_two_texts_is_of_one_token(tiny, monkeypatch, metric, of):
 
 def test_lenses_in_a_list_are_named_by_their_kind(tiny):
     found = trajectory(tiny, [random_lens(tiny), LogitLens.from_model(tiny)], TEXT)
-    assert list(found.readings) == ["tuned", "logit"]
+    assert list(found.predictions) == ["tuned", "logit"]
     with pytest.raises(InputError, match=r"several lenses of one kind \(logit, logit\)"):
         trajectory(tiny, [LogitLens.from_model(tiny)] * 2, TEXT)
 
@@ -285,13 +297,15 @@ def test_windows_give_every_position_the_text_before_it(tiny):
     for position in range(len(ids)):
         start = next(start for start in starts if position < start + 32)
         logits = tiny.model(ids[None, start : position + 1]).logits[0, -1]
-        assert found.readings["logit"].top_ids[-1, position, 0] == logits.argmax()
+        assert found.predictions["logit"].top_ids[-1, position, 0] == logits.argmax()
         log_probs = logits.log_softmax(-1)
         if position + 1 < len(ids):
-            value = found.readings["logit"].next_log_prob[-1, position]
+            value = found.predictions["logit"].next_log_probs[-1, position]
             assert value == pytest.approx(log_probs[ids[position + 1]].item(), abs=1e-4)
-    other = trajectory(tiny, None, text.replace("b", "d"), stride=10, sites=["resid_post"])
-    between = found[-1].divergence(other[-1], "kl_to_other_nats")[-1]
+    both = compare(
+        tiny, None, text, baseline_text=text.replace("b", "d"), stride=10, sites=["resid_post"]
+    )
+    other, between = both.baseline, both.values("kl_to_baseline_nats")[-1]
     for position in (0, 40, 50):
         start = next(start for start in starts if position < start + 32)
         p, q = (
@@ -306,7 +320,7 @@ def test_dataframe_is_tidy(tiny):
     table = found.to_dataframe()
     assert len(table) == 4 * len(found.tokens)
     row = table[(table.layer == 2) & (table.position == 3)].iloc[0]
-    reading = found.readings["logit"]
+    reading = found.predictions["logit"]
     assert row.kl_nats == pytest.approx(reading.kl_nats[2, 3].item())
     assert row.next_token == found.tokens[4]
     assert "".join(found.tokens[:3]) == "def na"
@@ -358,9 +372,13 @@ def test_questions_that_have_no_answer_are_refused(tiny):
     with pytest.raises(InputError, match="␣import was not tracked"):
         found.probabilities([" import"])
     with pytest.raises(InputError, match="metric must be one of probability"):
-        found.figures("js_nats")
-    with pytest.raises(InputError, match="metric must be one of kl_to_other_nats, js_nats"):
-        found.divergence(found, "entropy_nats")
+        found.values("js_nats")
+    with pytest.raises(InputError, match=r"got 'js_nats'; `compare` computes divergences"):
+        difference(found, "logit", "logit").values("js_nats")
+    with pytest.raises(InputError, match="rank of top1 is 1 everywhere"):
+        found.values("rank")
+    with pytest.raises(InputError, match=r"expected a token as text or id, got 1\.5"):
+        found.values(token=1.5)
     with pytest.raises(InputError, match="no token to follow"):
         found.probabilities([])
     with pytest.raises(InputError, match="metric must be one of"):
@@ -369,8 +387,10 @@ def test_questions_that_have_no_answer_are_refused(tiny):
         found[4]
     with pytest.raises(InputError, match="no position in slice"):
         found[:, 50:]
-    with pytest.raises(InputError, match="4 rows and 3 positions, and 4 and 1"):
-        found[:, :3].divergence(found[:, 0])
+    with pytest.raises(InputError, match="same number of positions; got 3 and 1"):
+        compare(tiny, None, TEXT, positions=slice(3), baseline_positions=0)
+    with pytest.raises(InputError, match="give a baseline"):
+        compare(tiny, None, TEXT)
 
 
 def test_stream_between_blocks_is_read_of_any_architecture(tokenizer):
@@ -379,7 +399,7 @@ def test_stream_between_blocks_is_read_of_any_architecture(tokenizer):
     model = FrozenModel(BloomForCausalLM(config), tokenizer)
     found = trajectory(model, None, TEXT, sites=["resid_pre", "resid_post"])
     assert found.rows[1:3] == [("resid_post", 0), ("resid_pre", 1)]
-    figures = found.figures("entropy_nats")
+    figures = found.values("entropy_nats")
     assert torch.equal(figures[1], figures[2])
 
 
@@ -395,17 +415,19 @@ def test_another_architecture_in_half_precision_is_read_where_its_norms_read(tok
         final = model.model.model(read.input_ids[None]).last_hidden_state[0]
         handle.remove()
         middle = model.unembedding(kept[0]).log_softmax(-1)
-        best = read.readings["logit"].top_log_probs[2, :, 0]
+        best = read.predictions["logit"].top_log_probs[2, :, 0]
         assert torch.allclose(best, middle.max(-1).values, atol=0.02)
         logits = final.float() @ model.unembedding.weight.T
-        best = read.readings["logit"].top_log_probs[-1, :, 0]
+        best = read.predictions["logit"].top_log_probs[-1, :, 0]
         assert torch.allclose(best, logits.log_softmax(-1).max(-1).values, atol=0.02)
 
 
 def test_lens_that_is_not_finite_is_refused(tiny):
     lens = random_lens(tiny)
-    lens.translators[1].bias.data[0] = math.nan
-    with pytest.raises(InputError, match="the lens broken says something that is not finite"):
+    lens.translator(1).bias.data[0] = math.nan
+    with pytest.raises(
+        InputError, match="predictions of the lens broken on the text are not finite"
+    ):
         trajectory(tiny, {"broken": lens}, TEXT)
 
 
@@ -427,7 +449,7 @@ def test_texts_may_be_ids_in_any_form(tiny, several):
         *trajectory(tiny, None, several([ids, TEXT])),
         *trajectory(tiny, None, several([ids.tolist()] * 2)),
     ):
-        assert torch.allclose(read.figures("kl_nats"), expected.figures("kl_nats"), atol=1e-5)
+        assert torch.allclose(read.values("kl_nats"), expected.values("kl_nats"), atol=1e-5)
 
 
 def test_lens_of_another_model_is_refused(tiny, model):

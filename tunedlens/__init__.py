@@ -24,19 +24,37 @@ from tunedlens.model import FrozenModel, load_model
 from tunedlens.report import explorer, read_evaluation, top_k, write_report
 from tunedlens.report.plots import curves, heatmap
 from tunedlens.training import train
-from tunedlens.trajectories import Trajectory, trajectory
+from tunedlens.trajectories import Comparison, Trajectory, compare, difference, trajectory
+from tunedlens.trajectories.frames import probabilities, scores, to_dataframe, words
+from tunedlens.trajectories.storage import (
+    load_comparison,
+    load_trajectory,
+    save_comparison,
+    save_trajectory,
+)
 
 # Methods whose code lives in a later module than their class. This is the one module that may
 # import everything, so the modules themselves need no circle.
 AffineLens.save = save_lens
 AffineLens.load = classmethod(load_lens_of_kind)  # type: ignore[assignment]
 ResidualLens.generate = generate
+Trajectory.save = save_trajectory
+Trajectory.load = classmethod(load_trajectory)  # type: ignore[assignment]
+Trajectory.to_dataframe = to_dataframe
+Trajectory.words = words
+Trajectory.scores = scores
+Trajectory.probabilities = probabilities
 Trajectory.top_k = top_k
 Trajectory.heatmap = heatmap
 Trajectory.curves = curves
 Trajectory.to_html = explorer
+Comparison.save = save_comparison
+Comparison.load = classmethod(load_comparison)  # type: ignore[assignment]
+Comparison.scores = scores
+Comparison.heatmap = heatmap
 
 __all__ = [
+    "Comparison",
     "ConstantLens",
     "CorpusConfig",
     "EvaluateConfig",
@@ -51,6 +69,8 @@ __all__ = [
     "TrainConfig",
     "Trajectory",
     "TunedLens",
+    "compare",
+    "difference",
     "evaluate",
     "load_lens",
     "load_model",

@@ -15,7 +15,7 @@ from tunedlens.errors import InputError
 Dtype = Literal["float32", "bfloat16", "float16"]
 Precision = Literal["fp32", "bf16"]
 Kernel = Literal["products", "attention"]
-FitName = Literal["preconditioned", "closed-form", "jacobian", "sgd", "adamw", "muon"]
+FitName = Literal["preconditioned", "closed-form", "jacobian", "sgd", "muon"]
 ONE_PASS: tuple[FitName, ...] = ("closed-form", "jacobian")
 """Fits that take no steps."""
 LEAST_VOCAB_SAMPLE = 64
@@ -30,7 +30,7 @@ def option(default: Any, meaning: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": meaning})
 
 
-def _require_positive(config: Any, *names: str) -> None:
+def _require_positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -38,7 +38,7 @@ def _require_positive(config: Any, *names: str) -> None:
             raise InputError(f"{flag} must be at least 1, got {value}")
 
 
-def _require_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
+def _require_choice(config: object, name: str, choices: tuple[str, ...]) -> None:
     value = getattr(config, name)
     if value not in choices:
         flag = "--" + name.replace("_", "-")
@@ -47,14 +47,14 @@ def _require_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model is looked into, and where it runs."""
+    """Which model is examined, and where it runs."""
 
     model: str | None = option(
         None, "hub name (gpt2, distilgpt2, ...) or folder; without it, the embedded GPT-2"
     )
     revision: str | None = option(None, "branch, tag or commit of a model on the hub")
     dtype: Dtype = option("float32", "dtype of the model's weights")
-    device: str | None = option(None, "cpu, cuda, mps, ...; without it, the best one found")
+    device: str | None = option(None, "cpu, cuda, mps, ...; without it, the fastest one available")
 
     def __post_init__(self) -> None:
         _require_choice(self, "dtype", get_args(Dtype))
@@ -62,7 +62,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    """Which text is read, and how it is cut into blocks."""
+    """Which text is read, and how it is divided into blocks."""
 
     dataset: str | None = option(
         None,
@@ -74,13 +74,13 @@ class CorpusConfig:
     dataset_revision: str | None = option(None, "branch, tag or commit of a dataset on the hub")
     validation_split: str | None = option(
         None,
-        "split of a dataset on the hub to hold out; without it, a share of the documents, "
-        "chosen by their hash (of the blocks, where there is one document)",
+        "split of a dataset on the hub to hold out; without it, a fraction of the documents, "
+        "chosen by their hash (of the blocks, if there is one document)",
     )
     text_column: str | None = option(
         None, "column with the text; without it, `text` or the only column of strings"
     )
-    streaming: bool = option(False, "read while training instead of all at once")
+    streaming: bool = option(False, "read the text while training instead of all at once")
     seq_len: int | None = option(
         None, "tokens in a block; without it, the model's context, at most 1024"
     )
@@ -92,44 +92,43 @@ class CorpusConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that the numbers of a trained lens depend on."""
+    """Everything that a trained lens depends on. None leaves a choice to the run."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
     fit: FitName = option(
         "preconditioned",
-        "preconditioned: closed form, then our steps; closed-form: least squares alone, in one "
-        "pass; jacobian: the mean Jacobian instead of a fit; sgd, adamw, muon: recipes of others, "
-        "for comparison",
+        "preconditioned: closed form, then preconditioned Muon; closed-form: least squares alone, "
+        "in one pass; jacobian: the mean Jacobian instead of a fit; sgd, muon: published baselines",
     )
     tokens: int | None = option(
         None,
-        "positions to train on, rounded up to whole steps; without it, until held-out KL is flat "
-        "(for the recipes of others, 512,000)",
+        "positions to train on, rounded up to whole steps; without it, until held-out KL has "
+        "converged (published baselines: 512,000)",
     )
     max_tokens: int | None = option(
-        None, "without --tokens, the most there may be (default: 2,048 × d_model)"
+        None, "the largest number of positions without --tokens (default: 2,048 × d_model)"
     )
     init_tokens: int | None = option(
         None,
-        "positions of the first pass, which the closed form is made from (default: 128 × d_model, "
-        "and at most a quarter of --tokens; for --fit closed-form 1,024 × d_model; for --fit "
-        "jacobian 8,192)",
+        "positions of the first pass, from which the closed form is computed (default: "
+        "128 × d_model, and at most a quarter of --tokens; for --fit closed-form 1,024 × d_model; "
+        "for --fit jacobian 8,192)",
     )
     jacobian_targets: JacobianTargets = option(
         "later",
-        "for --fit jacobian: what a state does to the final states at its own position and all "
-        "later ones together, as published, or at the same position alone",
+        "for --fit jacobian: differentiate the final states at the same and all later positions "
+        "(as published), or at the same position only",
     )
     ridge: float | None = option(
         None,
-        "ridge of the closed form, relative to the mean square of a state; pulls towards the logit "
-        "lens; without it, chosen on held-out text for each layer",
+        "ridge of the closed form, relative to the mean square of a state; it pulls towards the "
+        "logit lens; without it, chosen for each layer on held-out text",
     )
     batch_size: int | None = option(
         None,
-        "blocks in one step, over all processes (default: about 4 × d_model tokens; for the "
-        "recipes of others 2,048 tokens)",
+        "blocks in one step, over all processes (default: about 4 × d_model tokens; published "
+        "baselines: 2,048 tokens)",
     )
     micro_batch_size: int | None = option(
         None,
@@ -139,38 +138,37 @@ class TrainConfig:
     skip_first: int = option(0, "positions at the start of each block that are not trained on")
     precision: Precision | None = option(
         None,
-        "matrix products while training: fp32 or bf16; without it, the faster one, which the run "
-        "measures when it starts",
+        "precision of matrix products while training; without it, the run measures the faster "
+        "one when it starts",
     )
     kernel: Kernel | None = option(
         None,
-        "how the objective is computed: products holds a chunk of logits, attention (on a CPU) "
-        "none; without it, the faster one, measured likewise",
+        "how the objective is computed: with two matrix products and a chunk of logits, or with "
+        "attention (CPUs only) and no logits; without it, the run measures the faster one",
     )
     vocab_sample: int | None = option(
         None,
         "tokens of the vocabulary that a step's gradient is estimated from; 0 takes all of them "
-        "(default: 6,144 where the vocabulary is over four times that, else 0)",
+        "(default: 6,144 if the vocabulary is over four times as large, else 0)",
     )
     lr: float | None = option(
         None,
-        "learning rate (default: the fit's own); for preconditioned steps relative to the error "
-        "that the closed form leaves",
+        "learning rate; for the default fit, relative to the error of the closed form (default: "
+        "depends on the fit)",
     )
-    momentum: float | None = option(None, "momentum, or AdamW's beta1 (default: the fit's own)")
+    momentum: float | None = option(None, "momentum (default: depends on the fit)")
     weight_decay: float | None = option(
-        None, "weight decay towards where the steps start (default: the fit's own)"
+        None, "weight decay towards the initial lens (default: depends on the fit)"
     )
-    seed: int = option(0, "orders the blocks and draws the samples of the vocabulary")
+    seed: int = option(0, "seed of the order of the blocks and of the vocabulary samples")
     validation_tokens: int | None = option(
         None,
-        "held-out positions that the fit is validated on as it goes, in whole blocks (default: "
-        "8,192, or fewer where that would take over a tenth of the run or be more than "
-        "--evaluate-tokens)",
+        "held-out positions of each validation, in whole blocks (default: 8,192, or fewer if "
+        "validation would take over a tenth of the run; at most --evaluate-tokens)",
     )
     evaluate_tokens: int | None = option(
         None,
-        "held-out positions of the table at the end (default: 16,384, or fewer where that would "
+        "held-out positions of the table at the end (default: 16,384, or fewer if the table would "
         "take over a fifth of the run)",
     )
 
@@ -210,11 +208,11 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        """The inverse of `dataclasses.asdict`."""
+        """The inverse of `dataclasses.asdict`, also for manifests of 0.1.0."""
         parts = {"model": ModelConfig(**data["model"]), "corpus": CorpusConfig(**data["corpus"])}
         renamed = {"most_tokens": "max_tokens", "start_tokens": "init_tokens"}  # since 0.1.0
         fields = {renamed.get(name, name): value for name, value in data.items()}
-        fields.pop("compile", None)
+        fields.pop("compile", None)  # of 0.1.0
         return cls(**fields | parts)
 
 

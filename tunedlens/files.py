@@ -10,6 +10,9 @@ from typing import Any
 
 from tunedlens.errors import InputError
 
+JsonObject = dict[str, Any]
+"""An object as `json` reads it."""
+
 
 def write(path: Path, content: str | bytes) -> None:
     """Write a file under a temporary name, then rename it: whole or not at all.
@@ -49,7 +52,7 @@ def require_writable(folder: Path) -> None:
         raise InputError(f"cannot write to {folder}: {error}; choose another --output") from error
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: object) -> None:
     """`write` for JSON; numbers keep all their digits."""
     write(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 

@@ -1,8 +1,7 @@
-"""Text as a layer would write it."""
+"""Generates text from the predictions of one layer."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -26,31 +25,28 @@ def generate(
     eos_token_id: int | list[int] | None = None,
     seed: int = 0,
 ) -> str | list[str]:
-    """Text as a layer would write it: every new token is what the lens says there.
+    """Continue a text; every new token comes from the lens's distribution at one layer.
 
-    At the last layer it is what the model itself generates, in its own dtype.
-    transformers does the rest, with its cache; of the model's own generation config only
-    the ends count.
+    At the last layer the model itself generates, in its own dtype. Of the model's generation
+    config only the tokens that end a text are used.
 
     Args:
-        lens: whose translators are used.
-        model: the model that the lens belongs to.
         prompt: text, or several texts that are continued together.
-        layer: whose state is decoded.
-        max_new_tokens: at most so many for each.
-        do_sample: draw from the distribution; else the best token is taken.
-        temperature: of the distribution drawn from.
-        top_k: draw from so many of the best tokens; 0 is all.
-        top_p: draw from the best tokens that have so much of the probability.
+        layer: the layer that the lens decodes.
+        max_new_tokens: the largest number of new tokens for each prompt.
+        do_sample: whether to sample; otherwise the best token is taken.
+        temperature: divides the logits of the distribution sampled from.
+        top_k: sample from this number of best tokens; 0 means all.
+        top_p: sample from the best tokens that together have this probability.
         eos_token_id: tokens that end a text; by default the model's own.
-        seed: of the draws.
+        seed: the seed of the samples.
 
     Returns:
-        What follows the prompt, without the token that ended it; of several, a list.
+        The text after the prompt, without the token that ended it; for several prompts, a list.
 
     Raises:
-        InputError: the lens is another model's, there is no such layer, a setting has no
-            meaning, or a prompt is empty or has no room for so many tokens.
+        InputError: the lens was made for another model, there is no such layer, a setting is
+            out of range, or a prompt is empty or leaves no room for the new tokens.
     """
     samples = _sampling(do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p)
     try:
@@ -72,12 +68,7 @@ def _continue(
     config: GenerationConfig,
     seed: int,
 ) -> list[str]:
-    """What follows each prompt; see `generate`.
-
-    Raises:
-        InputError: the lens is another model's, there is no such layer, a setting has no
-            meaning, or a prompt is empty or has no room for the new tokens.
-    """
+    """The texts after the prompts; see `generate`."""
     require_made_for(model, {type(lens).__name__: lens})
     layer = lens.resolve(layer)
     if not prompts:
@@ -104,7 +95,7 @@ def _continue(
         written = writer.generate(input_ids, attention_mask=mask)  # type: ignore[operator]
     texts = []
     for line in written[:, longest:].tolist():
-        end = next((place for place, token in enumerate(line) if token in ends), None)
+        end = next((index for index, token in enumerate(line) if token in ends), None)
         texts.append(str(model.tokenizer.decode(line[:end])))
     return texts
 
@@ -113,8 +104,8 @@ def _continue(
 def _writer(
     lens: ResidualLens, model: FrozenModel, layer: int, config: GenerationConfig
 ) -> Iterator[PreTrainedModel]:
-    """The model with the logits of the layer, and with no settings but these."""
-    own = model.model.generation_config
+    """The model with the logits of the layer and with `config` as its only settings."""
+    original = model.model.generation_config
     model.model.generation_config = config
     try:
         if layer == lens.n_layers:  # the model itself, in its own dtype
@@ -123,18 +114,20 @@ def _writer(
             with model.decoded_by(lambda hidden: lens(hidden, layer), layer) as writer:
                 yield writer
     finally:
-        model.model.generation_config = own
+        model.model.generation_config = original
 
 
-def _sampling(*, do_sample: bool, temperature: float, top_k: int, top_p: float) -> dict[str, Any]:
-    """The settings of samples; none for the best token, where transformers would warn of them.
+def _sampling(
+    *, do_sample: bool, temperature: float, top_k: int, top_p: float
+) -> dict[str, bool | int | float]:
+    """The settings of sampling, which transformers warns about if `do_sample` is off.
 
     Raises:
-        InputError: a setting has no meaning.
+        InputError: a setting is out of range.
     """
     if not do_sample:
         if (temperature, top_k, top_p) != (1.0, 0, 1.0):
-            raise InputError("temperature, top_k and top_p are of samples; give do_sample=True too")
+            raise InputError("temperature, top_k and top_p need do_sample=True")
         return {"do_sample": False}
     if not temperature > 0:
         raise InputError(
@@ -150,12 +143,12 @@ def _sampling(*, do_sample: bool, temperature: float, top_k: int, top_p: float) 
 
 
 def _ends(model: FrozenModel, asked: int | list[int] | None) -> list[int]:
-    """Tokens that end a text: those asked for, or the model's own."""
+    """The tokens that end a text: `asked`, or by default those of the model's generation config."""
     vocab_size = model.identity.vocab_size
     if asked is None:
-        own = model.model.generation_config.eos_token_id
-        own = [own] if isinstance(own, int) else own or []
-        return [end for end in own if 0 <= end < vocab_size]
+        default = model.model.generation_config.eos_token_id
+        default = [default] if isinstance(default, int) else default or []
+        return [end for end in default if 0 <= end < vocab_size]
     ends = [asked] if isinstance(asked, int) else asked
     if not ends:
         raise InputError("eos_token_id is empty; leave it out for the model's own")

@@ -5,7 +5,8 @@ of the same name to `tunedlens.engine.LensStatistics`. Evaluations, tables, plot
 everything else from the entry.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from tunedlens.config import MetricSet
 
@@ -162,3 +163,40 @@ def per_token_metrics(metric_set: MetricSet) -> tuple[str, ...]:
     """Names of the metrics that are measured at every token, in the catalogue's order."""
     sets = ("standard", metric_set)
     return tuple(name for name, metric in METRICS.items() if metric.per_token in sets)
+
+
+@dataclass(frozen=True)
+class TrajectoryMetric:
+    """A metric of one text at every row and position, and how it is coloured."""
+
+    label: str
+    scale: Literal["linear", "sqrt", "log"] = "linear"
+    low: float | None = None
+    """The lower limit of the colours; by default the smallest value."""
+    high: float | None = None
+    is_low_better: bool = False
+    """Whether small values have the bright colours."""
+    has_token: bool = False
+    """Whether it is a metric of one token rather than of the whole distribution."""
+
+
+TRAJECTORY_METRICS = {
+    "probability": TrajectoryMetric("probability", low=0, high=1, has_token=True),
+    "log_prob": TrajectoryMetric("log probability, nats", has_token=True),
+    "logit": TrajectoryMetric("logit", has_token=True),
+    "rank": TrajectoryMetric("rank", "log", low=1, is_low_better=True, has_token=True),
+    # A square root separates the small values beside the large ones of layer 0.
+    "kl_nats": TrajectoryMetric("KL(model ‖ lens), nats", "sqrt", low=0, is_low_better=True),
+    "entropy_nats": TrajectoryMetric("entropy, nats"),
+    "cross_entropy_nats": TrajectoryMetric(
+        "cross-entropy of the true next token, nats", is_low_better=True
+    ),
+}
+"""The metrics of a lens at one row and position of a text."""
+
+DIVERGENCES = {
+    "kl_to_baseline_nats": TrajectoryMetric("KL(this ‖ baseline), nats", low=0),
+    "js_nats": TrajectoryMetric("Jensen–Shannon divergence, nats", low=0),
+    "total_variation": TrajectoryMetric("total variation", low=0),
+}
+"""The divergences between two lenses, texts or models at the same row and position."""

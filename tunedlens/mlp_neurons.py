@@ -16,19 +16,15 @@ if TYPE_CHECKING:
 def neurons(
     model: FrozenModel, text: str, layer: int, position: int = -1, *, k: int = 10, promoted: int = 5
 ) -> "DataFrame":
-    """The neurons of a block's MLP that count most at one position.
+    """The neurons of a block's MLP with the largest absolute coefficients at one position.
 
-    A neuron adds its coefficient (its activation there) times its output vector to the
-    residual stream. What it promotes are the tokens whose logits that raises most, read
-    through the unembedding alone: the final norm is left out, as its scale is the text's.
+    A neuron adds its coefficient (its activation) times its output vector to the residual
+    stream. The tokens that it promotes are those whose logits this raises most, decoded with
+    the unembedding alone: the final norm is left out because its scale depends on the text.
 
     Args:
-        model: the model.
-        text: the text.
-        layer: of the block.
-        position: in the text.
-        k: neurons, those with the largest absolute coefficients.
-        promoted: tokens of each.
+        k: the number of neurons.
+        promoted: the number of promoted tokens of each neuron.
 
     Returns:
         A line for each neuron: its coefficient, and by place the tokens that it promotes

@@ -1,7 +1,8 @@
-"""Tokens as a reader should see them: nothing invisible, nothing invented."""
+"""Token ids as bytes, as plain text, and as a reader sees them."""
 
 import unicodedata
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -12,10 +13,24 @@ _VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"})
 _REPLACED = "\ufffd"
 
 
-def shown(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
-    """A token with its white space visible; bytes that are no whole character in hexadecimal.
+class TokenText(NamedTuple):
+    """A token in plain text and as a reader sees it."""
 
-    An id that stands for no token is `#id`.
+    text: str
+    """See `as_text`."""
+    shown: str
+    """See `shown`."""
+
+
+def token_text(tokenizer: PreTrainedTokenizerBase, token_id: int) -> TokenText:
+    """Both forms of a token."""
+    return TokenText(as_text(tokenizer, token_id), shown(tokenizer, token_id))
+
+
+def shown(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
+    """A token with visible white space; bytes that form no whole character are hexadecimal.
+
+    An id without a token becomes `#id`.
     """
     text = str(tokenizer.decode([token_id]))
     if _REPLACED in text:
@@ -25,6 +40,11 @@ def shown(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
             return "⟨" + " ".join(f"{letters[letter]:02x}" for letter in name) + "⟩"
     if not text:
         return f"#{token_id}"
+    return visible(text)
+
+
+def visible(text: str) -> str:
+    """A text with visible white space; other unprintable characters are hexadecimal."""
     return "".join(
         letter if letter.isprintable() else f"⟨{letter.encode().hex(' ')}⟩"
         for letter in text.translate(_VISIBLE)
@@ -32,13 +52,13 @@ def shown(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
 
 
 def as_text(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
-    """A token as it is in a text; bytes that are no whole character as `shown` has them."""
+    """A token as plain text; bytes that form no whole character are written as by `shown`."""
     text = str(tokenizer.decode([token_id]))
     return shown(tokenizer, token_id) if _REPLACED in text else text
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, " vocab"]:
-    """How many bytes of text each token of a byte-level BPE stands for; 0 for EOS."""
+    """The number of bytes of text in each token of a byte-level BPE; 0 for special tokens."""
     special = set(tokenizer.all_special_ids)
     # In a byte-level vocabulary every character of a token's name is one byte.
     names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
@@ -46,7 +66,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, " vocab"]:
 
 
 def display_width(text: str) -> int:
-    """Columns that a text takes in a terminal: wide characters two, combining ones none."""
+    """The columns of a text in a terminal: 2 for wide characters, 0 for combining ones."""
     return sum(
         0 if unicodedata.combining(letter) else 2 if _is_wide(letter) else 1 for letter in text
     )
@@ -58,9 +78,9 @@ def _is_wide(letter: str) -> bool:
 
 @cache
 def _bytes_of_letters() -> dict[str, int]:
-    """The byte that each letter of a byte-level vocabulary stands for.
+    """The byte that each letter of a byte-level vocabulary represents.
 
-    Printable bytes stand for themselves, the others follow in order from 256 on.
+    Printable bytes represent themselves; the others are numbered from 256.
 
     Source:
         Radford et al. 2019, GPT-2's encoder.

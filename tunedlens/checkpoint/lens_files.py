@@ -2,13 +2,14 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import safetensors.torch
 
 from tunedlens.errors import InputError
-from tunedlens.files import newest_folder, now, read_json, write, write_json
+from tunedlens.files import JsonObject, newest_folder, now, read_json, write, write_json
 from tunedlens.lenses import AffineLens, JacobianLens, TunedLens
 from tunedlens.model import FrozenModel, require_same_model
 
@@ -23,21 +24,22 @@ KINDS: dict[str, type[AffineLens]] = {"tuned": TunedLens, "jacobian": JacobianLe
 """What a manifest calls each kind of lens."""
 
 
-def save_lens(lens: AffineLens, folder: str | Path, about: dict[str, Any] | None = None) -> None:
+def save_lens(
+    lens: AffineLens, folder: str | Path, metadata: Mapping[str, object] | None = None
+) -> None:
     """Write a lens: first its translators, last the manifest that vouches for them.
 
     Args:
-        lens: the lens.
-        folder: made if need be; a lens that is there is replaced.
-        about: what else the manifest is to say (config, corpus, results).
+        folder: created if it does not exist; a lens in it is replaced.
+        metadata: further entries of the manifest (config, corpus, results).
 
     Raises:
         InputError: the folder cannot be written.
     """
-    folder, tensors = Path(folder), {}
-    for layer, translator in enumerate(lens.translators):
-        for name, value in translator.state_dict().items():
-            tensors[f"resid_pre.{layer}.{name}"] = value.cpu().contiguous()
+    folder = Path(folder)
+    tensors = {
+        name: value.cpu().contiguous() for name, value in lens.translators.state_dict().items()
+    }
     weights = safetensors.torch.save(tensors)
     write(folder / WEIGHTS, weights)
     manifest = {
@@ -46,12 +48,12 @@ def save_lens(lens: AffineLens, folder: str | Path, about: dict[str, Any] | None
         "created": now(),
         "model": dataclasses.asdict(lens.identity),
         "lens_sha256": hashlib.sha256(weights).hexdigest(),
-        **(about or {}),
+        **(metadata or {}),
     }
     write_json(folder / MANIFEST, manifest)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> JsonObject:
     """What `config.json` of a saved lens says.
 
     Raises:
@@ -123,9 +125,7 @@ def fill_lens(lens: AffineLens, folder: Path) -> None:
     for name, value in tensors.items():
         if not value.isfinite().all():
             raise InputError(f"{path} holds values that are no number ({name}); train it again")
-    lens.translators.load_state_dict(
-        {name.removeprefix("resid_pre."): value for name, value in tensors.items()}
-    )
+    lens.translators.load_state_dict(tensors)
 
 
 def newest_lens(root: Path) -> Path:

@@ -1,9 +1,9 @@
-"""Interrupted runs on disk: what a run needs to go on, as one safetensors file."""
+"""Interrupted runs on disk: what a run needs to be resumed, as one safetensors file."""
 
 import json
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -11,25 +11,26 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tunedlens.errors import InputError
-from tunedlens.files import newest_folder, now, write
+from tunedlens.files import JsonObject, newest_folder, now, write
 
 STATE = Path("state") / "state.safetensors"
 
 
 class State(NamedTuple):
-    """Where an interrupted run stands."""
+    """The state of an interrupted run."""
 
     tensors: dict[str, Float[Tensor, "..."]]
-    about: dict[str, Any]
+    metadata: JsonObject
+    """JSON-able: the config, the model, the progress."""
 
 
 def save_state(folder: Path, state: State) -> None:
-    """Write what a run needs to go on, as one file.
+    """Write what a run needs to be resumed, as one file.
 
     Raises:
         InputError: the folder cannot be written.
     """
-    metadata = {"about": json.dumps(state.about | {"created": now()})}
+    metadata = {"about": json.dumps(state.metadata | {"created": now()})}
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.tensors.items()}
     write(folder / STATE, safetensors.torch.save(tensors, metadata))
 
@@ -45,25 +46,26 @@ def load_state(folder: Path) -> State:
         raise InputError(f"{folder} holds no interrupted run: expected {path}")
     try:
         with safetensors.safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["about"])
-            return State({name: file.get_tensor(name) for name in file.keys()}, about)  # noqa: SIM118
+            metadata = json.loads(file.metadata()["about"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return State(tensors, metadata)
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise InputError(f"{path} is damaged: {error}") from error
 
 
 def newest_state(root: Path) -> Path:
-    """The folder under `root` with the run that was interrupted last.
+    """The folder under `root` with the run that was saved last.
 
     Raises:
         InputError: there is none.
     """
     folders = [path.parent.parent for path in root.glob(f"*/{STATE}")]
-    found = newest_folder(folders, lambda folder: load_state(folder).about["created"])
+    found = newest_folder(folders, lambda folder: load_state(folder).metadata["created"])
     if found is None:
         raise InputError(f"there is no interrupted run under {root}; give --resume its folder")
     return found
 
 
 def remove_state(folder: Path) -> None:
-    """Forget how to resume: the run ended well."""
+    """Remove the state of a run that has finished."""
     shutil.rmtree((folder / STATE).parent, ignore_errors=True)

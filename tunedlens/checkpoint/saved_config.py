@@ -1,4 +1,4 @@
-"""The config of a saved run, from its state or from its lens."""
+"""The config of a saved run, from its state or from the manifest of its lens."""
 
 from pathlib import Path
 
@@ -12,13 +12,13 @@ def saved_config(folder: Path) -> TrainConfig:
     """The config of the interrupted or finished run in a folder.
 
     Raises:
-        InputError: there is no run, or what is there is damaged.
+        InputError: there is no run, or its files are damaged.
     """
     interrupted = (folder / STATE).is_file()
-    about = load_state(folder).about if interrupted else read_manifest(folder)
-    if "config" not in about:
+    manifest = load_state(folder).metadata if interrupted else read_manifest(folder)
+    if "config" not in manifest:
         raise InputError(f"the lens in {folder} was not saved by a training run")
     try:
-        return TrainConfig.from_json(about["config"])
+        return TrainConfig.from_json(manifest["config"])
     except (KeyError, TypeError) as error:
         raise InputError(f"the config saved in {folder} is damaged: {error}") from error

@@ -101,29 +101,29 @@ def _write_prompts(
     stride: int | None,
     folder: Path,
 ) -> None:
-    """Read every prompt and write what there is to see of it; say the best tokens at its end.
+    """Read every prompt, write its report and print the best tokens at its end.
 
     Raises:
         InputError: a prompt is empty or beyond the context, or the folder cannot be written.
     """
-    # All are read before any is written.
+    # A bad prompt is noticed before anything is written.
     found = trajectory(model, lenses, list(prompts), stride=stride)
     within = _within_blocks(model, prompts, stride)
     for index, (prompt, read) in enumerate(zip(prompts, found, strict=True)):
-        own = folder / _folder_name(prompt)
-        report.write_one_text(read, own, within[index] if within else None)
-        last = read.shown(int(read.input_ids[-1]))
+        written = folder / _folder_name(prompt)
+        report.write_one_text(read, written, within[index] if within else None)
+        last = read.vocabulary[int(read.input_ids[-1])].shown
         say(f"\n{prompt!r}\nbest tokens after {last}, with probabilities")
         for lens in lenses:
-            table = read.top_k(lens=lens, k=3).to_text(is_coloured=sys.stdout.isatty())
+            table = report.top_k(read, lens=lens, k=3).to_text(is_coloured=sys.stdout.isatty())
             say(f"\n{lens} lens\n{table}")
-        say(f"\nreport.md, with heatmaps, curves, tables and a page to explore, is in {own}")
+        say(f"\nreport.md, with heatmaps, curves, tables and a page to explore, is in {written}")
 
 
 def _within_blocks(
     model: "FrozenModel", prompts: Sequence[str], stride: int | None
 ) -> "list[Trajectory]":
-    """The logit lens after attention and after the MLP; nothing where they are not in turn."""
+    """The logit lens after attention and after the MLP; empty where they run in parallel."""
     try:
         sites = ["resid_mid", "resid_post"]
         return trajectory(model, None, list(prompts), sites=sites, stride=stride)

@@ -1,11 +1,9 @@
 """`train.py`: flags in, a saved lens out."""
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
 from tunedlens import checkpoint, report
 from tunedlens.checkpoint import saved_config
@@ -13,7 +11,7 @@ from tunedlens.cli.flags import add_wandb_flag, configured, make_parser, parse
 from tunedlens.config import TrainConfig
 from tunedlens.errors import InputError
 from tunedlens.tracking import say
-from tunedlens.training import Interrupted, train
+from tunedlens.training import Interrupted, new_folder, train
 
 INTERRUPTED = 130
 """Exit status."""
@@ -23,7 +21,7 @@ TRAIN = """Train a tuned lens: one affine translator per layer of a frozen langu
 Without flags it trains on the GPT-2 and the text that ship with the package.
 
   python train.py --model gpt2 --dataset my-texts/ --tokens 5e6
-  python train.py --resume                      the run that was interrupted last
+  python train.py --resume                      continue the last interrupted run
   python train.py --resume RUN --tokens 2e6     extend a finished run
 """
 
@@ -41,7 +39,7 @@ def train_lens(arguments: Sequence[str] | None) -> int:
         type=Path,
         const=checkpoint.ROOT,
         metavar="RUN",
-        help="go on with an interrupted run (by default the last one), or extend a finished one",
+        help="continue an interrupted run (by default the last one), or extend a finished one",
     )
     add_wandb_flag(group)
     flags = parse(parser, arguments)
@@ -50,11 +48,10 @@ def train_lens(arguments: Sequence[str] | None) -> int:
     resume = flags.pop("resume", None)
     output, wandb = flags.pop("output", None), flags.pop("wandb", "disabled")
     if resume is not None and output is not None:
-        raise InputError("--resume names the run's folder itself; give no --output with it")
+        raise InputError("--resume already names the folder of the run; leave out --output")
     if resume is None:
         config = configured(TrainConfig, TrainConfig(), flags)
-        (name,) = broadcast_object_list([_run_name(config)])
-        output = output or checkpoint.ROOT / name
+        output = output or new_folder(config)
     else:
         output = checkpoint.newest_state(checkpoint.ROOT) if resume == checkpoint.ROOT else resume
         config = configured(TrainConfig, saved_config(output), flags)
@@ -62,15 +59,10 @@ def train_lens(arguments: Sequence[str] | None) -> int:
         evaluation = train(config, output, resume=resume is not None, wandb=wandb)
     except Interrupted as interrupted:
         if main:
-            say(f"{interrupted}; go on with: python train.py --resume {output}")
+            say(f"{interrupted}; continue with: python train.py --resume {output}")
         return INTERRUPTED
     if main:
         say(f"\nheld-out KL(model ‖ lens) on {evaluation.tokens:,} tokens, ± one standard error\n")
         say(report.kl_table(evaluation))
         say(f"\nsaved to {output}; look closer with: python evaluate.py --lens {output}")
     return 0
-
-
-def _run_name(config: TrainConfig) -> str:
-    model = Path(config.model.model or "embedded").name
-    return f"{model}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"

@@ -7,23 +7,17 @@ from transformers import PreTrainedTokenizerBase
 
 from tunedlens import builtin
 from tunedlens.config import CorpusConfig
-from tunedlens.corpus.packing import (
-    Batch,
-    Corpus,
-    CorpusSplits,
-    PackedCorpus,
-    Packer,
-    StreamedCorpus,
-    TextRanOutError,
-    encoded,
-    split_by_hash,
-)
-from tunedlens.corpus.reading import (
+from tunedlens.corpus.blocks import Batch, Corpus, TextRanOutError
+from tunedlens.corpus.documents import Packer, encoded
+from tunedlens.corpus.packed import PackedCorpus
+from tunedlens.corpus.sources import (
     embedded_documents,
     is_on_hub,
     is_stream,
     read_documents,
 )
+from tunedlens.corpus.splits import CorpusSplits, split_by_hash
+from tunedlens.corpus.streamed import StreamedCorpus
 from tunedlens.errors import InputError
 
 __all__ = [

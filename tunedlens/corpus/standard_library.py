@@ -7,8 +7,9 @@ import tokenize
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-HELD_OUT_SHARE = 0.06
-"""Share of documents held out, by a hash: of its path for a file of the standard library."""
+HELD_OUT_FRACTION = 0.06
+"""The fraction of documents that is held out, by a hash of the text or, for files of the
+standard library, of the path."""
 
 _TESTS = {"test", "tests", "idle_test"}
 
@@ -46,7 +47,7 @@ def standard_library(split: Literal["train", "validation"]) -> list[SourceFile]:
         if not own or _TESTS.intersection(relative.parts[:-1]):
             continue
         path = relative.as_posix()
-        if (hash_fraction(path) < HELD_OUT_SHARE) == (split == "validation"):
+        if (hash_fraction(path) < HELD_OUT_FRACTION) == (split == "validation"):
             with tokenize.open(file) as source:
                 files.append(SourceFile(path, source.read()))
     if not files:

@@ -1,4 +1,4 @@
-"""Which precision and kernel compute the objective fastest on this machine."""
+"""The precision and the kernel that compute the objective fastest on this machine."""
 
 import math
 import time
@@ -13,11 +13,11 @@ from tunedlens.engine.vocab_sample import VocabSample
 from tunedlens.model import Unembedding
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_TOKENS, _MOST_ROWS, _ROUNDS, _MARGIN = 512, 8192, 3, 1.2
+_TOKENS, _MAX_ROWS, _ROUNDS, _MARGIN = 512, 8192, 3, 1.2
 
 
 class Backend(NamedTuple):
-    """How the products of the objective are computed."""
+    """How the objective is computed."""
 
     precision: Precision
     kernel: Kernel
@@ -26,15 +26,15 @@ class Backend(NamedTuple):
 def fastest_backend(
     unembedding: Unembedding, precision: Precision | None = None, kernel: Kernel | None = None
 ) -> Backend:
-    """Time every candidate on the unembedding's own shape, for a fraction of a second.
+    """Time every candidate for a fraction of a second on products of the unembedding's shape.
 
-    A candidate has to be a fifth faster than those before it: what is about as fast would change
-    from run to run, and with it the last digits of a lens.
+    A candidate replaces an earlier one only if it is 1.2 times as fast. Otherwise the choice,
+    and with it the last digits of a lens, would change from run to run.
 
     Args:
-        unembedding: on the device where the run will be.
-        precision: the only one that comes into question, if there is one.
-        kernel: likewise.
+        unembedding: on the device of the run.
+        precision: restricts the candidates to one precision.
+        kernel: restricts the candidates to one kernel.
     """
     device, (vocab_size, d_model) = unembedding.weight.device, unembedding.weight.shape
     on_cpu = device.type == "cpu"
@@ -45,7 +45,7 @@ def fastest_backend(
         candidates = [candidate for candidate in candidates if candidate.precision == "fp32"]
     if len(candidates) == 1:
         return candidates[0]
-    ids = torch.arange(min(vocab_size, _MOST_ROWS), device=device)
+    ids = torch.arange(min(vocab_size, _MAX_ROWS), device=device)
     sample = VocabSample(ids, torch.zeros(len(ids), device=device))
     rows = Unembedding(unembedding.norm, unembedding.weight[ids], None)
     hidden = torch.randn(_TOKENS, d_model, generator=torch.Generator().manual_seed(0)).to(device)
@@ -64,7 +64,7 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 def _seconds(
     backend: Backend, rows: Unembedding, hidden: torch.Tensor, sample: VocabSample
 ) -> float:
-    """Of one gradient; the least of several, after one that warms up."""
+    """Time of one gradient: the minimum of several, after a warm-up."""
     objective = LensKL(rows, dtype=DTYPES[backend.precision], kernel=backend.kernel)
     model, keys = objective.model_side(hidden), objective.keys(sample)
     times = []

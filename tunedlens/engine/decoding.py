@@ -1,4 +1,4 @@
-"""States of the residual stream to logits, in memory that is used again."""
+"""States of the residual stream to logits, in memory that is reused."""
 
 import torch
 from jaxtyping import Float
@@ -11,7 +11,7 @@ from tunedlens.model import Unembedding
 class Workspace:
     """One buffer for matrices that are computed, used and discarded.
 
-    On a CPU, memory that is new at every product costs as much as the softmax.
+    On a CPU, allocating the result of every product costs as much as the softmax.
 
     Args:
         like: a tensor with the dtype and device of the matrices.
@@ -37,8 +37,8 @@ class Decoder:
     Every result is a view of the same memory and is valid until the next one is computed.
 
     Args:
-        unembedding: pass `Unembedding.centred()` where only the softmax matters, which keeps
-            the logits near 0; else the logits are the model's own.
+        unembedding: pass `Unembedding.centred()` if only the softmax matters, which keeps the
+            logits near 0, or the model's own for raw logits.
     """
 
     def __init__(self, unembedding: Unembedding) -> None:
@@ -63,20 +63,20 @@ class Decoder:
     def model_logits(
         self, hidden: Float[Tensor, "tokens d_model"]
     ) -> Float[Tensor, "tokens vocab"]:
-        """Logits of states as the final norm is to read them."""
+        """Logits of states that the final norm reads."""
         logits = self._workspace.matrix(len(hidden), len(self._weight))
         torch.mm(self._norm(hidden.to(self._weight.dtype)), self._weight.T, out=logits)
         return logits if self._bias is None else logits.add_(self._bias)
 
 
 def chunk_tokens(rows: int, device: torch.device) -> int:
-    """Tokens whose logits are held at a time.
+    """The number of tokens whose logits are held at a time.
 
-    Enough that a product is worth reading the unembedding for, or that a GPU is busy; more
-    would only take memory, and on a CPU leave its caches.
+    It is large enough to amortise reading the unembedding and to keep a GPU busy. A larger
+    chunk would take more memory and, on a CPU, leave its caches.
 
     Args:
-        rows: of the unembedding, or of a sample of it.
+        rows: the number of rows of the unembedding, or of a sample of it.
         device: where the products run.
     """
     elements = 3 * 2**23 if device.type == "cpu" else 2**26

@@ -1,4 +1,4 @@
-"""What is measured at one position: pure functions of logits."""
+"""Pure functions of next-token distributions."""
 
 import math
 
@@ -18,7 +18,8 @@ def kl_divergence(
 ) -> Float[Tensor, "*positions"]:
     """KL(model || lens) at every position, in nats.
 
-    Computed in float32, or float64 where the logits are. Zero exactly where the two agree.
+    It is computed in float32, or in float64 if the logits are, and is exactly zero where the
+    two distributions agree.
 
     Raises:
         ValueError: the shapes differ; broadcasting would hide it.
@@ -40,28 +41,28 @@ def kl_from_log_probs(
     model_log_probs: Float[Tensor, "*positions vocab"],
     lens_log_probs: Float[Tensor, "*positions vocab"],
 ) -> Float[Tensor, "*positions"]:
-    """KL(model || lens) in nats; the model's side is made once for many lenses."""
+    """KL(model || lens) in nats, for a model's distribution that is shared by many lenses."""
     return _expected(model_probs, model_log_probs - lens_log_probs)
 
 
 def cross_entropy(
     lens_log_probs: Float[Tensor, "*positions vocab"], next_ids: Int[Tensor, "*positions"]
 ) -> Float[Tensor, "*positions"]:
-    """Negative log-probability of the token that really comes next, in nats."""
+    """Negative log-probability of the true next token, in nats."""
     return -lens_log_probs.gather(-1, next_ids[..., None])[..., 0]
 
 
 def entropy(
     log_probs: Float[Tensor, "*positions vocab"],
 ) -> Float[Tensor, "*positions"]:
-    """Entropy of every distribution, in nats; the uniform one has ln(vocab)."""
+    """Entropy of every distribution, in nats, between 0 and ln(vocab)."""
     return -_expected(log_probs.exp(), log_probs)
 
 
 def js_divergence(
     log_probs: Float[Tensor, "*positions vocab"], other: Float[Tensor, "*positions vocab"]
 ) -> Float[Tensor, "*positions"]:
-    """Jensen-Shannon divergence in nats, at most ln 2: each one's mean KL to their mixture.
+    """Jensen-Shannon divergence in nats, at most ln 2: the mean KL to the mixture of both.
 
     Source:
         Lin 1991, "Divergence measures based on the Shannon entropy".
@@ -71,7 +72,7 @@ def js_divergence(
         kl_from_log_probs(log_probs.exp(), log_probs, mixture)
         + kl_from_log_probs(other.exp(), other, mixture)
     ) / 2
-    return mean.clamp(min=0)  # of equal ones, rounding may leave less
+    return mean.clamp(min=0)  # rounding can make it negative for equal distributions
 
 
 def total_variation(
@@ -84,12 +85,16 @@ def total_variation(
 def rank(
     log_probs: Float[Tensor, "*positions vocab"], ids: Int[Tensor, "*positions"]
 ) -> Int[Tensor, "*positions"]:
-    """Place of one token among all, from 1, the most probable one.
+    """Rank of one token among all; the most probable token has rank 1.
 
-    Of tokens that are equally probable, the one with the lower id comes first.
+    Equally probable tokens are ranked in the order of their ids.
+
+    Args:
+        log_probs: log-probabilities, or logits, which have the same order.
+        ids: the token to rank at every position.
     """
     own = log_probs.gather(-1, ids[..., None])
-    # As floats, exact to 2^24, comparisons are added up with vector instructions.
+    # Sums of float32 comparisons use vector instructions and are exact up to 2^24.
     compared = torch.empty_like(log_probs, dtype=torch.float32)
     above = torch.gt(log_probs, own, out=compared).sum(-1).long()
     at_least = torch.ge(log_probs, own, out=compared).sum(-1).long()
@@ -103,5 +108,5 @@ def rank(
 def _expected(
     probs: Float[Tensor, "*positions vocab"], nats: Float[Tensor, "*positions vocab"]
 ) -> Float[Tensor, "*positions"]:
-    """Mean over tokens; one that is ruled out adds nothing, whatever its nats."""
+    """Mean over tokens; a token with probability 0 adds nothing, even if its nats are infinite."""
     return (probs * nats).masked_fill(probs == 0, 0.0).sum(-1)

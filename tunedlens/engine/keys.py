@@ -8,20 +8,22 @@ from torch import Tensor
 
 
 class Keys(NamedTuple):
-    """Rows of the unembedding that a softmax runs over, in the dtype of the products."""
+    """Rows of the unembedding that the softmax runs over, in the dtype of the products."""
 
     rows: Float[Tensor, "rows width"]
-    """The unembedding, a column of ones, two more where each row has an offset of its own, and
-    zeros up to a multiple of 8, which GPUs multiply faster."""
+    """The unembedding and further columns: one of ones for the shift of the query, two for the
+    offset of each row if there are offsets, and zeros up to a multiple of 8, which GPUs multiply
+    faster."""
     d_model: int
 
     def query(
         self, normed: Float[Tensor, "tokens d_model"], shift: Float[Tensor, " tokens"] | None
     ) -> Float[Tensor, "tokens width"]:
-        """Normed states such that the product with the rows is their logits less the shift.
+        """Queries whose products with the rows are the logits minus the shift.
 
-        A shift near the largest logit leaves the logits that matter near 0, where half precision
-        is fine. It is rounded to that precision; `shift_of` tells what is taken away.
+        A shift near the largest logit keeps the largest logits near 0, where half precision is
+        accurate. The shift itself is rounded to that precision; `shift_of` returns its rounded
+        value.
         """
         query = normed.new_ones(len(normed), self.rows.shape[1], dtype=self.rows.dtype)
         query[:, : self.d_model] = normed
@@ -29,14 +31,14 @@ class Keys(NamedTuple):
         return query
 
     def shift_of(self, query: Float[Tensor, "tokens width"]) -> Float[Tensor, " tokens"]:
-        """The shift as the product takes it away."""
+        """The shift that the product subtracts, after rounding."""
         return -upcast(query[:, self.d_model])
 
 
 def make_keys(
     weight: Float[Tensor, "rows d_model"], offsets: Float[Tensor, " rows"] | None
 ) -> Keys:
-    """Rows with a column of ones, and the offsets in two: rounded, and what is left of them."""
+    """Append the column of ones and the offsets, each as its rounded value and the remainder."""
     columns = [weight, weight.new_ones(len(weight), 1)]
     if offsets is not None:
         rounded = offsets.to(weight.dtype)

@@ -6,12 +6,11 @@ normed final state m with softmax p,
 
     KL(p ‖ q) = A(n) − A(m) − ⟨E_p[W], n − m⟩,
 
-and its gradient in n is E_q[W] − E_p[W]. So a token's d_model numbers E_p[W] and one scalar are
-all that the layers need of the model, and they are made once for all layers (`ModelSide`). The
-lens's side, E_q[W] and A(n), is softmax attention with query n and the rows of W as keys and
-values, or as two matrix products with a softmax in between; a sample of the rows estimates both
-(`tunedlens.engine.vocab_sample`). Both formulas need logits that are linear in n: a model that
-caps its logits takes the gradient q − p in the logits instead.
+and its gradient in n is E_q[W] − E_p[W]. The terms that depend on the model, the vector E_p[W]
+and one scalar per token, are computed once for all layers (`ModelSide`). The lens's terms,
+E_q[W] and A(n), are softmax attention with query n and the rows of W as keys and values. They
+are computed with torch's attention kernel or with two matrix products and a softmax in between,
+over the whole vocabulary or over a sample of it (`tunedlens.engine.vocab_sample`).
 """
 
 import warnings
@@ -26,45 +25,45 @@ from tunedlens.config import Kernel
 from tunedlens.engine.decoding import Workspace, chunk_tokens, max_chunk_tokens
 from tunedlens.engine.keys import Keys, make_keys, upcast
 from tunedlens.engine.vocab_sample import VocabSample
-from tunedlens.lenses import AffineLens, Translator
+from tunedlens.lenses import AffineLens
 from tunedlens.model import Unembedding
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed, on whatever device."""
-    # On a CPU it is a plain RuntimeError of the allocator.
+    """Whether an allocation failed, on any device."""
+    # The CPU allocator raises a plain RuntimeError.
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 class ModelSide(NamedTuple):
-    """What the KL needs of the model's distribution p at every token, the same for all layers."""
+    """The terms of the KL that depend on the model's distribution p only, for every token."""
 
     mean_row: Float[Tensor, "tokens d_model"]
     """E_p[W]: the mean row of the unembedding under p."""
     offset: Float[Tensor, " tokens"]
-    """A(m) − ⟨E_p[W], m⟩, in nats: KL(p ‖ q) is A(n) − ⟨E_p[W], n⟩ less this."""
+    """A(m) − ⟨E_p[W], m⟩, in nats. KL(p ‖ q) is A(n) − ⟨E_p[W], n⟩ minus this offset."""
 
 
 class LensKL:
     """KL(model ‖ lens) of every layer, in nats, and its gradient.
 
-    Called with translated states it returns one mean per layer, differentiable in the
-    translated states, so that any optimizer can use it. Training uses the parts:
-    `model_side` once per token, `keys` once per step, `gradient` once per layer.
+    A call returns one mean per layer that is differentiable in the translated states, so any
+    optimizer can use it. Training calls the parts instead: `keys` once per step, `model_side`
+    once per token and `gradient` once per layer.
 
-    Holds one copy of the unembedding, in `dtype`. When memory runs out, the chunk is halved with
-    a warning and the work goes on.
+    The instance holds one copy of the unembedding in `dtype`. When memory runs out, it halves
+    the chunk, warns and goes on.
 
     Args:
-        unembedding: norm and unembedding; pass `Unembedding.centred()`, which leaves the
-            softmax as it is and keeps the logits near 0, where half precision is fine.
-        dtype: of the matrix products. Their results are rounded to it; what is made of them is
-            added up in float32, or in float64 where the unembedding is.
-        kernel: `products` multiplies, takes the softmax in place and multiplies again;
-            `attention` calls the flash attention kernel that torch has for CPUs, which
-            holds no logits.
-        chunk: tokens whose logits over the whole vocabulary are held at a time; by default
-            `chunk_tokens`.
+        unembedding: pass `Unembedding.centred()`, which has the same softmax and keeps the
+            logits near 0, where half precision is accurate.
+        dtype: the dtype of the matrix products and of their results. Sums over them are taken
+            in float32, or in float64 if the unembedding is.
+        kernel: `products` computes a chunk of logits, takes the softmax in place and multiplies
+            again; `attention` calls torch's flash attention kernel for CPUs, which holds no
+            logits.
+        chunk: the number of tokens whose logits over the whole vocabulary are held at a time;
+            `chunk_tokens` by default.
     """
 
     def __init__(
@@ -91,7 +90,7 @@ class LensKL:
         """Mean KL of every layer, in nats.
 
         Args:
-            translated: what the lens makes of each layer's state, before the final norm.
+            translated: the translated states of each layer, before the final norm.
             final: the model's last state, before the final norm.
         """
         result: Tensor = _Function.apply(translated, self.model_side(final), self)
@@ -113,12 +112,12 @@ class LensKL:
         final: Float[Tensor, "tokens d_model"],
         usage: Float[Tensor, " vocab"] | None = None,
     ) -> ModelSide:
-        """What the layers need of the model's distribution, over the whole vocabulary.
+        """The terms of the KL that depend on the model, over the whole vocabulary.
 
         Args:
             final: the model's last state, before the final norm.
-            usage: the squares of the model's probabilities, summed over tokens, are added to
-                it; `draw_sample` makes its proposal of them.
+            usage: if given, the squares of the model's probabilities, summed over tokens, are
+                added to it. `draw_sample` computes its proposal from them.
         """
         keys, found = self._all_keys, []
 
@@ -133,7 +132,8 @@ class LensKL:
                 probs = self._logits(len(query), keys)  # the softmax was taken in place
                 squares = torch.mul(probs, probs, out=probs)
                 usage.add_(squares.sum(0, dtype=usage.dtype))
-            # Last, so that a chunk that is repeated for lack of memory counts once.
+            # The append comes last, so that a chunk that is repeated when memory runs out
+            # counts once.
             found.append(ModelSide(mean_row, offset))
 
         self._in_chunks(len(final), keys, measure)
@@ -145,7 +145,7 @@ class LensKL:
     ) -> Float[Tensor, " tokens"]:
         """KL of one layer at every token, in nats, at half the cost of the gradient.
 
-        Over the whole vocabulary, never estimated from a sample.
+        It is computed over the whole vocabulary, never estimated from a sample.
         """
         keys, kl = self._all_keys, torch.empty_like(model.offset)
 
@@ -168,9 +168,10 @@ class LensKL:
         """KL of one layer at every token, in nats, and its gradient in the translated states.
 
         Args:
-            translated: what the lens makes of the layer's state, before the final norm.
-            model: the model's side of the same tokens.
-            keys: of a sample, which makes both results estimates; by default all.
+            translated: the translated states of the layer, before the final norm.
+            model: from `model_side`, for the same tokens.
+            keys: the keys of a sample, which make both results estimates; by default those of
+                the whole vocabulary.
         """
         keys = keys or self._all_keys
         kl, gradient = torch.empty_like(model.offset), torch.empty_like(translated)
@@ -212,7 +213,7 @@ class LensKL:
         device, rows = keys.rows.device, len(self._all_keys.rows)
         start = 0
         while start < tokens:
-            # Of a sample, more tokens have as many logits.
+            # With the keys of a sample, a chunk of the same memory holds more tokens.
             count = max(1, min(self.chunk * rows // len(keys.rows), max_chunk_tokens(device)))
             try:
                 measure(slice(start, start + count))
@@ -221,11 +222,12 @@ class LensKL:
             except RuntimeError as error:
                 if self.chunk == 1 or not is_out_of_memory(error):
                     raise
-            # Here the exception is gone, and with it its hold on the chunk's tensors.
+            # Outside the except clause the exception no longer holds the chunk's tensors.
             self.chunk //= 2
             self._workspace.release()
             warnings.warn(
-                f"out of memory: going on with {self.chunk} tokens at a time (more of a sample)",
+                f"out of memory: continuing with chunks of {self.chunk} tokens (longer ones for a "
+                "sample of the vocabulary)",
                 stacklevel=2,
             )
             if device.type == "cuda":
@@ -241,31 +243,29 @@ def accumulate_gradient(
     model: ModelSide | None = None,
     keys: Keys | None = None,
     layers: Sequence[int] | None = None,
-    share: float = 1.0,
+    fraction: float = 1.0,
 ) -> Float[Tensor, " layers"]:
-    """Add the gradient of the KL, summed over layers, to that of the lens's translators.
+    """Add the gradient of the mean KL of every layer to the `grad` of its translator.
 
-    One layer at a time, so that more layers need no more memory.
+    The layers are processed one after the other, so the memory does not grow with their number.
 
     Args:
-        lens: the lens whose translators get the gradient.
         states: all states of the residual stream, the last one before the final norm.
-        objective: the KL.
-        model: the model's side of these tokens, if it is known already.
-        keys: of a sample of the vocabulary; by default all of it.
+        model: from `objective.model_side`; computed if it is not given.
+        keys: the keys of a sample of the vocabulary; by default those of all of it.
         layers: the layers that take part; all by default.
-        share: the fraction of a whole step's tokens that these tokens are.
+        fraction: the fraction of the step's tokens that is in `states`.
 
     Returns:
-        Their part of the step's mean KL, in nats; 0 for layers that take no part.
+        The contribution of these tokens to the step's mean KL of every layer, in nats; 0 for
+        layers that take no part.
     """
     model = model or objective.model_side(states[-1])
     kl = states[-1].new_zeros(lens.n_layers)
     for layer in range(lens.n_layers) if layers is None else layers:
-        hidden, translator = states[layer], lens.translators[layer]
-        assert isinstance(translator, Translator)
+        hidden, translator = states[layer], lens.translator(layer)
         nats, gradient = objective.gradient(lens.transform_hidden(hidden, layer), model, keys)
-        factor = share / len(nats)
+        factor = fraction / len(nats)
         kl[layer] = nats.sum() * factor
         dtype = objective.dtype
         weight_gradient = (gradient.T.to(dtype) @ hidden.to(dtype)).to(gradient.dtype)
@@ -306,12 +306,12 @@ def _attention(query: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
 def _shifted_query(
     keys: Keys, normed: Float[Tensor, "tokens d_model"], model: ModelSide
 ) -> tuple[Float[Tensor, "tokens width"], Float[Tensor, " tokens"]]:
-    """The query of a lens, and ⟨E_p[W], n⟩, which is near the logits that matter: its shift."""
+    """The query of a lens shifted by ⟨E_p[W], n⟩, which is near its largest logits, and that."""
     normed = normed.to(keys.rows.dtype)
     inner = _inner(model.mean_row, normed)
     return keys.query(normed, inner), inner
 
 
 def _inner(mean_row: Tensor, query: Tensor) -> Float[Tensor, " tokens"]:
-    """⟨E_p[W], n⟩ with the state as rounded for the products."""
+    """⟨E_p[W], n⟩ with the state rounded as in the products."""
     return torch.linalg.vecdot(mean_row, query[:, : mean_row.shape[1]].to(mean_row.dtype))

@@ -1,4 +1,4 @@
-"""What is known of a lens's distributions beside the model's, one chunk of tokens at a time.
+"""Statistics of a lens's distributions, compared with the model's and with the true next tokens.
 
 Evaluation, trajectories and comparisons take all their values from here.
 """
@@ -46,10 +46,10 @@ class LensStatistics:
     less.
 
     Args:
-        logits: of the lens, up to a constant per token; they are shifted in place.
+        logits: the logits of the lens, up to a constant per token. They are shifted in place.
         model: the model's distribution at the same tokens.
-        next_ids: the true next tokens. Where there is none, any id will do, and what depends
-            on it is to be ignored.
+        next_ids: the true next tokens. Where there is none, pass any id and ignore the values
+            that depend on it.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class LensStatistics:
         top = self._logits.topk(k, -1)
         return top.indices, top.values - self._log_z[:, None]
 
-    # Metrics per token; `tunedlens.metrics.METRICS` says what each one means.
+    # The metrics of a token, under the names of `tunedlens.metrics.METRICS`.
 
     @property
     def kl_nats(self) -> Float[Tensor, " tokens"]:
@@ -163,8 +163,8 @@ def measure(
 ) -> Float[Tensor, "metrics tokens"]:
     """Metrics of every token, by their names in `LensStatistics`.
 
-    Overwrites the logits with the probabilities. On a CPU it takes a few tokens at a time, which
-    stay in its cache from one pass over the vocabulary to the next.
+    The logits are overwritten with the probabilities. On a CPU the tokens are processed a few at
+    a time, so that they stay in the cache from one pass over the vocabulary to the next.
     """
     count = len(logits)
     if logits.device.type == "cpu":

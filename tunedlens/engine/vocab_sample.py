@@ -1,4 +1,4 @@
-"""A random sample of the vocabulary that stands for all of it in one training step.
+"""A random sample of the vocabulary, from which one training step estimates its gradient.
 
 Token v is in the sample with a known probability π_v, so Σ exp(z_v) / π_v over the sample is an
 unbiased estimate of the sum over the vocabulary, and likewise with W_v beside it. A softmax over
@@ -14,12 +14,12 @@ from torch import Tensor
 from tunedlens.errors import InputError
 
 _FLOOR = 0.02
-"""Share of the proposal that is uniform: no token has π_v = 0."""
+"""Uniform fraction of the proposal, so that no token has π_v = 0."""
 _FIXED_POINT_STEPS = 32
 
 
 class VocabSample(NamedTuple):
-    """Some tokens, and how probable it was for each to be among them."""
+    """The sampled tokens and their inclusion probabilities."""
 
     ids: Int[Tensor, " size"]
     log_inclusion: Float[Tensor, " size"]
@@ -27,11 +27,11 @@ class VocabSample(NamedTuple):
 
 
 def inclusion_probabilities(usage: Float[Tensor, " vocab"], size: int) -> Float[Tensor, " vocab"]:
-    """π_v of every token: proportional to the root of its usage, at most 1, `size` in all.
+    """π_v of every token: proportional to the square root of its usage, at most 1, sum `size`.
 
-    With usage the sum of p_v² over the tokens of a step, these are the probabilities for which
-    the variance of an estimate of p is least. They favour a token that a single position is sure
-    of over one to which many positions give a little.
+    If the usage is the sum of p_v² over the tokens of a step, these probabilities minimise the
+    variance of an estimate of p. They prefer a token that one position is sure of to a token
+    that many positions give a little probability.
 
     Raises:
         InputError: usage is not finite.
@@ -53,17 +53,15 @@ def inclusion_probabilities(usage: Float[Tensor, " vocab"], size: int) -> Float[
 
 
 def draw_sample(usage: Float[Tensor, " vocab"], size: int, seed: int, step: int) -> VocabSample:
-    """The sample of one step, a function of usage, seed and step alone.
+    """Draw the sample of one step as a function of usage, seed and step alone.
 
-    Tokens are drawn independently, so the number of them varies around `size`. Each has a
-    uniform number of its own, so that a difference of usage in its last digits, as another
-    number of processes makes, hardly ever changes the sample.
+    Tokens are drawn independently, so their number varies around `size`. Each token has its
+    own uniform number, so a difference in the last digits of the usage, which another number of
+    processes makes, hardly ever changes the sample.
 
     Args:
         usage: squares of the model's probabilities, summed over the tokens of the step.
-        size: expected number of tokens.
-        seed: of the run.
-        step: number of the step.
+        size: the expected number of tokens.
     """
     probabilities = inclusion_probabilities(usage, size)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)

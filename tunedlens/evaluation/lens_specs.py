@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from tunedlens import builtin, checkpoint
 from tunedlens.config import ModelConfig, TrainConfig
 from tunedlens.errors import InputError
+from tunedlens.files import JsonObject
 
 BASELINE_TOKENS = {"unigram": 10_000_000, "mean": 65_536}
 """The most positions of the training text that each baseline is made from."""
@@ -25,7 +25,7 @@ class LensSpec:
     folder: Path | None = None
 
     @cached_property
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> JsonObject:
         """The manifest of a saved lens."""
         assert self.folder is not None
         return checkpoint.read_manifest(self.folder)
@@ -91,7 +91,7 @@ def trained_on(saved: Sequence[LensSpec], dataset: str | None) -> list[LensSpec]
     return [spec for spec in saved if _is_same(spec.trained.corpus.dataset, dataset)]
 
 
-def _kind(manifest: dict[str, Any]) -> str:
+def _kind(manifest: JsonObject) -> str:
     """The kind of a saved lens; closed-form if its fit took no steps."""
     fit = manifest.get("config", {}).get("fit")
     return "closed-form" if fit == "closed-form" else manifest["lens"]

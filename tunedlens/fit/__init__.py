@@ -1,30 +1,30 @@
-"""How lenses are fitted: a closed form to start from, then steps; and their rivals."""
+"""How lenses are fitted: least squares, optimizers, the mean Jacobian and baselines."""
 
 from tunedlens.fit.baselines import mean_lens, unigram_lens
-from tunedlens.fit.convergence import LearningCurve, Look
+from tunedlens.fit.convergence import ValidationResult, converged_layers
 from tunedlens.fit.jacobian import SKIPPED_POSITIONS, MeanJacobian
 from tunedlens.fit.least_squares import LeastSquares
 from tunedlens.fit.optimizer import (
     DEFAULT_HYPERPARAMETERS,
     Hyperparameters,
     LensOptimizer,
-    Preconditioned,
+    PreconditionedMuon,
     TorchOptimizer,
-    evening,
+    preconditioner,
 )
 
 __all__ = [
     "DEFAULT_HYPERPARAMETERS",
     "SKIPPED_POSITIONS",
     "Hyperparameters",
-    "LearningCurve",
     "LeastSquares",
     "LensOptimizer",
-    "Look",
     "MeanJacobian",
-    "Preconditioned",
+    "PreconditionedMuon",
     "TorchOptimizer",
-    "evening",
+    "ValidationResult",
+    "converged_layers",
     "mean_lens",
+    "preconditioner",
     "unigram_lens",
 ]

@@ -1,4 +1,4 @@
-"""Distributions that look at no state, without which a KL has no scale."""
+"""Lenses that ignore the state. Their KL gives the KL of other lenses a scale."""
 
 from collections.abc import Iterable, Iterator
 
@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tunedlens.engine.objective import chunk_tokens
+from tunedlens.engine import Decoder, chunk_tokens
 from tunedlens.errors import InputError
 from tunedlens.lenses import ConstantLens
 from tunedlens.model import FrozenModel
@@ -17,12 +17,11 @@ _BLOCKS_AT_A_TIME = 8
 def unigram_lens(
     model: FrozenModel, blocks: Iterable[Int[Tensor, " seq"]], tokens: int
 ) -> ConstantLens:
-    """The frequencies of tokens in a text, with one more of each.
+    """The token frequencies of a text, with one added to every count.
 
     Args:
-        model: whose vocabulary it is.
-        blocks: the text.
-        tokens: at most so many are counted, from the start.
+        model: the model whose vocabulary is counted.
+        tokens: the maximum number of tokens to count, from the start of the text.
 
     Raises:
         InputError: the text is empty.
@@ -42,9 +41,7 @@ def mean_lens(
     """The model's own distribution, averaged over the positions of a text.
 
     Args:
-        model: the model.
-        blocks: the text.
-        tokens: at most so many positions, from the start.
+        tokens: the maximum number of positions, from the start of the text.
 
     Raises:
         InputError: the text is empty.
@@ -52,12 +49,13 @@ def mean_lens(
     vocab_size = model.identity.vocab_size
     sums = torch.zeros(vocab_size, dtype=torch.float64)
     chunk = chunk_tokens(vocab_size, model.device)
+    decoder = Decoder(model.unembedding.centred())
     batch: list[Tensor] = []
 
     def flush() -> None:
         final = model.residual_stream(torch.stack(batch).to(model.device))[-1].flatten(0, 1)
         for part in final.split(chunk):
-            sums.add_(model.unembedding(part).softmax(-1).sum(0).double().cpu())
+            sums.add_(decoder.model_logits(part).softmax(-1).sum(0).double().cpu())
         batch.clear()
 
     for block in _first(blocks, tokens):
@@ -80,10 +78,10 @@ def _first(blocks: Iterable[Int[Tensor, " seq"]], tokens: int) -> Iterator[Int[T
 
 def _require_text(sums: Tensor) -> None:
     if not sums.sum():
-        raise InputError("there is no text to make a baseline from; give one with some tokens")
+        raise InputError("a baseline needs text with at least one token; got none")
 
 
 def _constant(probs: Tensor, model: FrozenModel) -> ConstantLens:
-    # What the model gives less than a float can hold has at least the least of them.
+    # A probability that underflows in float32 is raised to the smallest normal number.
     least = torch.finfo(torch.float32).tiny
     return ConstantLens(probs.clamp_min(least).log(), model.identity).to(model.device)

@@ -1,51 +1,50 @@
-"""The learning curve, and what it says of which layers are done."""
+"""Validations of a run, and which layers have converged according to them."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-FLAT = 0.02
-"""A layer is flat where doubling its tokens lowered its held-out KL by less than this fraction."""
+MIN_GAIN = 0.02
+"""A layer has converged when doubling its tokens lowers its held-out KL by less than this
+fraction."""
 
 
 @dataclass
-class Look:
-    """Held-out text, looked at once."""
+class ValidationResult:
+    """Held-out KL of every layer at one step."""
 
     step: int
     tokens: int
-    """Positions whose KL was a part of the gradient."""
+    """Positions that the steps have trained on."""
     seconds: float
-    """Since the run began, looks included."""
+    """Since the run began, validation included."""
     kl_nats: list[float]
-    """Of every layer."""
+    """One value per layer."""
     standard_error: float | None = None
-    """Of the mean over layers, clustered by block; None where there is a single block."""
+    """Of the mean over layers, clustered by block. A single block has none."""
 
     @property
     def mean_kl_nats(self) -> float:
-        """Over layers."""
+        """Mean over layers."""
         return sum(self.kl_nats) / len(self.kl_nats)
 
 
-@dataclass
-class LearningCurve:
-    """Held-out KL against tokens and seconds; JSON-able by `asdict`."""
+def converged_layers(history: Sequence[ValidationResult]) -> list[bool]:
+    """For every layer, whether two validations in a row show almost no gain from more tokens.
 
-    looks: list[Look] = field(default_factory=list)
+    A single validation may be misled by the noise of the steps. A layer that is no longer
+    trained stays converged, because its KL stays the same.
+    """
+    last, before = _gains_little(history), _gains_little(history[:-1])
+    return [now and then for now, then in zip(last, before or last, strict=True)]
 
-    def flat_layers(self) -> list[bool]:
-        """For every layer, whether two looks running say that doubling hardly lowered its KL.
 
-        One look alone may be misled by the noise of the steps. A layer that has been left
-        alone stays flat, as its KL stays what it is.
-        """
-        last, before = self._flat_at(self.looks), self._flat_at(self.looks[:-1])
-        return [now and then for now, then in zip(last, before or last, strict=True)]
-
-    @staticmethod
-    def _flat_at(looks: list[Look]) -> list[bool]:
-        """For every layer, whether the last of these looks found it flat; none without looks."""
-        halfway = [look for look in looks if 0 < 2 * look.tokens <= looks[-1].tokens]
-        if not halfway:
-            return [False for _ in looks[-1].kl_nats] if looks else []
-        pairs = zip(looks[-1].kl_nats, halfway[-1].kl_nats, strict=True)
-        return [now > (1 - FLAT) * then for now, then in pairs]
+def _gains_little(history: Sequence[ValidationResult]) -> list[bool]:
+    """For every layer, whether the last doubling of its tokens hardly lowered its KL."""
+    if not history:
+        return []
+    end = history[-1]
+    halfway = [result for result in history if 0 < 2 * result.tokens <= end.tokens]
+    if not halfway:
+        return [False] * len(end.kl_nats)
+    pairs = zip(end.kl_nats, halfway[-1].kl_nats, strict=True)
+    return [now > (1 - MIN_GAIN) * then for now, then in pairs]

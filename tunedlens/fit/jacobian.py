@@ -1,4 +1,4 @@
-"""The mean Jacobian of the final state in every layer's state, by backward passes."""
+"""The mean Jacobian of the final state with respect to the state of every layer."""
 
 import torch
 from accelerate import Accelerator
@@ -10,31 +10,28 @@ from tunedlens.distributed import reduce_sums
 from tunedlens.model import FrozenModel
 
 SKIPPED_POSITIONS = 16
-"""At the start of each block: the first positions are attention sinks with states unlike all
-others, so they are neither differentiated nor a target."""
+"""Positions at the start of each block that are neither differentiated nor a target: they are
+attention sinks, and their states are unlike all others."""
 
 
 class MeanJacobian:
-    """Streaming mean, over source positions, of d final / d state of every layer.
+    """Streaming mean over source positions p of d final / d state[p] for every layer.
 
-    Every output dimension takes one backward pass for a whole batch, with a cotangent at
-    every target position at once. The first positions of a block are left out.
+    Every output dimension takes one backward pass per batch, with cotangents at all target
+    positions at once.
 
-    With targets `later`, as published, all cotangents are 1: a source position p gets the sum
-    over p' >= p of d final[p'] / d state[p], what the state does to all that the model goes on
-    to say (causality leaves out p' < p).
+    With targets `later`, as published, all cotangents are 1. A source position p then gets the
+    sum over p' ≥ p of d final[p'] / d state[p]: the effect of the state on all later outputs.
 
-    With targets `same` they are random signs, and what comes back to a position is multiplied
-    by its own sign: what crosses from other positions then has mean 0, and d final[p] /
-    d state[p] is left, what the state does to the next token. That is what a KL to the model
-    at the same position asks for.
+    With targets `same`, the cotangents are random signs, and the gradient at a position is
+    multiplied by the sign of that position. Contributions of other positions then have mean 0,
+    and d final[p] / d state[p] remains: the effect of the state on the next token, which is
+    what the KL at the same position measures.
 
     Args:
-        n_layers: number of states to differentiate.
-        d_model: their width.
-        targets: later or same.
-        skipped: positions at the start of each block.
-        seed: of the signs.
+        n_layers: the number of states to differentiate.
+        skipped: the number of positions to skip at the start of each block.
+        seed: the seed of the random signs.
 
     Source:
         Gurnee et al. 2026, "Verbalizable Representations Form a Global Workspace in
@@ -57,7 +54,7 @@ class MeanJacobian:
         self._generator = torch.Generator().manual_seed(seed)
 
     def add(self, model: FrozenModel, input_ids: Int[Tensor, "batch seq"]) -> None:
-        """Count the source positions of further blocks."""
+        """Add the source positions of further blocks."""
         *states, final = model.residual_stream(input_ids, differentiable=True)
         kept = slice(min(self._skipped, input_ids.shape[1] - 1), None)
         signs = torch.ones_like(final[:, kept, :1], dtype=torch.float32)
@@ -75,10 +72,10 @@ class MeanJacobian:
         self.positions += signs.numel()
 
     def reduce(self, accelerator: Accelerator) -> None:
-        """Add up the sums of all processes, in each of them."""
+        """Add up the sums of all processes; every process gets the totals."""
         reduce_sums(accelerator, self.sums, self.positions)
 
     @property
     def mean(self) -> Float[Tensor, "layers d_model d_model"]:
-        """Rows are dimensions of the final state, columns those of the layer's."""
+        """Rows are dimensions of the final state, columns are dimensions of the layer's state."""
         return self.sums / self.positions

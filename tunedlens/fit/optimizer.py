@@ -1,4 +1,4 @@
-"""Optimizers of the KL: our own, and the published ones that it is compared with."""
+"""Optimizers of the KL: the default one, and the published baselines."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -12,28 +12,28 @@ from tunedlens.fit.least_squares import LeastSquares
 from tunedlens.lenses import Translator, TunedLens
 
 _DAMPING = 1e-4
-"""Of the whitening, relative to the mean square of the inputs."""
-_AVERAGING = 2
-"""In the average, a step weighs about as much as this power of its number."""
+"""Added to the eigenvalues of the second moment, relative to their mean."""
+_AVERAGING_POWER = 2
+"""The weight of step t in the average grows about as t to this power."""
 
 
 class LensOptimizer(ABC):
-    """State in, state out: what turns gradients into a lens.
+    """Turns gradients into a lens.
 
-    A step depends on the gradients and on `state` alone, so that a run which goes on from a
-    saved state takes the steps that it would have taken.
+    A step depends on the gradients and on `state` alone, so a run that continues from a saved
+    state takes the same steps as an uninterrupted one.
     """
 
     lens: TunedLens
-    """Whose translators the next gradients are taken at."""
+    """The next gradients are taken at the translators of this lens."""
 
     @abstractmethod
-    def step(self, active: Sequence[bool], share_done: float) -> None:
-        """Take a step with the gradients that are there, and clear them.
+    def step(self, active: Sequence[bool], fraction_done: float) -> None:
+        """Take a step with the accumulated gradients, and clear them.
 
         Args:
-            active: for every layer, whether it still learns.
-            share_done: how much of a fixed budget is behind, from 0 to 1.
+            active: for every layer, whether it is still trained.
+            fraction_done: how much of the budget is used up, from 0 to 1.
         """
 
     @abstractmethod
@@ -42,19 +42,19 @@ class LensOptimizer(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """What the next step and the result depend on."""
+        """Everything that the next step and the result depend on."""
 
     @abstractmethod
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `state` gave."""
+        """Continue from a state that `state` returned."""
 
 
-def evening(
+def preconditioner(
     second_moment: Float[Tensor, "layers width width"],
 ) -> Float[Tensor, "layers width width"]:
-    """Inverse fourth root of the inputs' second moment: what evens them out, half way.
+    """The inverse fourth root of the inputs' second moment, which whitens them halfway.
 
-    Damped, and scaled so that what comes out has mean square 1.
+    It is damped, and scaled so that the preconditioned inputs have mean square 1.
     """
     values, vectors = torch.linalg.eigh(second_moment)
     values = values.clamp(min=0) + _DAMPING * values.mean(-1, keepdim=True)
@@ -62,26 +62,26 @@ def evening(
     return (vectors * inverse_roots[:, None]) @ vectors.mT
 
 
-class Preconditioned(LensOptimizer):
-    """Muon in evened-out inputs, in steps of one size, and the average of where they lead.
+class PreconditionedMuon(LensOptimizer):
+    """Muon with a half-whitening input preconditioner, a constant step size and iterate averaging.
 
-    A few directions of the residual stream carry most of its variance, so a step that is
-    even in the translator's own coordinates is far from even in what it changes. So the
-    steps are taken in `M` of `[A b] = start + M P` (the bias is the column of an input that
-    is always 1), with `P` the inverse fourth root of the inputs' second moment: half way to
-    whitening, since directions that hardly any token uses also have less to teach.
+    A few directions of the residual stream carry most of its variance. A step that is equally
+    large in all coordinates of the translator therefore changes the translated states very
+    unequally. This optimizer writes `[A b] = initial + M P` (the bias is the column of an input
+    that is always 1), where P is the inverse fourth root of the inputs' second moment, and takes
+    its steps in M. P whitens only halfway, because directions that few tokens use also have less
+    to teach.
 
-    The size of a step is a share of the error that least squares leave in the final state,
-    layer by layer, and it never changes: noise is taken away by averaging over the last
-    part of the way, which grows with it. So the result is a good one whenever it is asked
-    for, and no number of steps has to be known beforehand.
+    The step size is relative to the error that least squares leave in the final state of each
+    layer. It is constant: averaging over the last part of the iterates, which grows with their
+    number, removes the noise. The result is thus a good lens at any time, and the number of steps
+    need not be known beforehand.
 
     Args:
-        lens: where the steps start if `start` is not called.
+        lens: the initial lens, unless `initialise` is called.
         step_size: change of a translated state in one step, relative to the root mean
             square error of least squares.
-        momentum: of the gradients.
-        weight_decay: pulls back to the start.
+        weight_decay: pulls towards the initial lens.
 
     Source:
         Jordan et al. 2024, "Muon", kellerjordan.github.io/posts/muon; Shamir and Zhang
@@ -94,52 +94,55 @@ class Preconditioned(LensOptimizer):
         self.lens = lens
         self._average = TunedLens(lens.unembedding, lens.identity)
         self._step_size, self._momentum, self._weight_decay = step_size, momentum, weight_decay
-        start = _columns(lens)
-        width = start.shape[-1]
+        initial = _columns(lens)
+        width = initial.shape[-1]
         self._state = {
-            "start": start,
-            "evening": torch.eye(width, device=start.device).repeat(lens.n_layers, 1, 1),
-            "error": start.new_ones(lens.n_layers),
-            "moved": torch.zeros_like(start),
-            "averaged": torch.zeros_like(start),
-            "gradient": torch.zeros_like(start),
-            "steps": start.new_zeros(lens.n_layers),
+            "initial": initial,
+            "preconditioner": torch.eye(width, device=initial.device).repeat(lens.n_layers, 1, 1),
+            "initial_error": initial.new_ones(lens.n_layers),
+            "iterate": torch.zeros_like(initial),
+            "average": torch.zeros_like(initial),
+            "momentum": torch.zeros_like(initial),
+            "steps": initial.new_zeros(lens.n_layers),
         }
 
-    def start(self, first_pass: LeastSquares, solution: Tensor, *, from_there: bool = True) -> None:
-        """Take from a first pass over the text what evens the inputs out, and where to start.
+    def initialise(
+        self, first_pass: LeastSquares, solution: Tensor, *, from_solution: bool = True
+    ) -> None:
+        """Take the preconditioner, the scale of the steps and the initial lens from least squares.
 
         Args:
-            first_pass: its sums.
+            first_pass: the sums over the first part of the text.
             solution: `[A b]` of every layer, as the sums give it.
-            from_there: start from the solution; else from the lens as it is.
+            from_solution: start from the solution; otherwise from the lens as it is.
         """
-        self._state["evening"].copy_(evening(first_pass.second_moment))
-        self._state["error"].copy_(first_pass.mean_square_error(solution).clamp(min=0).sqrt())
-        if from_there:
-            self._state["start"].copy_(solution)
-        self._write(self.lens, "moved")
+        self._state["preconditioner"].copy_(preconditioner(first_pass.second_moment))
+        error = first_pass.mean_square_error(solution).clamp(min=0).sqrt()
+        self._state["initial_error"].copy_(error)
+        if from_solution:
+            self._state["initial"].copy_(solution)
+        self._write(self.lens, "iterate")
 
     def revert(self, layer: int) -> None:
-        """Make the result of one layer what the steps started from."""
-        self._state["averaged"][layer].zero_()
+        """Make the result of one layer its initial translator."""
+        self._state["average"][layer].zero_()
 
-    def step(self, active: Sequence[bool], share_done: float) -> None:  # noqa: ARG002 - see class
+    def step(self, active: Sequence[bool], fraction_done: float) -> None:  # noqa: ARG002 - see class
         state, layers = self._state, [layer for layer, learns in enumerate(active) if learns]
-        evened = _gradients(self.lens)[layers] @ state["evening"][layers]
+        gradient = translator_gradients(self.lens)[layers] @ state["preconditioner"][layers]
         self.lens.zero_grad()
-        gradient = state["gradient"][layers].lerp(evened, 1 - self._momentum)
-        direction = _orthogonalised(evened.lerp(gradient, self._momentum))  # Nesterov's
-        size = self._step_size * state["error"][layers, None, None]
-        moved = state["moved"][layers] * (1 - size * self._weight_decay) - size * direction
-        state["gradient"][layers], state["moved"][layers] = gradient, moved
+        momentum = state["momentum"][layers].lerp(gradient, 1 - self._momentum)
+        direction = _orthogonalised(gradient.lerp(momentum, self._momentum))  # Nesterov's
+        size = self._step_size * state["initial_error"][layers, None, None]
+        iterate = state["iterate"][layers] * (1 - size * self._weight_decay) - size * direction
+        state["momentum"][layers], state["iterate"][layers] = momentum, iterate
         state["steps"][layers] += 1
-        weight = (_AVERAGING + 1) / (state["steps"][layers, None, None] + _AVERAGING)
-        state["averaged"][layers] = state["averaged"][layers].lerp(moved, weight)
-        self._write(self.lens, "moved")
+        weight = (_AVERAGING_POWER + 1) / (state["steps"][layers, None, None] + _AVERAGING_POWER)
+        state["average"][layers] = state["average"][layers].lerp(iterate, weight)
+        self._write(self.lens, "iterate")
 
     def result(self) -> TunedLens:
-        self._write(self._average, "averaged")
+        self._write(self._average, "average")
         return self._average
 
     def state(self) -> dict[str, Tensor]:
@@ -148,11 +151,13 @@ class Preconditioned(LensOptimizer):
     def load_state(self, state: dict[str, Tensor]) -> None:
         for name, value in self._state.items():
             value.copy_(state[name])
-        self._write(self.lens, "moved")
+        self._write(self.lens, "iterate")
 
     def _write(self, lens: TunedLens, name: str) -> None:
-        columns = torch.baddbmm(self._state["start"], self._state[name], self._state["evening"])
-        for translator, value in zip(_translators(lens), columns, strict=True):
+        columns = torch.baddbmm(
+            self._state["initial"], self._state[name], self._state["preconditioner"]
+        )
+        for translator, value in zip(translators_of(lens), columns, strict=True):
             translator.weight.data.copy_(value[:, :-1])
             translator.bias.data.copy_(value[:, -1])
 
@@ -160,9 +165,9 @@ class Preconditioned(LensOptimizer):
 def _orthogonalised(
     matrices: Float[Tensor, "layers rows columns"],
 ) -> Float[Tensor, "layers rows columns"]:
-    """Each with its singular values brought near 1 (between about 0.7 and 1.2).
+    """Every matrix with its singular values moved close to 1 (between about 0.7 and 1.2).
 
-    Five Newton-Schulz iterations, in bfloat16, with the coefficients of the source.
+    Runs five Newton-Schulz iterations in bfloat16, with the coefficients of the source.
 
     Source:
         Jordan et al. 2024, "Muon", kellerjordan.github.io/posts/muon.
@@ -176,7 +181,7 @@ def _orthogonalised(
 
 
 class Hyperparameters(NamedTuple):
-    """What a fit does if it is not told otherwise."""
+    """The default hyperparameters of a fit."""
 
     learning_rate: float
     momentum: float
@@ -186,27 +191,25 @@ class Hyperparameters(NamedTuple):
 DEFAULT_HYPERPARAMETERS = {
     "preconditioned": Hyperparameters(0.035, 0.8, 0.0),
     "sgd": Hyperparameters(0.1, 0.9, 1e-3),
-    "adamw": Hyperparameters(1e-3, 0.9, 1e-3),
     "muon": Hyperparameters(0.04, 0.95, 0.0),
 }
-"""Ours; SGD and Adam as tuned-lens 0.2.0 has them, though on the embedded model SGD is better
-at ten times its rate; Muon with its author's momentum and the best of four rates there."""
+"""Those of SGD are the defaults of tuned-lens 0.2.0, although ten times its rate is better on the
+embedded model. Muon has its author's momentum and the best of four rates on the embedded model."""
 
-_LARGEST_GRADIENT = 1.0
-_LEARNING_RATE_OF_BIASES = 1e-3
-"""Of AdamW beside Muon, which is for matrices only."""
-_WARM_UP_OF_ADAM = 0.2
+_MAX_GRADIENT_NORM = 1.0
+_BIAS_LEARNING_RATE = 1e-3
+"""For AdamW, which updates the biases in Muon runs, because Muon is for matrices only."""
 
 
 class TorchOptimizer(LensOptimizer):
-    """SGD with Nesterov momentum, AdamW, or Muon with AdamW for the biases.
+    """A published baseline: SGD with Nesterov momentum, or Muon with AdamW for the biases.
 
-    From the logit lens, with a gradient clipped to length 1 and a rate that falls to 0.
+    It starts from the logit lens, clips the gradient to norm 1 and lowers the learning rate
+    linearly to 0.
 
     Args:
-        lens: where the steps start.
-        name: sgd, adamw or muon.
-        learning_rate, momentum, weight_decay: its settings.
+        lens: the initial lens.
+        name: sgd or muon.
     """
 
     def __init__(
@@ -218,36 +221,33 @@ class TorchOptimizer(LensOptimizer):
         weight_decay: float,
     ) -> None:
         self.lens = lens
-        self._warm_up = _WARM_UP_OF_ADAM if name == "adamw" else 0.0
-        rate, decay = learning_rate, weight_decay
-        weights = [translator.weight for translator in _translators(lens)]
-        biases = [translator.bias for translator in _translators(lens)]
-        optimizers: list[torch.optim.Optimizer] = []
-        if name == "sgd":
-            optimizers += [
-                torch.optim.SGD(
-                    [*weights, *biases], rate, momentum, nesterov=momentum > 0, weight_decay=decay
-                )
-            ]
+        weights = [translator.weight for translator in translators_of(lens)]
+        biases = [translator.bias for translator in translators_of(lens)]
+        self._optimizers: list[torch.optim.Optimizer]
         if name == "muon":
-            optimizers += [torch.optim.Muon(weights, rate, decay, momentum)]
-        if name in ("adamw", "muon"):
             betas = (momentum, 0.999)
-            parameters = biases if name == "muon" else [*weights, *biases]
-            rate_of_adam = _LEARNING_RATE_OF_BIASES if name == "muon" else rate
-            optimizers += [torch.optim.AdamW(parameters, rate_of_adam, betas, weight_decay=decay)]
-        self._optimizers = optimizers
-        self._rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+            self._optimizers = [
+                torch.optim.Muon(weights, learning_rate, weight_decay, momentum),
+                torch.optim.AdamW(biases, _BIAS_LEARNING_RATE, betas, weight_decay=weight_decay),
+            ]
+        else:
+            sgd = torch.optim.SGD(
+                [*weights, *biases],
+                learning_rate,
+                momentum,
+                nesterov=momentum > 0,
+                weight_decay=weight_decay,
+            )
+            self._optimizers = [sgd]
+        self._rates = [optimizer.param_groups[0]["lr"] for optimizer in self._optimizers]
 
-    def step(self, active: Sequence[bool], share_done: float) -> None:
-        for layer, translator in enumerate(_translators(self.lens)):
+    def step(self, active: Sequence[bool], fraction_done: float) -> None:
+        for layer, translator in enumerate(translators_of(self.lens)):
             if not active[layer]:
                 translator.zero_grad()
-        nn.utils.clip_grad_norm_(self.lens.parameters(), _LARGEST_GRADIENT)
-        rising = (share_done + 1e-3) / self._warm_up if self._warm_up else 1.0
-        factor = min(rising, (1 - share_done) / (1 - self._warm_up))
+        nn.utils.clip_grad_norm_(self.lens.parameters(), _MAX_GRADIENT_NORM)
         for optimizer, rate in zip(self._optimizers, self._rates, strict=True):
-            optimizer.param_groups[0]["lr"] = rate * factor
+            optimizer.param_groups[0]["lr"] = rate * (1 - fraction_done)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -261,26 +261,27 @@ class TorchOptimizer(LensOptimizer):
         return tensors
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        own = {name: state[f"lens.{name}"] for name in self.lens.state_dict()}
-        self.lens.load_state_dict(own)
+        names = self.lens.state_dict()
+        self.lens.load_state_dict({name: state[f"lens.{name}"] for name in names})
         for index, optimizer in enumerate(self._optimizers):
             _load_optimizer_state(str(index), optimizer, state)
 
 
-def _translators(lens: TunedLens) -> list[Translator]:
-    return list(lens.translators)  # type: ignore[arg-type]
+def translators_of(lens: TunedLens) -> list[Translator]:
+    """The translators in the order of the layers."""
+    return [one.translator for one in lens.all_translators()]
 
 
 def _columns(lens: TunedLens) -> Float[Tensor, "layers d_model d_model_plus_1"]:
     """`[A b]` of every layer."""
-    parts = [torch.cat([t.weight.data, t.bias.data[:, None]], 1) for t in _translators(lens)]
+    parts = [torch.cat([t.weight.data, t.bias.data[:, None]], 1) for t in translators_of(lens)]
     return torch.stack(parts)
 
 
-def _gradients(lens: TunedLens) -> Float[Tensor, "layers d_model d_model_plus_1"]:
-    """Of `[A b]` of every layer; 0 where a layer took no part."""
+def translator_gradients(lens: TunedLens) -> Float[Tensor, "layers d_model d_model_plus_1"]:
+    """The gradient of `[A b]` of every layer, 0 for a layer without one."""
     parts = []
-    for translator in _translators(lens):
+    for translator in translators_of(lens):
         weight, bias = translator.weight.grad, translator.bias.grad
         if weight is None or bias is None:
             weight, bias = torch.zeros_like(translator.weight), torch.zeros_like(translator.bias)
@@ -300,11 +301,11 @@ def _optimizer_state(name: str, optimizer: torch.optim.Optimizer) -> dict[str, T
 def _load_optimizer_state(
     name: str, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]
 ) -> None:
-    found: dict[int, dict[str, Tensor]] = {}
+    values: dict[int, dict[str, Tensor]] = {}
     for full, value in state.items():
-        owner, _, rest = full.partition(".")
-        if owner == name:
+        prefix, _, rest = full.partition(".")
+        if prefix == name:
             parameter, key = rest.split(".")
-            found.setdefault(int(parameter), {})[key] = value
+            values.setdefault(int(parameter), {})[key] = value
     groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": found, "param_groups": groups})
+    optimizer.load_state_dict({"state": values, "param_groups": groups})

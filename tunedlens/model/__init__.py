@@ -1,8 +1,10 @@
 """A frozen language model: loading, its residual stream, its unembedding, its identity."""
 
-from tunedlens.model.frozen import FrozenModel, Unembedding, load_configured, load_model
+from tunedlens.model.frozen import FrozenModel
 from tunedlens.model.identity import ModelIdentity, require_same_model
+from tunedlens.model.loading import load_configured, load_model
 from tunedlens.model.sites import SITES
+from tunedlens.model.unembedding import Unembedding
 
 __all__ = [
     "SITES",

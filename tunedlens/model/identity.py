@@ -1,31 +1,34 @@
-"""What tells one model from another, as far as a lens is concerned."""
+"""The facts about a model that decide whether a lens fits it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from tunedlens.errors import InputError
 
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """What a lens must agree on with the model that it is used on."""
+    """The facts that a lens and its model must agree on."""
 
     name: str
     """Hub name or folder; `embedded` for the one that ships with the package."""
     revision: str | None
-    """The hub's commit, where there is one."""
+    """The commit on the hub, if the model comes from there."""
     n_layers: int
     d_model: int
     vocab_size: int
     fingerprint: str
-    """Of all values of the final norm and the unembedding; see `Unembedding.fingerprint`."""
+    """Covers all values of the final norm and the unembedding; see `Unembedding.fingerprint`."""
 
 
-def require_same_model(saved: dict[str, Any], model: dict[str, Any], what: str) -> None:
-    """Compare two identities, as `dataclasses.asdict` gives them.
+def require_same_model(saved: Mapping[str, object], model: Mapping[str, object], what: str) -> None:
+    """Compare two identities, in the form of `dataclasses.asdict`.
+
+    Args:
+        what: what the message calls the lens.
 
     Raises:
-        InputError: a lens made for the one does not fit the other; says what differs.
+        InputError: they differ in more than the name; the message says in what.
     """
     differences = [
         f"{name} {saved.get(name)}, not {model[name]}"

@@ -1,26 +1,41 @@
-"""Where a block can be looked into, found by structure and kept by hooks."""
+"""Captures the residual stream and its terms inside every block, with forward hooks."""
 
 from collections.abc import Collection
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tunedlens.errors import InputError
+from tunedlens.model.structure import find_attention_and_mlp
 
 SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
-"""Where a block can be looked into, in the order in which it computes: the stream entering it,
-what attention adds, the stream between, what the MLP adds, the stream leaving it."""
+"""The sites of a block, in the order in which it computes them: the stream entering the block,
+what attention adds, the stream between attention and MLP, what the MLP adds, the stream leaving
+the block."""
+
+Args = tuple[object, ...]
+Kwargs = dict[str, object]
+
+
+def input_state(args: Args, kwargs: Kwargs) -> Tensor:
+    """The hidden states that a block is called with, by position or by name."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    assert isinstance(hidden, Tensor)
+    return hidden
+
+
+def replace_input_state(args: Args, kwargs: Kwargs, hidden: Tensor) -> tuple[Args, Kwargs]:
+    """The arguments of a block with other hidden states."""
+    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
 
 class BlockSites:
-    """What one block does to the stream: kept while it runs, checked when it is done.
+    """The sites of one block: captured while it runs, checked when it is done.
 
     Args:
-        block: the block.
-        name: what to call it in messages.
-        wanted: the sites to keep, of `SITES`.
+        name: what messages call the block.
+        wanted: the names from `SITES` to keep.
     """
 
     def __init__(self, block: nn.Module, name: str, wanted: Collection[str]) -> None:
@@ -28,78 +43,57 @@ class BlockSites:
         self._attention, self._mlp = find_attention_and_mlp(block)
         self._name = name
         self._wanted = wanted
-        self._inputs: list[Tensor] = []  # of the block's parts, once attention has run
-        self.found: dict[str, Tensor] = {}
+        self._part_inputs: list[Tensor] = []  # the inputs of parts that run after attention
+        self.captured: dict[str, Tensor] = {}
 
-    def watch(self, hooks: ExitStack) -> None:
-        """Keep the sites whenever the block runs, until the hooks are closed."""
+    def register(self, hooks: ExitStack) -> None:
+        """Capture the sites whenever the block runs, until the hooks are closed."""
         block = self._block
         for part in block.children():
-            hooks.enter_context(part.register_forward_pre_hook(self._read))
+            hooks.enter_context(part.register_forward_pre_hook(self._enter_part))
         hooks.enter_context(block.register_forward_pre_hook(self._enter, with_kwargs=True))
-        hooks.enter_context(self._attention.register_forward_hook(self._keep_attention))
-        hooks.enter_context(self._mlp.register_forward_hook(self._keep_mlp))
+        hooks.enter_context(self._attention.register_forward_hook(self._leave_attention))
+        hooks.enter_context(self._mlp.register_forward_hook(self._leave_mlp))
         hooks.enter_context(block.register_forward_hook(self._leave))
 
-    def _enter(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.found = {"resid_pre": args[0] if args else kwargs["hidden_states"]}
+    def _enter(self, _block: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        self.captured = {"resid_pre": input_state(args, kwargs)}
 
-    def _read(self, _part: nn.Module, args: tuple[Any, ...]) -> None:
-        if "attn_out" in self.found and args and isinstance(args[0], Tensor):
-            self._inputs.append(args[0])
+    def _enter_part(self, _part: nn.Module, args: Args) -> None:
+        if "attn_out" in self.captured and args and isinstance(args[0], Tensor):
+            self._part_inputs.append(args[0])
 
-    def _keep_attention(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        self.found["attn_out"] = _tensor(output)
+    def _leave_attention(self, _module: nn.Module, _args: Args, output: object) -> None:
+        self.captured["attn_out"] = _first_tensor(output)
 
-    def _keep_mlp(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        self.found["mlp_out"] = _tensor(output)
+    def _leave_mlp(self, _module: nn.Module, _args: Args, output: object) -> None:
+        self.captured["mlp_out"] = _first_tensor(output)
 
-    def _leave(self, _block: nn.Module, _args: Any, output: Any) -> None:
-        found, inputs, end = self.found, self._inputs, _tensor(output)
-        self._inputs = []
-        middle = found["resid_pre"] + found["attn_out"]
+    def _leave(self, _block: nn.Module, _args: Args, output: object) -> None:
+        sites, inputs, end = self.captured, self._part_inputs, _first_tensor(output)
+        self._part_inputs = []
+        middle = sites["resid_pre"] + sites["attn_out"]
         tolerance = 16 * torch.finfo(end.dtype).eps * end.abs().max()
 
-        def is_there(one: Tensor, other: Tensor) -> bool:
+        def agree(one: Tensor, other: Tensor) -> bool:
             return one.shape == other.shape and bool((one - other).abs().max() <= tolerance)
 
-        if not is_there(middle + found["mlp_out"], end):
+        if not agree(middle + sites["mlp_out"], end):
             raise InputError(
                 f"{self._name} is not its input plus attention plus MLP, so it has no terms to "
                 "read; ask for resid_pre and resid_post"
             )
-        if "resid_mid" in self._wanted and not any(is_there(middle, one) for one in inputs):
+        if "resid_mid" in self._wanted and not any(agree(middle, one) for one in inputs):
             raise InputError(
                 f"{self._name} runs attention and MLP side by side, so there is no resid_mid "
                 "between them; ask for other sites"
             )
-        found |= {"resid_mid": middle, "resid_post": end}
-        self.found = {site: found[site] for site in self._wanted}
+        sites |= {"resid_mid": middle, "resid_post": end}
+        self.captured = {site: sites[site] for site in self._wanted}
 
 
-def find_attention_and_mlp(block: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """By name, as there is no other sign of them.
-
-    Raises:
-        InputError: there is not one of each.
-    """
-    found = []
-    for names in (("attn", "attention"), ("mlp", "feed_forward", "ffn")):
-        parts = [
-            child
-            for name, child in block.named_children()
-            if any(part in name for part in names)
-            and not any(part in name for part in ("norm", "ln", "dropout"))
-        ]
-        if len(parts) != 1:
-            raise InputError(
-                f"{type(block).__name__}: expected one {names[0]} in the block, found "
-                f"{len(parts)}; sites within a block are not supported for this architecture"
-            )
-        found += parts
-    return found[0], found[1]
-
-
-def _tensor(output: Any) -> Tensor:
-    """Attention, and a block of some architectures, returns a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+def _first_tensor(output: object) -> Tensor:
+    """The states in a module's output, which attention and some blocks wrap in a tuple."""
+    output = output[0] if isinstance(output, tuple) else output
+    assert isinstance(output, Tensor)
+    return output

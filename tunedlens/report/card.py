@@ -1,23 +1,22 @@
 """The README of a saved lens."""
 
-from typing import Any
-
 from tunedlens.config import ONE_PASS
 from tunedlens.evaluation import Evaluation
+from tunedlens.files import JsonObject
 from tunedlens.report.tables import kl_rows, markdown
 
 
-def card(name: str, about: dict[str, Any], evaluation: Evaluation) -> str:
-    """A short README for a saved lens: what made it, and its own KL table."""
-    config, corpus = about["config"], about["corpus"]["train"]
+def card(name: str, manifest: JsonObject, evaluation: Evaluation) -> str:
+    """A short README for a saved lens: how it was made, and its KL table."""
+    config, corpus = manifest["config"], manifest["corpus"]["train"]
     text = f"{corpus['dataset']}"
     if "tokens_sha256" in corpus:
         text += f" ({corpus['bytes']:,} bytes; tokens' SHA-256 {corpus['tokens_sha256'][:16]}…)"
-    model, versions = about["provenance"]["model"], about["provenance"]["versions"]
+    model, versions = manifest["provenance"]["model"], manifest["provenance"]["versions"]
     kind = evaluation.lenses[-1]
-    first = f"{about['progress']['init_tokens']:,} tokens"
+    first = f"{manifest['progress']['init_tokens']:,} tokens"
     if config["fit"] not in ONE_PASS:
-        first += f" for the closed form and {about['progress']['tokens']:,} for the steps"
+        first += f" for the closed form and {manifest['progress']['tokens']:,} for the steps"
     return "\n".join(
         [
             f"# {name}",
@@ -26,7 +25,7 @@ def card(name: str, about: dict[str, Any], evaluation: Evaluation) -> str:
             "",
             f"- Text: {text}, blocks of {config['corpus']['seq_len']} tokens.",
             f"- Fit: {config['fit']}, with {first}, in "
-            f"{about['progress']['seconds']:.0f} s on {about['provenance']['device']} "
+            f"{manifest['progress']['seconds']:.0f} s on {manifest['provenance']['device']} "
             f"({config['precision']}), seed {config['seed']}.",
             "- Everything else is in `config.json`; load it with `tunedlens.load_lens`.",
             "",

@@ -1,5 +1,7 @@
-"""A frozen model and a corpus in, a saved tuned lens out."""
+"""From a frozen model and a corpus to a saved lens."""
 
-from tunedlens.training.loop import Interrupted, train
+from tunedlens.training.checkpointing import new_folder
+from tunedlens.training.interruption import Interrupted
+from tunedlens.training.loop import train
 
-__all__ = ["Interrupted", "train"]
+__all__ = ["Interrupted", "new_folder", "train"]

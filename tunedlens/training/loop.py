@@ -1,359 +1,203 @@
-"""The loop: reads top to bottom."""
+"""Training: plan, state, step, state. This module reads from top to bottom."""
 
 import dataclasses
 import math
-import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tunedlens import checkpoint, files
-from tunedlens.checkpoint import saved_config
+from tunedlens import checkpoint
 from tunedlens.config import TrainConfig, WandbMode
-from tunedlens.corpus import TextRanOutError, load_splits, resolve_corpus
+from tunedlens.corpus import TextRanOutError
 from tunedlens.distributed import reduce_sums
 from tunedlens.engine import accumulate_gradient
-from tunedlens.engine.objective import Keys, ModelSide
+from tunedlens.engine.objective import ModelSide
 from tunedlens.engine.vocab_sample import draw_sample
 from tunedlens.errors import InputError
 from tunedlens.evaluation import Evaluation
-from tunedlens.fit import (
-    SKIPPED_POSITIONS,
-    LeastSquares,
-    MeanJacobian,
-    Preconditioned,
-)
-from tunedlens.lenses import JacobianLens
+from tunedlens.fit import PreconditionedMuon, ValidationResult, converged_layers
+from tunedlens.lenses import TunedLens
 from tunedlens.model import load_configured
-from tunedlens.tracking import Tracker, progress_bar, say
-from tunedlens.training.costs import count_looks, next_look
-from tunedlens.training.plan import budget, settled
-from tunedlens.training.run import Run
+from tunedlens.tracking import Tracker, progress_bar
+from tunedlens.training import checkpointing, messages
+from tunedlens.training.costs import next_validation_step
+from tunedlens.training.finishing import best_lens, finish
+from tunedlens.training.first_pass import fit_closed_form, mean_jacobian
+from tunedlens.training.interruption import Interrupted, stop_flag
+from tunedlens.training.resolving import resolve
+from tunedlens.training.run import Run, TrainState, make_optimizer
 
-_STEPS_PER_FIGURE = 16
-"""LensPredictions a figure waits for the device, so it is not done at every step."""
-_STEPS_BEFORE_ESTIMATE = 4
-"""The time that a run takes is said after so many, without the first one, which is slower."""
+_STEPS_PER_METRIC = 16
+"""Reading a metric waits for the device, so it is not done at every step."""
 _SECONDS_PER_SAVE = 300
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error
-    """The run was asked to stop; it is saved and can go on."""
-
-
 def train(
-    config: TrainConfig, output: Path, *, resume: bool = False, wandb: WandbMode = "disabled"
+    config: TrainConfig,
+    output: str | Path | None = None,
+    *,
+    resume: bool = False,
+    wandb: WandbMode = "disabled",
 ) -> Evaluation:
-    """Train a tuned lens and save it in `output`.
+    """Train a lens and save it in a folder.
 
     A run is a function of its config: interrupted and resumed, it takes the steps that it
     would have taken, bit for bit on the same device.
 
     Args:
-        config: everything that the numbers depend on.
-        output: the run's folder.
-        resume: go on with the interrupted run in `output`, or extend the finished one
-            there to the greater `config.tokens`.
-        wandb: whether Weights & Biases is told the figures.
+        config: everything that the results depend on.
+        output: the run's folder; `checkpoints/<model>-<time>` by default.
+        resume: continue the interrupted run in `output`, or extend the finished one there to
+            the larger `config.tokens`.
+        wandb: whether metrics are sent to Weights & Biases.
 
     Returns:
-        Held-out figures of the logit lens and the tuned lens.
+        Held-out metrics of the logit lens and the trained lens.
 
     Raises:
-        InputError: something that was asked for cannot be had.
-        Interrupted: after Ctrl-C or SIGTERM; what was done is saved.
-        KeyboardInterrupt: the same, in a fit that takes no steps: there is nothing to save.
+        InputError: a setting is impossible, or a file cannot be read or written.
+        Interrupted: after Ctrl-C or SIGTERM; the run is saved.
+        KeyboardInterrupt: the same, in a fit that takes no steps and has nothing to save.
     """
-    _require_usable(output, resume)
+    if resume and output is None:
+        raise InputError("a run can only be resumed in its folder; give output")
     accelerator = Accelerator()
+    output = checkpointing.new_folder(config) if output is None else Path(output)
+    checkpointing.require_usable(output, resume=resume)
     model = load_configured(config.model, accelerator.device)
     if resume:
-        config = _filled(config, saved_config(output))
-    config = settled(config, model, accelerator)
-    run = Run(
-        config,
-        output,
-        model,
-        load_splits(resolve_corpus(config.corpus, model.name, model.context), model.tokenizer),
-        accelerator,
-    )
+        config = checkpointing.continued(config, output)
+    plan = resolve(config, model, accelerator)
+    run = Run.of(plan, output, model, accelerator)
     if resume:
-        run.restore()
-    run.describe()
-
-    mode = wandb if accelerator.is_main_process else "disabled"
-    with (
-        Tracker(mode, output.name, dataclasses.asdict(config), output) as tracker,
-        _stop_flag() as stop,
-    ):
-        if config.fit == "jacobian":
-            return run.finish(tracker, _mean_jacobian(run, stop))
-        if isinstance(run.steps, Preconditioned) and not (output / checkpoint.STATE).exists():
-            _first_pass(run, run.steps)
-        if config.fit != "closed-form":
-            _take_steps(run, tracker, stop)
-        return run.finish(tracker)
-
-
-def _filled(config: TrainConfig, saved: TrainConfig) -> TrainConfig:
-    """The config of a resumed run: what it leaves open is as it was settled.
-
-    On another device, kernel and micro-batch are chosen anew.
-    """
-    if config.model.device != saved.model.device:
-        saved = dataclasses.replace(saved, kernel=None, micro_batch_size=None)
-        if config.kernel == "attention":
-            config = dataclasses.replace(config, kernel=None)
-    left_open = [
-        field.name for field in dataclasses.fields(config) if getattr(config, field.name) is None
-    ]
-    return dataclasses.replace(config, **{name: getattr(saved, name) for name in left_open})
-
-
-def _first_pass(run: Run, steps: Preconditioned) -> None:
-    """Let the fit see the first tokens of the text, and start a new lens from them.
-
-    The steps of a new lens go on with the text that follows.
-    """
-    config, model = run.config, run.model.identity
-    shape = (model.n_layers, model.d_model)
-    sums, left = LeastSquares(*shape), config.init_tokens or 0
-    batches = run.splits.train.batches(config.batch_size or 1, config.seed)
-    run.progress.init_tokens = 0
-    with progress_bar(left, "closed form", show=run.is_main) as bar:
-        while left > 0:
-            batch = next(batches)
-            for states in run.reader.read(batch.input_ids):
-                sums.add(states[:-1], states[-1])
-            left -= run.tokens_per_step
-            run.progress.init_tokens += run.tokens_per_step
-            bar.update(run.tokens_per_step)
-    if run.progress.step == 0:
-        run.progress.position = batch.position
-    sums.reduce(run.accelerator)
-    ridge: float | Tensor
-    if config.ridge is None:
-        ridge = sums.best_ridge(run.held_out.least_squares(*shape))
+        state = checkpointing.restore(run)
     else:
-        ridge = config.ridge
-    steps.start(sums, sums.solve(ridge), from_there=run.progress.step == 0)
+        state = TrainState(make_optimizer(TunedLens.from_model(model), plan))
+    messages.describe(run)
+
+    mode = wandb if run.is_main else "disabled"
+    with (
+        Tracker(mode, output.name, dataclasses.asdict(plan), output) as tracker,
+        stop_flag() as stop,
+    ):
+        if plan.fit == "jacobian":
+            lens = mean_jacobian(run, state.progress, stop)
+            return finish(run, state, tracker, lens)
+        is_interrupted = (output / checkpoint.STATE).exists()
+        if isinstance(state.optimizer, PreconditionedMuon) and not is_interrupted:
+            fit_closed_form(run, state.optimizer, state.progress)
+        if plan.fit != "closed-form":
+            _take_steps(run, state, tracker, stop)
+        return finish(run, state, tracker, best_lens(state))
 
 
-def _mean_jacobian(run: Run, stop: threading.Event) -> JacobianLens:
-    """The lens whose translators are the mean Jacobians over the first tokens of the text."""
-    config, model, accelerator = run.config, run.model, run.accelerator
-    jacobian = MeanJacobian(
-        model.identity.n_layers,
-        model.identity.d_model,
-        targets=config.jacobian_targets,
-        skipped=max(SKIPPED_POSITIONS, config.skip_first),
-        seed=config.seed,
-    )
-    left = config.init_tokens or 0
-    batches = run.splits.train.batches(config.batch_size or 1, config.seed)
-    with progress_bar(left, "jacobian", show=run.is_main) as bar:
-        while left > 0:
-            if stop.is_set():
-                raise KeyboardInterrupt
-            share = run.reader.share(next(batches).input_ids)
-            for blocks in share.split(config.micro_batch_size or len(share)):
-                with run.reader.autocast():
-                    jacobian.add(model, blocks)
-            left -= run.tokens_per_step
-            run.progress.init_tokens += run.tokens_per_step
-            bar.update(run.tokens_per_step)
-    jacobian.reduce(accelerator)
-    return JacobianLens.from_jacobians(model, jacobian.mean.float())
-
-
-def _take_steps(run: Run, tracker: Tracker, stop: threading.Event) -> None:
-    """The loop, from where the run stands to its last step."""
-    config, progress = run.config, run.progress
-    most = budget(config)
-    looks = progress.curve.looks
-    if not looks:
-        _note(run, tracker)
-    started = saved = time.monotonic()
-    steps_taken = 0
-    batches = run.splits.train.batches(config.batch_size or 1, config.seed, progress.position)
-    with progress_bar(most, config.fit, progress.tokens, run.is_main) as bar:
-        while progress.tokens < most:
-            flat = progress.curve.flat_layers()
-            active = [config.tokens is not None or not is_flat for is_flat in flat]
+def _take_steps(run: Run, state: TrainState, tracker: Tracker, stop: threading.Event) -> None:
+    """Take all steps from the current state on, validating and saving in between."""
+    plan, progress = run.plan, state.progress
+    history, time_left, saved = progress.history, messages.TimeLeft(run), time.monotonic()
+    if not history:
+        _validate(run, state, tracker)
+    batches = run.splits.train.batches(plan.batch_size, plan.seed, progress.position)
+    with progress_bar(plan.budget, plan.fit, progress.tokens, run.is_main) as bar:
+        while progress.tokens < plan.budget:
+            active = [plan.tokens is not None or not done for done in converged_layers(history)]
             if not any(active):
                 break
             try:
                 batch = next(batches)
             except TextRanOutError as error:
-                if config.tokens is None:  # no number was promised
-                    if run.is_main:
-                        say(f"{error.args[0].split(';')[0]}: the run ends here")
-                    if looks[-1].step < progress.step:
-                        _note(run, tracker)
-                    break
-                run.save()
-                raise
-            kl = _gradient(run, batch.input_ids, active)
-            kl, stopping = _reduce(run, kl, stop.is_set())
-            run.steps.step(active, progress.tokens / most)
-            steps_taken += 1
+                if plan.tokens is not None:  # the budget is a promise
+                    checkpointing.save(run, state)
+                    raise
+                messages.say_text_ran_out(run, error)
+                break
+            kl = _accumulate(run, state, batch.input_ids, active)
+            is_stopping = _reduce(run, state, kl, stop.is_set())
+            state.optimizer.step(active, progress.tokens / plan.budget)
             progress.step += 1
-            progress.tokens += run.tokens_per_step
+            progress.tokens += plan.step_tokens
             progress.position = batch.position
-            bar.update(run.tokens_per_step)
 
-            if progress.step % _STEPS_PER_FIGURE == 0:
-                if not config.vocab_sample:  # else it is an estimate, and no KL to report
+            bar.update(plan.step_tokens)
+            time_left.after_step(progress, kl)
+            if progress.step % _STEPS_PER_METRIC == 0:
+                bar.set_postfix_str(f"held-out KL {history[-1].mean_kl_nats:.3f} nats")
+                if not plan.vocab_sample:  # the KL of a sample is only an estimate
                     mean = kl.sum().item() / sum(active)
                     tracker.log({"train/kl_nats": mean}, progress.step)
-                bar.set_postfix_str(f"held-out KL {looks[-1].mean_kl_nats:.3f} nats")
-            if steps_taken in (1, 1 + _STEPS_BEFORE_ESTIMATE):
-                kl.sum().item()  # waits for the device
-                if steps_taken > 1 and run.is_main:
-                    seconds = (time.monotonic() - started) / _STEPS_BEFORE_ESTIMATE
-                    _say_how_long(run, seconds, most)
-                started = time.monotonic()
-            due = next_look([look.step for look in looks])
-            if progress.step >= due or progress.tokens >= most:
-                _note(run, tracker)
-            if stopping and progress.tokens < most:
-                run.save()
+            if progress.step >= next_validation_step([result.step for result in history]):
+                _validate(run, state, tracker)
+            if is_stopping and progress.tokens < plan.budget:
+                checkpointing.save(run, state)
                 raise Interrupted(f"stopped after {progress.tokens:,} tokens")
             if time.monotonic() - saved > _SECONDS_PER_SAVE:
-                run.save()
+                checkpointing.save(run, state)
                 saved = time.monotonic()
-    run.save()
+    if history[-1].step < progress.step:
+        _validate(run, state, tracker)
+    checkpointing.save(run, state)
 
 
-def _say_how_long(run: Run, seconds_per_step: float, most: int) -> None:
-    """Say how long the steps that are left take, with the looks between them."""
-    steps = -(-(most - run.progress.tokens) // run.tokens_per_step)
-    looks = max(0, count_looks(-(-most // run.tokens_per_step)) - len(run.progress.curve.looks))
-    minutes = (steps * seconds_per_step + looks * run.look_seconds) / 60
-    at_most = "at most " if run.config.tokens is None else "about "
-    say(
-        f"{run.tokens_per_step / seconds_per_step:,.0f} tokens a second: "
-        f"{at_most}{max(1, round(minutes))} more minute{'s' * (round(minutes) > 1)}"
-    )
-
-
-def _note(run: Run, tracker: Tracker) -> None:
-    """Look at held-out text, and say what is seen."""
-    look = run.look()
-    if not math.isfinite(look.mean_kl_nats):
-        raise InputError(
-            f"held-out KL is {look.mean_kl_nats} after {look.tokens:,} tokens, so the steps are "
-            f"too large; give a smaller --lr than {run.config.lr:g}"
-        )
-    if run.is_main:
-        seen = look.tokens + run.progress.init_tokens
-        error = f" ± {look.standard_error:.4f}" if look.standard_error else ""
-        by_layer = " ".join(f"{kl:.3f}" for kl in look.kl_nats)
-        say(
-            f"{seen:>11,} tokens {look.seconds:>5.0f} s   held-out KL "
-            f"{look.mean_kl_nats:.4f}{error} nats   by layer {by_layer}"
-        )
-    figures = {f"held_out/kl_nats/{layer}": value for layer, value in enumerate(look.kl_nats)}
-    tracker.log(figures, look.step)
-
-
-def _gradient(
-    run: Run, input_ids: Int[Tensor, "batch seq"], active: list[bool]
+def _accumulate(
+    run: Run, state: TrainState, input_ids: Int[Tensor, "batch seq"], active: list[bool]
 ) -> Float[Tensor, " layers"]:
-    """Leave this process's share of the gradient; return its share of the mean KL.
-
-    From a sample of the vocabulary, the states of the whole step are held until the sample is
-    drawn: it depends on all tokens of the step, so that it does not depend on how they are cut
-    into micro-batches and processes.
-    """
-    objective, size = run.objective, run.config.vocab_sample or 0
+    """Add up the gradient over this process's blocks; return their part of the mean KL."""
+    plan, objective, device = run.plan, run.objective, run.model.device
     layers = [layer for layer, learns in enumerate(active) if learns]
-    kl = torch.zeros(len(active), device=run.model.device)
-
-    def accumulate(states: list[Tensor], model: ModelSide, keys: Keys) -> None:
-        share = len(states[-1]) / run.tokens_per_step
-        kl.add_(
-            accumulate_gradient(
-                run.steps.lens,
-                states,
-                objective,
-                model=model,
-                keys=keys,
-                layers=layers,
-                share=share,
-            )
-        )
-
-    if not size:
-        for states in run.reader.read(input_ids):
-            accumulate(states, objective.model_side(states[-1]), objective.keys())
-        return kl
-    usage = torch.zeros(run.model.identity.vocab_size, device=run.model.device)
-    held = [
+    kl, keys = torch.zeros(len(active), device=device), objective.keys()
+    usage = torch.zeros(run.model.identity.vocab_size, device=device) if plan.vocab_sample else None
+    micro_batches: Iterable[tuple[list[Tensor], ModelSide]] = (
         (states, objective.model_side(states[-1], usage)) for states in run.reader.read(input_ids)
-    ]
-    reduce_sums(run.accelerator, usage)
-    keys = objective.keys(draw_sample(usage, size, run.config.seed, run.progress.step))
-    while held:
-        accumulate(*held.pop(0), keys)
+    )
+    if usage is not None:
+        # The sample depends on all tokens of the step, and so not on how they are divided into
+        # micro-batches and processes. The states are held until it is drawn.
+        micro_batches = list(micro_batches)
+        reduce_sums(run.accelerator, usage)
+        keys = objective.keys(draw_sample(usage, plan.vocab_sample, plan.seed, state.progress.step))
+    for states, model_side in micro_batches:
+        kl += accumulate_gradient(
+            state.optimizer.lens,
+            states,
+            objective,
+            model=model_side,
+            keys=keys,
+            layers=layers,
+            fraction=len(states[-1]) / plan.step_tokens,
+        )
     return kl
 
 
-def _reduce(
-    run: Run, kl: Float[Tensor, " layers"], stop: bool
-) -> tuple[Float[Tensor, " layers"], bool]:
-    """Add up gradients and KL of all processes, in one go; stop if any was asked to."""
+def _reduce(run: Run, state: TrainState, kl: Float[Tensor, " layers"], stop: bool) -> bool:
+    """Add up the gradients and the KL of all processes; return whether any was asked to stop."""
     if run.accelerator.num_processes == 1:
-        return kl, stop
-    gradients = [part.grad for part in run.steps.lens.parameters() if part.grad is not None]
+        return stop
+    gradients = [part.grad for part in state.optimizer.lens.parameters() if part.grad is not None]
     parts = [*gradients, kl, kl.new_tensor([float(stop)])]
     total = run.accelerator.reduce(torch.cat([part.flatten() for part in parts]), "sum")
     for part, value in zip(parts, total.split([part.numel() for part in parts]), strict=True):
         part.copy_(value.view_as(part))
-    return kl, bool(parts[-1].item())
+    return bool(parts[-1].item())
 
 
-def _require_usable(output: Path, resume: bool) -> None:
-    files.require_writable(output)
-    if resume:
-        return
-    if (output / checkpoint.STATE).exists():
+def _validate(run: Run, state: TrainState, tracker: Tracker) -> None:
+    """Add the held-out KL of every layer to the history, print it and log it."""
+    progress = state.progress
+    kl_nats, standard_error = run.validation_set.kl(state.optimizer.result(), run.objective)
+    seconds = state.update_seconds()
+    result = ValidationResult(progress.step, progress.tokens, seconds, kl_nats, standard_error)
+    if not math.isfinite(result.mean_kl_nats):
         raise InputError(
-            f"{output} holds an interrupted run: go on with --resume {output}, or choose another "
-            "--output"
+            f"held-out KL is {result.mean_kl_nats} after {result.tokens:,} tokens, so the steps "
+            f"are too large; give a smaller --lr than {run.plan.lr:g}"
         )
-    if (output / checkpoint.MANIFEST).exists():
-        raise InputError(
-            f"{output} holds a lens: choose another --output, or extend it with "
-            f"--resume {output} and more --tokens"
-        )
-
-
-@contextmanager
-def _stop_flag() -> Iterator[threading.Event]:
-    """Set by Ctrl-C or SIGTERM, so that a step is never cut in two; a second one kills."""
-    flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag
-        return
-
-    def ask(number: int, _frame: object) -> None:
-        flag.set()
-        signal.signal(number, previous[number])
-
-    previous: dict[int, Any] = {
-        number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield flag
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    progress.history.append(result)
+    messages.say_validation(run, progress)
+    by_layer = {f"held_out/kl_nats/{layer}": value for layer, value in enumerate(kl_nats)}
+    tracker.log(by_layer, result.step)

@@ -1,25 +1,17 @@
-"""One text through the layers: what every lens says at every layer and position."""
+"""One text through the layers: the predictions of lenses at every layer and position."""
 
-from tunedlens.trajectories.compute import trajectory
-from tunedlens.trajectories.predictions import LensPredictions
-from tunedlens.trajectories.result import (
-    DIVERGENCES,
-    FIGURES,
-    FIGURES_OF_A_TOKEN,
-    Trajectory,
-    single_ids,
-    whose,
-)
-from tunedlens.trajectories.windows import Row
+from tunedlens.trajectories.comparison import Comparison, difference
+from tunedlens.trajectories.compute import compare, trajectory
+from tunedlens.trajectories.predictions import LensPredictions, Row
+from tunedlens.trajectories.result import TOKENS, Trajectory
 
 __all__ = [
-    "DIVERGENCES",
-    "FIGURES",
-    "FIGURES_OF_A_TOKEN",
+    "TOKENS",
+    "Comparison",
     "LensPredictions",
     "Row",
     "Trajectory",
-    "single_ids",
+    "compare",
+    "difference",
     "trajectory",
-    "whose",
 ]

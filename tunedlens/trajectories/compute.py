@@ -1,22 +1,37 @@
-"""Texts in, trajectories out."""
+"""A model, lenses and texts to trajectories and comparisons."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, overload
+from collections.abc import Iterable, Sequence
+from typing import overload
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from tunedlens.errors import InputError
-from tunedlens.lenses import LogitLens, ResidualLens, require_made_for
+from tunedlens.metrics import DIVERGENCES
 from tunedlens.model import FrozenModel
-from tunedlens.trajectories.predictions import LensPredictions, cat_filled, joined, read_states
-from tunedlens.trajectories.result import Trajectory, single_ids
-from tunedlens.trajectories.windows import decode, next_ids, pieces, positions_at_a_time, rows_of
-
-Text = str | list[int] | Int[Tensor, " positions"]
-Texts = list[str] | list[list[int]] | list[Tensor] | tuple[Text, ...]
-Lenses = ResidualLens | Sequence[ResidualLens] | Mapping[str, ResidualLens] | None
+from tunedlens.tokenizer import token_text
+from tunedlens.trajectories.comparison import Comparison
+from tunedlens.trajectories.inputs import (
+    Lenses,
+    Text,
+    Texts,
+    Tokens,
+    is_single,
+    named_lenses,
+    texts_of,
+    token_ids,
+    tracked_tokens,
+)
+from tunedlens.trajectories.predictions import LensPredictions, concatenate
+from tunedlens.trajectories.reading import (
+    Reader,
+    divergences_by_name,
+    ids_to_track,
+    read_lens,
+)
+from tunedlens.trajectories.result import Trajectory, selected
+from tunedlens.trajectories.windows import next_ids, pieces, rows_of, states_of
 
 
 @overload
@@ -27,7 +42,7 @@ def trajectory(
     *,
     sites: str | Sequence[str] = ...,
     k: int = ...,
-    track: str | int | Sequence[str | int] = ...,
+    track: Tokens = ...,
     stride: int | None = ...,
 ) -> Trajectory: ...
 @overload
@@ -38,9 +53,10 @@ def trajectory(
     *,
     sites: str | Sequence[str] = ...,
     k: int = ...,
-    track: str | int | Sequence[str | int] = ...,
+    track: Tokens = ...,
     stride: int | None = ...,
 ) -> list[Trajectory]: ...
+@torch.no_grad()
 def trajectory(
     model: FrozenModel,
     lenses: Lenses,
@@ -48,7 +64,7 @@ def trajectory(
     *,
     sites: str | Sequence[str] = ("resid_pre",),
     k: int = 10,
-    track: str | int | Sequence[str | int] = (),
+    track: Tokens = (),
     stride: int | None = None,
 ) -> Trajectory | list[Trajectory]:
     """Read one text, or several, with one lens or several.
@@ -56,155 +72,202 @@ def trajectory(
     Args:
         model: the model.
         lenses: one, several (by name if two are of one kind), or None for the logit lens.
-        text: text, or its token ids. Of a list of them, each has a trajectory of its own;
-            they go through the model together.
-        sites: where to look, of `sites.SITES`; whatever they are, the model's own row is the
-            last. A lens with translators only reads the stream between blocks.
-        k: best tokens to keep at each row and position.
-        track: tokens to follow at every position, as text or ids, beside those that are the
-            best one there in some row of some lens.
-        stride: read a text that is longer than the context in windows that begin so many
-            tokens apart; each position is read in the first window that has it, and so sees
-            at least context - stride tokens before it.
+        text: a text or its token ids; a list of them gives a list of trajectories, and the
+            texts go through the model together.
+        sites: names of `model.sites.SITES`; the model's own row is always the last. A lens
+            with translators reads only the stream between blocks.
+        k: the number of best tokens to keep at each row and position.
+        track: tokens to follow at every position, as text or ids, in addition to those that
+            are the best token of some row of some lens.
+        stride: reads a text that is longer than the context in windows that start `stride`
+            tokens apart. Each position is read in the first window that contains it, so it
+            sees at least context - stride tokens before it.
 
     Raises:
-        InputError: a text is empty, or beyond the context without a stride; a token to track
-            is several; there is no such site, a lens cannot read one, or it is another model's.
+        InputError: a text is empty, or longer than the context without a stride; a token to
+            track is several tokens; there is no such site; a lens cannot read a site or was
+            made for another model.
     """
-    named = _named(model, lenses)
-    require_made_for(model, named)
-    sites = [sites] if isinstance(sites, str) else sites
+    sites = [sites] if isinstance(sites, str) else list(sites)
     rows = rows_of(model.identity.n_layers, sites)
-    if not 1 <= k <= model.identity.vocab_size:
-        raise InputError(f"k must be between 1 and {model.identity.vocab_size}, got {k}")
-    _require_readable(sites, named)
-    wanted = single_ids(model, track)
-    texts, is_one = _texts(model, text)
-
-    parts: list[dict[str, list[LensPredictions]]] = [{name: [] for name in named} for _ in texts]
-    tracked: list[list[Int[Tensor, "chunk tracked"]]] = [[] for _ in texts]
-    size = positions_at_a_time(model, len(rows) * len(named))
+    reader = Reader(model, named_lenses(model, lenses, sites), rows)
+    _require_k(model, k)
+    wanted, names = tracked_tokens(model, track)
+    texts = texts_of(model, text)
+    parts: list[dict[str, list[LensPredictions]]] = [{n: [] for n in reader.lenses} for _ in texts]
+    tracked: list[list[Tensor]] = [[] for _ in texts]
     for piece in pieces(model, texts, rows, stride):
         following = next_ids(texts[piece.text])[list(piece.positions)]
-        for part in torch.arange(len(following)).split(size):
-            states = [state[part] for state in piece.states]
-            final = model.unembedding(states[-1])
-            logits = {name: decode(lens, rows, states) for name, lens in named.items()}
-            tracked_ids = _tracked_ids(logits.values(), wanted)
-            tracked[piece.text].append(tracked_ids)
-            for name in named:
-                reading = read_states(logits[name], final, following[part], tracked_ids, k)
-                if not reading.kl_nats.isfinite().all():
-                    raise InputError(
-                        f"the lens {name} says something that is not finite of the text; its "
-                        "translators or the states of the model are not finite"
-                    )
-                parts[piece.text][name].append(reading)
-    found = [
-        Trajectory(
-            model=model,
-            lenses=named,
-            text_ids=ids,
-            stride=stride,
-            rows=rows,
-            positions=list(range(len(ids))),
-            readings={name: joined(chunks) for name, chunks in readings.items()},
-            tracked_ids=cat_filled(followed, -1),
-        )
-        for ids, readings, followed in zip(texts, parts, tracked, strict=True)
+        for part in torch.arange(len(following)).split(reader.chunk_positions):
+            logits = reader.logits([state[part] for state in piece.states])
+            ids = ids_to_track(logits.values(), wanted)
+            tracked[piece.text].append(ids)
+            final = reader.model_distribution(logits)
+            for name, lens_logits in logits.items():
+                one = read_lens(name, lens_logits, final, following[part], ids, k)
+                parts[piece.text][name].append(one)
+    results = [
+        _result(reader, ids, range(len(ids)), by_lens, following_ids, names)
+        for ids, by_lens, following_ids in zip(texts, parts, tracked, strict=True)
     ]
-    return found[0] if is_one else found
+    return results[0] if is_single(text) else results
 
 
-def _named(model: FrozenModel, lenses: Lenses) -> dict[str, ResidualLens]:
-    if lenses is None:
-        return {"logit": LogitLens.from_model(model)}
-    if isinstance(lenses, ResidualLens):
-        return {_by_type(lenses): lenses}
-    if not lenses:
-        raise InputError("there is no lens to read with; give one, or None for the logit lens")
-    if isinstance(lenses, Mapping):
-        pairs = list(lenses.items())
-    else:
-        pairs = [(_by_type(lens), lens) for lens in lenses]
-    for name, lens in pairs:
-        if not isinstance(lens, ResidualLens):
-            raise InputError(
-                f"the lens {name} is a {type(lens).__name__}, which reads no state of a text; "
-                "expected lenses that are the model at the last state"
-            )
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        raise InputError(
-            f"there are several lenses of one kind ({', '.join(names)}); give a dict that names "
-            "them"
-        )
-    return dict(pairs)
+@torch.no_grad()
+def compare(
+    model: FrozenModel,
+    lenses: Lenses,
+    text: Text,
+    *,
+    baseline_text: Text | None = None,
+    baseline_lenses: Lenses = None,
+    baseline_model: FrozenModel | None = None,
+    positions: int | slice = slice(None),
+    baseline_positions: int | slice | None = None,
+    sites: str | Sequence[str] = ("resid_pre",),
+    k: int = 10,
+    track: Tokens = (),
+    stride: int | None = None,
+) -> Comparison:
+    """Compare lenses on a text with a baseline: another text, other lenses or another model.
 
+    Whatever is not given for the baseline is that of the first side, except the lenses of
+    another model, which are its logit lens. Both sides track the same tokens at aligned
+    positions: the best ones of every row of both.
 
-def _require_readable(sites: Sequence[str], lenses: Mapping[str, ResidualLens]) -> None:
-    """Make sure that every lens can read every site.
-
-    Raises:
-        InputError: one cannot.
-    """
-    inside = [site for site in sites if site not in ("resid_pre", "resid_post")]
-    for name, lens in lenses.items():
-        if inside and not isinstance(lens, LogitLens):
-            raise InputError(
-                f"the lens {name} has translators for the stream between blocks only, not for "
-                f"{', '.join(inside)}; read these with the logit lens alone"
-            )
-
-
-def _texts(model: FrozenModel, text: Text | Texts) -> tuple[list[Int[Tensor, " positions"]], bool]:
-    """The ids of every text, and whether it is one text rather than a list.
+    Args:
+        baseline_lenses: a lens is compared with the one of the same name, or with the first.
+        baseline_model: a model with the same vocabulary and number of layers.
+        positions: the positions of the text to compare.
+        baseline_positions: those of the baseline text; by default the same.
+        sites, k, track, stride: as for `trajectory`.
 
     Raises:
-        InputError: it is neither, or one of them cannot be read.
+        InputError: nothing differs, the sides do not align, or as for `trajectory`.
     """
-    if not isinstance(text, (str, Tensor, list, tuple)):
+    if baseline_text is baseline_lenses is baseline_model is baseline_positions is None:
+        raise InputError("give a baseline to compare with: a text, lenses, a model or positions")
+    sites = [sites] if isinstance(sites, str) else list(sites)
+    other = baseline_model or model
+    if baseline_lenses is None and baseline_model is None:
+        baseline_lenses = lenses
+    _require_comparable(model, other)
+    _require_k(model, k)
+    rows = rows_of(model.identity.n_layers, sites)
+    readers = [
+        Reader(model, named_lenses(model, lenses, sites), rows),
+        Reader(other, named_lenses(other, baseline_lenses, sites), rows),
+    ]
+    texts = [
+        token_ids(model, text),
+        token_ids(other, text if baseline_text is None else baseline_text),
+    ]
+    keys = [positions, positions if baseline_positions is None else baseline_positions]
+    chosen = [selected(key, len(ids), "position") for key, ids in zip(keys, texts, strict=True)]
+    if len(chosen[0]) != len(chosen[1]):
         raise InputError(
-            f"expected a text, its token ids, or a list of texts; got {type(text).__name__}"
+            f"compared texts must have the same number of positions; got {len(chosen[0])} and "
+            f"{len(chosen[1])}; choose some with `positions` and `baseline_positions`"
         )
-    is_one = isinstance(text, (str, Tensor)) or (len(text) > 0 and isinstance(text[0], int))
-    given: Any = [text] if is_one else text
-    if not len(given):
-        raise InputError("there is no text to read; give at least one")
-    return [_token_ids(model, one) for one in given], is_one
+    wanted, names = tracked_tokens(model, track)
+    return _compared(readers, texts, chosen, wanted, names, k, stride)
 
 
-def _by_type(lens: ResidualLens) -> str:
-    return type(lens).__name__.removesuffix("Lens").lower()
+def _compared(
+    readers: Sequence[Reader],
+    texts: Sequence[Int[Tensor, " text"]],
+    chosen: Sequence[range],
+    wanted: Sequence[int],
+    names: dict[str, int],
+    k: int,
+    stride: int | None,
+) -> Comparison:
+    """Read both sides a few aligned positions at a time."""
+    sides = range(len(readers))
+    states = [
+        [state[list(at)] for state in states_of(reader.model, ids, reader.rows, stride)]
+        for reader, ids, at in zip(readers, texts, chosen, strict=True)
+    ]
+    following = [next_ids(ids)[list(at)] for ids, at in zip(texts, chosen, strict=True)]
+    parts: list[dict[str, list[LensPredictions]]] = [{n: [] for n in r.lenses} for r in readers]
+    tracked: list[Tensor] = []
+    first = readers[0].lenses
+    pairs = {
+        name: name if name in readers[1].lenses else next(iter(readers[1].lenses)) for name in first
+    }
+    divergences: dict[str, dict[str, list[Tensor]]] = {
+        name: {metric: [] for metric in DIVERGENCES} for name in first
+    }
+    size = max(1, min(reader.chunk_positions for reader in readers) // 2)
+    for part in torch.arange(len(following[0])).split(size):
+        logits = [readers[i].logits([state[part] for state in states[i]]) for i in sides]
+        ids = ids_to_track([one for by_lens in logits for one in by_lens.values()], wanted)
+        tracked.append(ids)
+        for name, baseline in pairs.items():
+            between = divergences_by_name(logits[0][name], logits[1][baseline])
+            for metric, values in between.items():
+                divergences[name][metric].append(values)
+        for i in sides:
+            final = readers[i].model_distribution(logits[i])
+            for name, lens_logits in logits[i].items():
+                one = read_lens(name, lens_logits, final, following[i][part], ids, k)
+                parts[i][name].append(one)
+    ours, theirs = (
+        _result(readers[i], texts[i], chosen[i], parts[i], tracked, names) for i in sides
+    )
+    joined = {
+        name: {metric: concatenate(values) for metric, values in by_metric.items()}
+        for name, by_metric in divergences.items()
+    }
+    return Comparison(ours, theirs, joined)
 
 
-def _token_ids(model: FrozenModel, text: Text) -> Int[Tensor, " positions"]:
-    """On the CPU, whatever their number.
+def _result(
+    reader: Reader,
+    ids: Int[Tensor, " text"],
+    positions: range,
+    parts: dict[str, list[LensPredictions]],
+    tracked: list[Tensor],
+    names: dict[str, int],
+) -> Trajectory:
+    """Join the chunks, and name every token that occurs in them."""
+    tokenizer, at = reader.model.tokenizer, list(positions)
+    predictions = {name: LensPredictions.concatenate(chunks) for name, chunks in parts.items()}
+    tracked_ids = concatenate(tracked, -1)
+    input_ids, following = ids[at], next_ids(ids)[at]
+    occurring: Iterable[Tensor] = (
+        *(input_ids, following, tracked_ids),
+        *(one.top_ids for one in predictions.values()),
+    )
+    vocabulary = torch.cat([one.flatten() for one in occurring]).unique().tolist()
+    return Trajectory(
+        model=reader.model.name,
+        text=str(tokenizer.decode(ids.tolist())),
+        input_ids=input_ids,
+        next_ids=following,
+        positions=at,
+        rows=list(reader.rows),
+        n_layers=reader.model.identity.n_layers,
+        predictions=predictions,
+        tracked_ids=tracked_ids,
+        track=names,
+        vocabulary={i: token_text(tokenizer, i) for i in vocabulary if i >= 0},
+    )
 
-    Raises:
-        InputError: there are none, or some are no tokens of the model.
-    """
-    if isinstance(text, str):
-        return model.encode(text, is_any_length=True)[0].cpu()
-    text = torch.as_tensor(text)
-    if text.ndim != 1 or not len(text) or text.is_floating_point():
+
+def _require_k(model: FrozenModel, k: int) -> None:
+    if not 1 <= k <= model.identity.vocab_size:
+        raise InputError(f"k must be between 1 and {model.identity.vocab_size}, got {k}")
+
+
+def _require_comparable(model: FrozenModel, baseline: FrozenModel) -> None:
+    size, other = model.identity.vocab_size, baseline.identity.vocab_size
+    if size != other:
         raise InputError(
-            f"the ids of a text must be whole numbers in one row, got {text.dtype} of shape "
-            f"{tuple(text.shape)}"
+            f"compared models must have one vocabulary; got {size:,} and {other:,} tokens"
         )
-    vocab_size = model.identity.vocab_size
-    if not 0 <= int(text.min()) <= int(text.max()) < vocab_size:
+    layers, other = model.identity.n_layers, baseline.identity.n_layers
+    if layers != other:
         raise InputError(
-            f"token ids must be between 0 and {vocab_size - 1}, got {int(text.min())} to "
-            f"{int(text.max())}"
+            f"compared models must have the same number of layers; got {layers} and {other}"
         )
-    return text.cpu()
-
-
-def _tracked_ids(
-    logits: Iterable[Float[Tensor, "rows chunk vocab"]], wanted: list[int]
-) -> Int[Tensor, "chunk tracked"]:
-    """Tokens to follow at each position, those wanted and the best of every row."""
-    best = torch.cat([found.argmax(-1) for found in logits]).cpu()
-    lines = [torch.tensor(sorted({*wanted, *column})) for column in best.T.tolist()]
-    return torch.nn.utils.rnn.pad_sequence(lines, batch_first=True, padding_value=-1)

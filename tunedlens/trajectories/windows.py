@@ -1,4 +1,4 @@
-"""Where a text is looked at: rows of the model's depth, windows of the text, their states."""
+"""The states of a text: rows of the model's depth, windows of the text."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -8,28 +8,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tunedlens.errors import InputError
-from tunedlens.lenses import Lens
-from tunedlens.model import FrozenModel
-from tunedlens.model.sites import SITES
+from tunedlens.model import SITES, FrozenModel
+from tunedlens.trajectories.predictions import Row
 
 _TOKENS_AT_A_TIME = 2**13
-"""In one forward pass, padding included."""
-
-_LOGITS_AT_A_TIME = 2**25
-"""Over all rows of all lenses; the rest of a long text waits."""
-
-
-class Row(NamedTuple):
-    """A place in the model's depth."""
-
-    site: str
-    """One of `sites.SITES`."""
-    layer: int
-    """Of the block; of `resid_pre` also n, what the final norm sees."""
+"""The number of tokens in one forward pass, including padding."""
 
 
 class Piece(NamedTuple):
-    """Positions of one text that were read in one window, and their states."""
+    """The positions of one text that are read in one window, and their states."""
 
     text: int
     positions: range
@@ -38,12 +25,12 @@ class Piece(NamedTuple):
 
 
 def next_ids(ids: Int[Tensor, " positions"]) -> Int[Tensor, " positions"]:
-    """The tokens that really come next; -1 after the last one."""
+    """The true next tokens; -1 after the last one."""
     return torch.cat([ids[1:], ids.new_tensor([-1])])
 
 
 def rows_of(n_layers: int, sites: Sequence[str]) -> list[Row]:
-    """Rows from the first layer to the last, what the final norm sees at the end.
+    """Rows from the first layer to the last; the model's own row is the last.
 
     Raises:
         InputError: there is no such site.
@@ -63,18 +50,18 @@ def pieces(
 ) -> Iterator[Piece]:
     """The states of every position of every text, each once.
 
-    Several windows go through the model together, shorter ones padded at their end.
+    Several windows go through the model together; the shorter ones are padded at their end.
 
     Args:
         model: the model.
-        texts: token ids of each.
-        rows: whose states are wanted.
-        stride: of the windows of a text that is longer than the context; a position is read
-            in the first window that has it.
+        texts: token ids.
+        rows: the rows to read.
+        stride: the distance between the windows of a text that is longer than the context. A
+            position is read in the first window that contains it.
 
     Raises:
-        InputError: a text is longer than the context and there is no stride, or a site is
-            asked for that the model has not.
+        InputError: a text is longer than the context and there is no stride, or the model has
+            no such site.
     """
     waiting = [
         (text, window)
@@ -103,11 +90,19 @@ def pieces(
             yield Piece(text, window.kept, [states[index, part] for states in found])
 
 
+def states_of(
+    model: FrozenModel, ids: Int[Tensor, " positions"], rows: Sequence[Row], stride: int | None
+) -> list[Float[Tensor, "positions d_model"]]:
+    """The states of a whole text, by row."""
+    found = [piece.states for piece in pieces(model, [ids], rows, stride)]
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+
+
 class _Window(NamedTuple):
     seen: range
-    """By the model."""
+    """The positions that the model reads together."""
     kept: range
-    """Those that no earlier window has."""
+    """The positions that no earlier window contains."""
 
 
 def _windows(name: str, count: int, model: FrozenModel, stride: int | None) -> list[_Window]:
@@ -143,18 +138,3 @@ def _states(
     else:
         found = model.sites(input_ids, attention_mask, sites)
     return [found[row.site][row.layer] for row in rows]
-
-
-def positions_at_a_time(model: FrozenModel, rows: int) -> int:
-    """How many may be decoded together in so many rows."""
-    return max(1, _LOGITS_AT_A_TIME // (model.identity.vocab_size * rows))
-
-
-@torch.no_grad()
-def decode(
-    lens: Lens, rows: Sequence[Row], states: Sequence[Float[Tensor, "chunk d_model"]]
-) -> Float[Tensor, "rows chunk vocab"]:
-    """What a lens makes of the states of every row, as raw logits."""
-    # What leaves a block is what enters the next one.
-    layers = [row.layer + (row.site == "resid_post") for row in rows]
-    return torch.stack([lens(h, layer) for h, layer in zip(states, layers, strict=True)])

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from tunedlens.evaluation import MODEL, Evaluation
 from tunedlens.metrics import METRICS
 from tunedlens.report.plots.style import (
     MODEL_COLOR,
+    Style,
     name_lines,
     new_figure,
     plain_log_ticks,
@@ -266,7 +267,7 @@ def _line_with_band(
     x: Sequence[float],
     y: Sequence[float],
     errors: Sequence[float],
-    style: dict[str, Any],
+    style: Style,
     *,
     is_log: bool,
 ) -> None:

@@ -1,4 +1,4 @@
-"""How every figure looks: for a paper, for the colour-blind, and in grey."""
+"""The style of every figure: for a paper, for colour-blind readers, and in grey."""
 
 import io
 import itertools
@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 KINDS = ("png", "svg", "pdf")
 MODEL_COLOR = "0.35"
 
-# Okabe and Ito's colours, which most colour-blind readers can tell apart; each lens also has
-# its own marker and dash, so that grey is enough.
-_KNOWN: dict[str, dict[str, Any]] = {
+# Okabe and Ito's colours, which most colour-blind readers can tell apart. Each lens also has
+# its own marker and dash, so that it can be recognised in grey.
+Style = dict[str, Any]
+"""Keyword arguments of a matplotlib line."""
+
+_KNOWN: dict[str, Style] = {
     "logit": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
     "tuned": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
     "closed-form": {"color": "#009E73", "marker": "^", "linestyle": "-."},
@@ -28,7 +31,7 @@ _KNOWN: dict[str, dict[str, Any]] = {
     "mean": {"color": "#999999", "marker": "", "linestyle": (0, (1, 1))},
 }
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-"""Okabe and Ito's colours, for lines that are no lens."""
+"""Okabe and Ito's colours, for other lines than those of lenses."""
 _COLORS = ("#56B4E9", "#E69F00", "#000000", "#7A4FBF")
 _MARKERS = ("v", "P", "X", "*", "h")
 _DASHES = ("-", "--", "-.")
@@ -38,7 +41,7 @@ _WIDE_FONTS = (
     *("Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "SimHei", "MS Gothic"),
     *("Noto Emoji", "Segoe UI Emoji", "Segoe UI Symbol", "Symbola", "Unifont"),
 )
-"""Debian's, Apple's and Microsoft's, for what the font that comes with matplotlib lacks."""
+"""Fonts of Debian, Apple and Microsoft for letters that matplotlib's own font lacks."""
 
 _RC: Any = {
     "font.size": 9,
@@ -53,8 +56,8 @@ _RC: Any = {
 }
 
 
-def styles(lenses: list[str]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and dash of every lens of an evaluation, each combination once."""
+def styles(lenses: list[str]) -> dict[str, Style]:
+    """A different combination of colour, marker and dash for every lens."""
     unknown = [lens for lens in lenses if lens not in _KNOWN]
     others = zip(*map(itertools.cycle, (_COLORS, _MARKERS, _DASHES)), strict=True)
     keys = ("color", "marker", "linestyle")
@@ -66,12 +69,12 @@ def styles(lenses: list[str]) -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def new_figure(width: float, height: float, *, has_tokens: bool = False) -> Iterator["Figure"]:
-    """A figure of so many inches in which everything is drawn alike.
+    """A figure in the common style.
 
     Args:
         width: in inches.
         height: in inches.
-        has_tokens: whether any script may occur, so that further fonts are needed.
+        has_tokens: whether letters of any script may occur, which needs further fonts.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -83,62 +86,58 @@ def new_figure(width: float, height: float, *, has_tokens: bool = False) -> Iter
 
 @cache
 def _families() -> list[str]:
-    """Matplotlib's own font, and what is installed of those that have what it lacks."""
+    """Matplotlib's own font and the installed ones of `_WIDE_FONTS`."""
     from matplotlib import font_manager
 
     installed = font_manager.get_font_names()
     return ["DejaVu Sans", *(name for name in _WIDE_FONTS if name in installed)]
 
 
-def _fonts() -> list[Any]:
-    from matplotlib.font_manager import findfont, get_font
-
-    return [get_font(findfont(family)) for family in _families()]
-
-
 @cache
 def _is_in_a_font(letter: str) -> bool:
-    return any(font.get_char_index(ord(letter)) for font in _fonts())
+    from matplotlib.font_manager import findfont, get_font
+
+    return any(get_font(findfont(one)).get_char_index(ord(letter)) for one in _families())
 
 
 @cache
-def _advance(letter: str) -> float:
-    """Width of a letter, in sizes of the letters."""
-    for font in _fonts():
-        if font.get_char_index(ord(letter)):
-            font.set_size(100, 72)
-            return font.load_char(ord(letter)).linearHoriAdvance / 65536 / 100
-    return 1.0
+def _width(text: str) -> float:
+    """The width of a text in units of its font size."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    font = FontProperties(family=_families(), size=100)
+    return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] / 100
 
 
-def drawable(text: str, widest: float | None = None) -> str:
-    """A text as matplotlib can draw it: as it is, with nothing read as mathematics.
+def drawable(text: str, max_width: float | None = None) -> str:
+    """A text as matplotlib can draw it.
 
-    Letters that no installed font has become their code points.
+    Letters that no installed font has become their code points, and $ starts no formula.
 
     Args:
         text: the text.
-        widest: cut it if it is wider, in sizes of its letters.
+        max_width: cuts a wider text, in units of its font size.
     """
     drawn = "".join(letter if _is_in_a_font(letter) else f"U+{ord(letter):04X}" for letter in text)
-    if widest is not None and sum(map(_advance, drawn)) > widest:
-        while drawn and sum(map(_advance, drawn + "…")) > widest:
+    if max_width is not None and _width(drawn) > max_width:
+        while drawn and _width(drawn + "…") > max_width:
             drawn = drawn[:-1]
         drawn += "…"
     return drawn.replace("$", r"\$")
 
 
 def scale(figure: Any, factor: float) -> None:
-    """Make a figure larger or smaller, and its letters and lines along with it."""
+    """Make a figure larger or smaller, including its letters and lines."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
     from matplotlib.text import Text
 
-    figure.draw_without_rendering()  # all letters are there from here on
+    figure.draw_without_rendering()  # creates all letters
     for text in figure.findobj(Text):
         text.set_fontsize(text.get_fontsize() * factor)
     for axes in figure.axes:
-        for axis in (axes.xaxis, axes.yaxis):  # and those of ticks that are yet to come
+        for axis in (axes.xaxis, axes.yaxis):  # and of ticks that appear later
             for label in axis.get_ticklabels()[:1]:
                 axis.set_tick_params(labelsize=label.get_fontsize())
     for line in (*figure.findobj(Line2D), *figure.findobj(Patch)):
@@ -171,7 +170,7 @@ def save(figure: "Figure", path: str | Path) -> None:
 
 
 def plain_log_ticks(axes: "Axes", axis: str = "y") -> None:
-    """Numbers as a reader would say them; 1, 2, 5 where the axis spans few decades."""
+    """Plain numbers as ticks of a log axis: 1, 2, 5 if it spans few decades."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axes.get_ylim() if axis == "y" else axes.get_xlim()
@@ -185,21 +184,21 @@ def plain_log_ticks(axes: "Axes", axis: str = "y") -> None:
 def name_lines(
     axes: "Axes",
     ends: Mapping[str, float],
-    colors: Mapping[str, Any],
+    colors: Mapping[str, object],
     size: float = 8.5,
 ) -> None:
-    """Write the name of every line at the right edge, moved apart where they would touch.
+    """Write the name of every line at the right edge, moved apart where names would touch.
 
-    Call it last, when the limits of the axes are as they will stay.
+    Call it last, when the limits of the axes are final.
 
     Args:
-        axes: where the lines are.
-        ends: by name, the height at which each line ends.
-        colors: by name.
-        size: of the letters, in points.
+        axes: the axes with the lines.
+        ends: the height at which each line ends, by name.
+        colors: colours by name.
+        size: the font size in points.
     """
     figure: Any = axes.figure
-    figure.draw_without_rendering()  # settles where the axes are
+    figure.draw_without_rendering()  # places the axes
     to_height, to_value = axes.transData.transform, axes.transData.inverted().transform
     low, high = (to_height((0, y))[1] for y in axes.get_ylim())
     heights = {name: min(max(to_height((0, y))[1], low), high) for name, y in ends.items()}
@@ -209,7 +208,7 @@ def name_lines(
     for above, below in itertools.pairwise(order):
         placed[below] = min(placed[below], placed[above] - gap)
     floor = low
-    for name in reversed(order):  # back up from the lower edge, as far as need be
+    for name in reversed(order):  # back up from the lower edge
         placed[name] = max(placed[name], floor)
         floor = placed[name] + gap
     for name in order:

@@ -31,7 +31,7 @@ def test_lens_at_the_last_state_gives_the_models_own_logits(tiny, states, make):
 
 def test_tuned_lens_applies_its_affine_translator_in_residual_form(tiny, states):
     lens = random_lens(tiny)
-    weight, bias = lens.translators[2].weight, lens.translators[2].bias
+    weight, bias = lens.translator(2).weight, lens.translator(2).bias
     h = states[2].double()
     expected = h + torch.einsum("...i,oi->...o", h, weight.double()) + bias.double()
     assert torch.allclose(lens.transform_hidden(states[2], 2).double(), expected, atol=1e-5)
@@ -56,7 +56,9 @@ def test_hidden_states_of_another_width_are_refused(tiny):
 
 def test_parameters_are_those_of_the_translators_and_nothing_else(tiny):
     names = {name for name, _ in TunedLens.from_model(tiny).named_parameters()}
-    expected = {f"translators.{i}.{part}" for i in range(3) for part in ("weight", "bias")}
+    expected = {
+        f"translators.resid_pre.{i}.{part}" for i in range(3) for part in ("weight", "bias")
+    }
     assert names == expected
     assert TunedLens.from_model(tiny).state_dict().keys() == expected
 

@@ -1,0 +1,47 @@
+"""What every corpus offers: blocks of tokens, in batches or one by one."""
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+from jaxtyping import Int
+from torch import Tensor
+
+from tunedlens.errors import InputError
+from tunedlens.files import JsonObject
+
+
+class TextRanOutError(InputError):
+    """There is no further batch in a stream."""
+
+
+class Batch(NamedTuple):
+    """Blocks of tokens, and the position after them."""
+
+    input_ids: Int[Tensor, "batch seq"]
+    position: JsonObject
+    """`Corpus.batches` continues from it. It can be written as JSON."""
+
+
+class Corpus(Protocol):
+    """One split (train or validation) of a text, as blocks."""
+
+    about: JsonObject
+    """What the text consists of, as far as it is known. It can be written as JSON."""
+
+    def batches(
+        self, batch_size: int, seed: int, position: JsonObject | None = None
+    ) -> Iterator[Batch]:
+        """Batches to train on, from the start or from the position after a batch.
+
+        Raises:
+            TextRanOutError: a stream has no further batch.
+        """
+
+    def blocks(self) -> Iterator[Int[Tensor, " seq"]]:
+        """Every block once, in the order of the text."""
+
+    def shuffled(self) -> Iterator[Int[Tensor, " seq"]]:
+        """Every block once, in a fixed random order: the first ones stand for the whole text.
+
+        A stream keeps its order.
+        """

@@ -1,0 +1,54 @@
+"""The training and validation split of a text."""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from tunedlens.corpus.blocks import Corpus
+from tunedlens.corpus.documents import Packer, encoded, hold_out
+from tunedlens.corpus.packed import PackedCorpus
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class CorpusSplits:
+    """The training and validation split of a text; they never have a block in common.
+
+    Args:
+        train: makes the training split, when it is first used.
+        validation: makes the validation split, when it is first used.
+    """
+
+    def __init__(self, train: Callable[[], Corpus], validation: Callable[[], Corpus]) -> None:
+        self._train, self._validation = train, validation
+
+    @cached_property
+    def train(self) -> Corpus:
+        return self._train()
+
+    @cached_property
+    def validation(self) -> Corpus:
+        return self._validation()
+
+
+def split_by_hash(documents: "Dataset", packer: Packer, seq_len: int, name: str) -> CorpusSplits:
+    """Hold out a fraction of the documents by the hash of each.
+
+    A single document is split by blocks instead, and so are documents of which one split
+    would have less than a block.
+
+    Raises:
+        InputError: there are not two blocks, one for each split.
+    """
+    everything = encoded(documents, packer)
+    held_out = hold_out([document.fraction for document in everything])
+    splits = [
+        [d for d, held in zip(everything, held_out, strict=True) if held == is_validation]
+        for is_validation in (False, True)
+    ]
+    if all(sum(len(document.ids) for document in split) >= seq_len for split in splits):
+        train, validation = (PackedCorpus.pack(split, seq_len, name) for split in splits)
+    else:
+        train, validation = PackedCorpus.pack(everything, seq_len, name).split()
+    return CorpusSplits(lambda: train, lambda: validation)

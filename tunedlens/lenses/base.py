@@ -1,0 +1,111 @@
+"""What every lens has in common."""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Self
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tunedlens.errors import InputError
+from tunedlens.model import FrozenModel, ModelIdentity, Unembedding, require_same_model
+
+
+class Lens(nn.Module, ABC):
+    """Maps each of the `n_layers + 1` states of the residual stream to logits.
+
+    State `layer` is the residual stream entering block `layer`; the last one, also -1, is
+    what the final norm sees. A lens computes in float32, whatever the model's dtype, until it
+    is itself converted to another dtype.
+    """
+
+    def __init__(self, identity: ModelIdentity) -> None:
+        super().__init__()
+        self.identity = identity
+
+    @property
+    def n_layers(self) -> int:
+        """The number of blocks, which is also the number of states that a lens translates."""
+        return self.identity.n_layers
+
+    def resolve(self, layer: int) -> int:
+        """The layer as an index from 0; a negative layer counts from the end.
+
+        Raises:
+            InputError: there is no such layer.
+        """
+        if not -self.n_layers - 1 <= layer <= self.n_layers:
+            raise InputError(
+                f"layer must be between 0 and {self.n_layers} (or {-self.n_layers - 1} and -1, "
+                f"from the end) for {self.identity.name}, got {layer}"
+            )
+        return layer % (self.n_layers + 1)
+
+    @abstractmethod
+    def forward(
+        self, hidden: Float[Tensor, "*positions d_model"], layer: int
+    ) -> Float[Tensor, "*positions vocab"]:
+        """Raw logits of the state of `layer`.
+
+        Raises:
+            InputError: there is no such layer, or the width is not the model's.
+        """
+
+
+class ResidualLens(Lens):
+    """Predicts the final state, then decodes it with the model's final norm and unembedding.
+
+    At the last state every such lens gives the model's own logits.
+    """
+
+    generate: ClassVar[Callable[..., str | list[str]]]
+    """See `tunedlens.generation.generate`."""
+
+    def __init__(self, unembedding: Unembedding, identity: ModelIdentity) -> None:
+        super().__init__(identity)
+        self.unembedding = unembedding.shared()
+
+    @classmethod
+    def from_model(cls, model: FrozenModel) -> Self:
+        """Create the untrained lens of a model."""
+        return cls(model.unembedding, model.identity)
+
+    @abstractmethod
+    def transform_hidden(
+        self, hidden: Float[Tensor, "*positions d_model"], layer: int
+    ) -> Float[Tensor, "*positions d_model"]:
+        """The lens's prediction of the final state, before the final norm, in the lens's dtype.
+
+        Raises:
+            InputError: there is no such layer, or the width is not the model's.
+        """
+
+    def forward(
+        self, hidden: Float[Tensor, "*positions d_model"], layer: int
+    ) -> Float[Tensor, "*positions vocab"]:
+        return self.unembedding(self.transform_hidden(hidden, layer))
+
+    def _checked(self, hidden: Tensor) -> Tensor:
+        """Convert the hidden states to the lens's dtype.
+
+        Raises:
+            InputError: the width is not the model's.
+        """
+        if hidden.shape[-1] != self.identity.d_model:
+            raise InputError(
+                f"hidden states of {self.identity.name} have {self.identity.d_model} "
+                f"dimensions, got {tuple(hidden.shape)}"
+            )
+        return hidden.to(self.unembedding.weight.dtype)
+
+
+def require_made_for(model: FrozenModel, lenses: Mapping[str, Lens]) -> None:
+    """Check that every lens, given by its name, was made for the model.
+
+    Raises:
+        InputError: a lens was made for another model; the message says what differs.
+    """
+    identity = dataclasses.asdict(model.identity)
+    for name, lens in lenses.items():
+        require_same_model(dataclasses.asdict(lens.identity), identity, f"the lens {name}")

@@ -1,0 +1,107 @@
+"""Loads a model from a folder, the hub or the package."""
+
+from pathlib import Path
+from typing import cast
+
+import torch
+import transformers
+
+from tunedlens import builtin
+from tunedlens.config import ModelConfig
+from tunedlens.errors import InputError, first_line
+from tunedlens.model.frozen import FrozenModel
+
+
+def load_model(
+    model: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str | torch.device | None = None,
+) -> FrozenModel:
+    """Load a causal language model.
+
+    Args:
+        model: hub name or folder; by default `embedded`, the GPT-2 that ships with this
+            package.
+        revision: branch, tag or commit on the hub.
+        dtype: float32, bfloat16 or float16; weights in another dtype are converted.
+        device: by default the accelerator if there is one, otherwise the CPU.
+
+    Raises:
+        InputError: the model does not exist, is damaged or is not supported, the hub cannot
+            be reached, or the device cannot be used.
+    """
+    name = builtin.NAME if model is None else str(model)
+    source = _model_source(name)
+    target = _usable_device(device)
+    # Only float32 and bfloat16 keep the fingerprint, so float16 is reached by way of float32.
+    load_dtype = torch.float32 if dtype == "float16" else getattr(torch, dtype)
+    try:
+        result: object = transformers.AutoModelForCausalLM.from_pretrained(
+            source, revision=revision, dtype=load_dtype, output_loading_info=True
+        )
+        loaded, info = cast("tuple[transformers.PreTrainedModel, dict[str, set[str]]]", result)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
+        if info["missing_keys"]:
+            raise ValueError(
+                f"the weights {', '.join(sorted(info['missing_keys'])[:3])} are missing"
+            )
+    except Exception as error:  # transformers raises many kinds of exception
+        raise InputError(f"cannot load the model {name}: {first_line(error)}") from error
+    fingerprint = None
+    if dtype == "float16":
+        fingerprint = FrozenModel(loaded, tokenizer).identity.fingerprint
+        loaded = loaded.half()
+    loaded.to(target)  # type: ignore[arg-type]
+    return FrozenModel(loaded, tokenizer, name, fingerprint)
+
+
+def load_configured(config: ModelConfig, device: torch.device | None) -> FrozenModel:
+    """Load the model of a config; `device` is the default if the config names none."""
+    return load_model(
+        config.model,
+        revision=config.revision,
+        dtype=config.dtype,
+        device=config.device or device,
+    )
+
+
+def _model_source(name: str) -> str:
+    """The folder or the hub name that transformers loads.
+
+    Raises:
+        InputError: the name is a path where there is no model.
+    """
+    if name == builtin.NAME:
+        return str(builtin.FOLDER)
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            if (path / "config.json").is_file():
+                return str(path)
+            raise InputError(
+                f"{name} is no model: expected a Hugging Face folder with config.json, "
+                "model.safetensors and tokenizer files"
+            )
+        if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise InputError(f"{name}: expected a folder with a model or a name on the hub")
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{name}: cannot look for a model: {first_line(error)}") from error
+    return name
+
+
+def _usable_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or the accelerator if there is one, or the CPU.
+
+    Raises:
+        InputError: torch cannot use the device.
+    """
+    try:
+        if device is None:
+            device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"cannot use the device {device}: {first_line(error)}") from error
+    return target

@@ -1,0 +1,112 @@
+"""Two lenses, texts or models beside each other, as plain data."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tunedlens.errors import InputError
+from tunedlens.metrics import DIVERGENCES, TRAJECTORY_METRICS
+from tunedlens.trajectories.result import Trajectory, selected
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """A trajectory and a baseline with the same rows and aligned positions.
+
+    A lens is compared with the lens of the same name in the baseline, or with the baseline's
+    first lens. `comparison[layers, positions]` selects a part as in a `Trajectory`.
+    """
+
+    scores: ClassVar[Callable[..., "DataFrame"]]
+    """See `tunedlens.trajectories.frames`."""
+    heatmap: ClassVar[Callable[..., "Figure"]]
+    """See `tunedlens.report.plots`."""
+    save: ClassVar[Callable[..., None]]
+    load: ClassVar[Callable[..., "Comparison"]]
+    """See `tunedlens.trajectories.storage`."""
+
+    trajectory: Trajectory
+    baseline: Trajectory
+    divergences: dict[str, dict[str, Float[Tensor, "rows positions"]]]
+    """By lens and by the names of `metrics.DIVERGENCES`; empty without a model's logits."""
+
+    def __repr__(self) -> str:
+        return f"Comparison({self.trajectory!r}, baseline={self.baseline!r})"
+
+    def __getitem__(self, key: int | slice | tuple[int | slice, int | slice]) -> "Comparison":
+        part = self.trajectory[key]
+        layers, positions = key if isinstance(key, tuple) and len(key) == 2 else (key, slice(None))
+        rows = [self.trajectory.rows.index(row) for row in part.rows]
+        indices = selected(positions, len(self.trajectory.positions), "position")
+        return Comparison(
+            part,
+            self.baseline[layers, positions],
+            {
+                lens: {name: values[rows][:, indices] for name, values in by_name.items()}
+                for lens, by_name in self.divergences.items()
+            },
+        )
+
+    def baseline_lens(self, lens: str | None = None) -> str:
+        """The lens of the baseline that a lens is compared with."""
+        lens = self.trajectory.lens_name(lens)
+        return lens if lens in self.baseline.predictions else self.baseline.lens_name()
+
+    def values(
+        self, metric: str = "probability", lens: str | None = None, *, token: str | int = "top1"
+    ) -> Float[Tensor, "rows positions"]:
+        """A difference, this minus baseline, or a divergence at every row and position.
+
+        Args:
+            metric: one of `metrics.TRAJECTORY_METRICS` or `metrics.DIVERGENCES`.
+            lens: a name; by default the first.
+            token: as for `Trajectory.values`. `top1` and `next` are each side's own token;
+                any other token is the same on both sides.
+
+        Raises:
+            InputError: there is no such metric, lens or tracked token.
+        """
+        lens = self.trajectory.lens_name(lens)
+        known = self.divergences.get(lens, {})
+        if not isinstance(metric, str) or metric not in {*TRAJECTORY_METRICS, *known}:
+            names = ", ".join([*TRAJECTORY_METRICS, *known])
+            hint = "" if known or metric not in DIVERGENCES else "; `compare` computes divergences"
+            raise InputError(f"metric must be one of {names}; got {metric!r}{hint}")
+        if metric in known:
+            return known[metric]
+        ours, theirs = self.trajectory, self.baseline
+        values, baseline_lens = ours.values(metric, lens, token=token), self.baseline_lens(lens)
+        if token == "final" and TRAJECTORY_METRICS[metric].has_token:
+            return values - theirs.values_of_ids(metric, baseline_lens, ours.final_ids)
+        if isinstance(token, str) and token not in ("top1", "next", "final"):
+            token = ours.token_id(token)
+        return values - theirs.values(metric, baseline_lens, token=token)
+
+    @property
+    def has_one_text(self) -> bool:
+        """Whether both sides are the same text, read with the same model."""
+        ours, theirs = self.trajectory, self.baseline
+        return ours.model == theirs.model and torch.equal(ours.input_ids, theirs.input_ids)
+
+
+def difference(trajectory: Trajectory, lens: str, baseline_lens: str) -> Comparison:
+    """Compare two lenses of one trajectory, without divergences.
+
+    Divergences need the model: see `compare`.
+
+    Raises:
+        InputError: there is no such lens.
+    """
+    ours, theirs = (
+        replace(trajectory, predictions={name: trajectory.predictions[trajectory.lens_name(name)]})
+        for name in (lens, baseline_lens)
+    )
+    return Comparison(ours, theirs, divergences={})
