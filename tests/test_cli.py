@@ -15,7 +15,15 @@ import pytest
 from conftest import make_gpt2, write_text
 from transformers import AutoTokenizer
 
-from tunedlens import TunedLens, builtin, checkpoint, load_model
+from tunedlens import (
+    CorpusConfig,
+    EvaluateConfig,
+    TunedLens,
+    builtin,
+    checkpoint,
+    evaluate,
+    load_model,
+)
 from tunedlens.cli import evaluate_command, train_command
 from tunedlens.report import plots
 
@@ -179,6 +187,34 @@ def test_report_names_a_command_that_gives_the_same_values(here):
     assert command[:2] == ["python", "evaluate.py"]
     assert evaluate_command(command[2:]) == 0
     assert read(here / "out")["results"] == first["results"]
+
+
+@pytest.mark.usefixtures("lenses")
+@pytest.mark.parametrize("dataset", [None, "other.txt"])
+def test_evaluate_from_python_does_what_the_command_does(here, dataset):
+    (here / "other.txt").write_text("another text, all of it\n" * 200)
+    flags = ["--dataset", dataset] if dataset else []
+    flags += ["--lens", "steps", "--lens", "unigram", "--tokens", "50", "--output", "out"]
+    assert evaluate_command(flags) == 0
+    config = EvaluateConfig(
+        lenses=("steps", "unigram"), corpus=CorpusConfig(dataset=dataset), tokens=50
+    )
+    evaluation, command = evaluate(config).to_json(), read(here / "out")
+    for changing in ("created", "command"):
+        del evaluation["provenance"][changing], command["provenance"][changing]
+    assert json.loads(json.dumps(evaluation)) == command
+
+
+@pytest.mark.usefixtures("lenses")
+def test_lens_is_evaluated_in_the_dtype_asked_for(here):
+    manifest = json.loads((here / "steps" / "config.json").read_text())
+    manifest["config"]["model"]["dtype"] = "bfloat16"
+    (here / "steps" / "config.json").write_text(json.dumps(manifest))
+    for flags, dtype in (([], "bfloat16"), (["--dtype", "float32"], "float32")):
+        assert (
+            evaluate_command(["--lens", "steps", "--tokens", "50", "--output", "out", *flags]) == 0
+        )
+        assert read(here / "out")["provenance"]["dtype"] == dtype
 
 
 @pytest.mark.usefixtures("lenses")

@@ -12,14 +12,19 @@ from conftest import in_two_processes, make_gpt2, random_lens
 
 from tunedlens import (
     ConstantLens,
+    CorpusConfig,
+    EvaluateConfig,
     FrozenModel,
     InputError,
     LogitLens,
     ScoringConfig,
+    evaluate,
     load_model,
+    read_evaluation,
     score_lenses,
+    write_report,
 )
-from tunedlens.corpus import Packer
+from tunedlens.corpus import Packer, load_splits, resolve_corpus
 from tunedlens.engine import LensStatistics
 from tunedlens.evaluation import Evaluation
 from tunedlens.metrics import METRICS, per_token_metrics
@@ -370,3 +375,62 @@ def test_every_per_token_metric_is_a_property_of_the_statistics():
 @pytest.mark.parametrize("metric", [name for name, m in METRICS.items() if m.for_model])
 def test_metric_of_the_model_is_reported(tiny, blocks, metric):
     assert math.isfinite(run(tiny, blocks[:2], metrics="all").of_model(metric).value)
+
+
+@pytest.fixture
+def corpus(text_file):
+    return CorpusConfig(dataset=str(text_file), seq_len=16)
+
+
+def test_evaluate_scores_saved_and_given_lenses_on_held_out_text(tiny, corpus, tmp_path):
+    random_lens(tiny, seed=1).save(tmp_path / "lens")
+    config = EvaluateConfig(lenses=(tmp_path / "lens",), corpus=corpus, split="validation")
+    evaluation = evaluate(config, model=tiny, lenses={"mine": random_lens(tiny)})
+    splits = load_splits(resolve_corpus(corpus, tiny.name, tiny.context), tiny.tokenizer)
+    lenses = {
+        "logit": LogitLens.from_model(tiny),
+        "tuned": random_lens(tiny, seed=1),
+        "mine": random_lens(tiny),
+    }
+    expected = score_lenses(tiny, lenses, splits.validation.shuffled())
+    assert evaluation.results == expected.results
+    assert evaluation.tokens_sha256 == expected.tokens_sha256
+
+
+def test_evaluate_takes_the_held_out_side_by_default_for_a_lens_in_memory(tiny, corpus):
+    evaluation = evaluate(
+        EvaluateConfig(corpus=corpus), model=tiny, lenses={"mine": random_lens(tiny)}
+    )
+    assert evaluation.lenses == ["logit", "mine"]
+    assert evaluation.provenance["config"]["split"] == "validation"
+    assert evaluation.provenance["config"]["tokens"] == evaluation.tokens
+
+
+def test_evaluate_reports_progress_up_to_all_positions(tiny, corpus):
+    heard = []
+    config = EvaluateConfig(corpus=corpus, tokens=100, batch_size=2)
+    lenses = {"mine": random_lens(tiny)}
+    evaluate(config, model=tiny, lenses=lenses, progress=lambda *seen: heard.append(seen))
+    assert sum(scored for scored, _ in heard) == 100
+    assert {total for _, total in heard} == {100}
+
+
+def test_evaluation_from_python_is_written_and_read_back(tiny, corpus, tmp_path):
+    evaluation = evaluate(
+        EvaluateConfig(corpus=corpus, tokens=50), model=tiny, lenses={"mine": random_lens(tiny)}
+    )
+    write_report(evaluation, str(tmp_path / "report"))
+    again = read_evaluation(tmp_path / "report")
+    assert again.results == evaluation.results
+    assert again.provenance["lenses"] == {"mine": {"kind": "in memory"}}
+
+
+@pytest.mark.parametrize("name", ["logit", "model", "a/b"])
+def test_lens_in_memory_needs_a_free_name(tiny, corpus, name):
+    with pytest.raises(InputError, match=f"the lens name {name}"):
+        evaluate(EvaluateConfig(corpus=corpus), model=tiny, lenses={name: random_lens(tiny)})
+
+
+def test_lenses_of_a_config_are_a_tuple():
+    with pytest.raises(InputError, match="lenses must be a tuple, got 'checkpoints/embedded'"):
+        EvaluateConfig(lenses="checkpoints/embedded")

@@ -27,7 +27,7 @@ def texts(axes):
 
 
 @pytest.mark.parametrize("metric", ["kl_nats", "perplexity", "bits_per_byte", "bias_nats"])
-def test_figure_by_layer_shows_every_figure_it_was_given(evaluation, metric):
+def test_plot_by_layer_shows_every_value_it_was_given(evaluation, metric):
     (axes,) = plots.by_layer(evaluation, metric).axes
     for lens in ("logit", "tuned"):
         assert tuple(e.value for e in evaluation.by_layer(lens, metric)) in lines(axes)
@@ -42,17 +42,25 @@ def test_band_is_two_standard_errors_to_either_side(evaluation):
     assert heights == {round(value - 2 * error, 9), round(value + 2 * error, 9)}
 
 
-def test_perplexity_figure_is_logarithmic_and_has_the_models_own_line(evaluation):
+def test_perplexity_plot_is_logarithmic_and_has_a_line_for_the_model(evaluation):
     (axes,) = plots.by_layer(evaluation, "perplexity").axes
     assert axes.get_yscale() == "log"
     assert (9.5, 9.5) in lines(axes)
 
 
-def test_first_layer_that_dwarfs_the_rest_is_left_out_with_its_figure():
+def test_first_layer_that_dwarfs_the_rest_is_written_instead_of_drawn():
     evaluation = make_evaluation({("logit", 0, "perplexity"): 7e11})
     (axes,) = plots.by_layer(evaluation, "perplexity").axes
     assert axes.get_ylim()[1] < 1e7
     assert "↑ 7e+11" in texts(axes)
+
+
+def test_first_layers_that_are_left_out_are_written_below_each_other():
+    changed = {(lens, 0, "perplexity"): 7e11 for lens in ("logit", "tuned")}
+    figure = plots.by_layer(make_evaluation(changed), "perplexity")
+    figure.draw_without_rendering()
+    one, other = (t.get_window_extent() for t in figure.axes[0].texts if "↑" in t.get_text())
+    assert not one.overlaps(other)
 
 
 def test_lenses_are_named_beside_their_lines(evaluation):
@@ -79,7 +87,7 @@ def test_prediction_depth_bars_are_the_shares(evaluation):
     assert heights == pytest.approx(shares)
 
 
-def test_transfer_figure_is_the_matrix_with_its_numbers(evaluation):
+def test_transfer_plot_is_the_matrix_with_its_numbers(evaluation):
     axes, bar = plots.transfer(evaluation).axes
     matrix = evaluation.transfer["tuned"]["kl_nats"].values
     assert axes.images[0].get_array().tolist() == matrix
@@ -101,7 +109,7 @@ def test_what_was_not_measured_is_not_drawn():
     assert there == plots.DRAWINGS.keys() - {"transfer", "by_position"}
 
 
-def test_figures_are_drawn_alike_from_saved_results(evaluation):
+def test_plots_are_the_same_from_saved_results(evaluation):
     again = Evaluation.from_json(evaluation.to_json())
     for name in ("kl_by_layer", "transfer"):
         for kind in plots.KINDS:

@@ -17,7 +17,7 @@ from tunedlens.report.tables import (
     summary,
 )
 
-_WIDE = ("overview", "agreement_by_layer", "by_position")
+_WIDE = ("overview", "agreement_by_layer", "transfer", "by_position")
 """Plots that take the width of the page."""
 
 

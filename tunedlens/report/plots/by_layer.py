@@ -207,7 +207,8 @@ def draw_by_layer(
         color = line_styles[lens]["color"]
         _line_with_band(axes, layers, line, errors, line_styles[lens], is_log=shown.is_log)
         if values[lens][0] > top:
-            axes.annotate(f"↑ {values[lens][0]:.0e}", (0, top), (4, -3), color=color,
+            below = (4, -3 - 11 * len(axes.texts))  # one line under the last
+            axes.annotate(f"↑ {values[lens][0]:.0e}", (0, top), below, color=color,
                           textcoords="offset points", va="top")  # fmt: skip
     ends = {lens: values[lens][-1] for lens in lenses}
     colors = {lens: line_styles[lens]["color"] for lens in lenses}

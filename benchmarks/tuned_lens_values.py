@@ -1,14 +1,14 @@
 """Our KL and cross-entropy beside those computed with tuned-lens' own lens objects.
 
-    pip install tuned-lens==0.2.0      (in an environment of its own)
-    python benchmarks/tuned_lens_figures.py [--tokens 8176]
+    pip install tuned-lens==0.2.0      (in a separate environment)
+    python benchmarks/tuned_lens_values.py [--tokens 8176]
 
-On the embedded model, with the translators of checkpoints/embedded put into tuned-lens'
-`TunedLens`. Its figures are made the plain way from its log-probabilities, in float64: KL to
-the model and cross-entropy of the next token at the same positions, summed and divided once.
-Beside them stands what its `eval` command would print: the mean of every figure, whatever its
-unit, times the factor from nats to bits per byte, with the KL also at each block's last
-position, which the cross-entropy has not.
+The model is the embedded one, and the translators of checkpoints/embedded are copied into
+tuned-lens' `TunedLens`. From its log-probabilities, KL to the model and cross-entropy of the next
+token are computed directly in float64 at the same positions, summed and divided once. The last
+column is what its `eval` command would print for the KL: the mean over blocks, also at the last
+position of each block (which has no cross-entropy), multiplied by the factor from nats to bits per
+byte.
 """
 
 import argparse
@@ -24,7 +24,6 @@ from tuned_lens.nn.lenses import TunedLens as PeerTunedLens
 from tunedlens import CorpusConfig, LogitLens, TunedLens, load_model
 from tunedlens.corpus import load_splits, resolve_corpus
 from tunedlens.evaluation import score_lenses
-from tunedlens.tokenizer import token_bytes
 
 LENS = Path(__file__).parents[1] / "checkpoints" / "embedded"
 
@@ -48,7 +47,7 @@ def main() -> None:
 
     splits = load_splits(resolve_corpus(CorpusConfig(), model.name, model.context), model.tokenizer)
     blocks = list(islice(splits.validation.shuffled(), flags.tokens // 511))
-    evaluation = score_lenses(model, ours, blocks, token_bytes(model.tokenizer))
+    evaluation = score_lenses(model, ours, blocks)
     n_layers = model.identity.n_layers
     shape = (2, n_layers)
     kl, cross_entropy, their_kl = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
