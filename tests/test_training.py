@@ -243,7 +243,7 @@ def test_run_that_died_while_it_was_being_saved_is_finished_by_resume(
 ):
     train(config, tmp_path / "unbroken")
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_json", lambda *_: 1 / 0)
+        patch.setattr(checkpoint.lens_files, "write_json", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(config, tmp_path / "run")
     train(saved_config(tmp_path / "run"), tmp_path / "run", resume=True)
