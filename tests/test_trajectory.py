@@ -1,11 +1,15 @@
 import dataclasses
+import json
 import math
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
-from conftest import make_llama, random_lens
+from conftest import make_gpt2, make_llama, random_lens
 from transformers import BloomConfig, BloomForCausalLM
 
 from tunedlens import (
@@ -13,12 +17,14 @@ from tunedlens import (
     FrozenModel,
     InputError,
     LogitLens,
+    Trajectory,
     compare,
     difference,
     trajectory,
 )
 from tunedlens.metrics import TRAJECTORY_METRICS
 from tunedlens.model import SITES
+from tunedlens.report import plots
 from tunedlens.trajectories import reading as reading_module
 from tunedlens.trajectories import windows
 
@@ -461,3 +467,165 @@ def test_constant_lens_reads_no_text(tiny):
     lens = ConstantLens(torch.zeros(4096), tiny.identity)
     with pytest.raises(InputError, match="is a ConstantLens, which reads no state"):
         trajectory(tiny, {"unigram": lens}, TEXT)
+
+
+def test_compare_tracks_the_best_tokens_of_both_sides_at_aligned_positions(tiny):
+    lenses = {"tuned": random_lens(tiny), "logit": LogitLens.from_model(tiny)}
+    both = compare(
+        tiny,
+        lenses,
+        "x = 1 + 2",
+        baseline_text="def y(x):",
+        positions=slice(1, 4),
+        baseline_positions=slice(0, 3),
+    )
+    assert torch.equal(both.trajectory.tracked_ids, both.baseline.tracked_ids)
+    for position, ids in enumerate(both.trajectory.tracked_ids.tolist()):
+        best = {
+            int(i)
+            for side in (both.trajectory, both.baseline)
+            for one in side.predictions.values()
+            for i in one.top_ids[:, position, 0]
+        }
+        assert {i for i in ids if i >= 0} == best
+    assert both.trajectory.positions == [1, 2, 3]
+    assert not both.values("probability", token="final").isnan().any()
+
+
+def test_two_models_with_one_vocabulary_are_compared(tiny, tokenizer):
+    other = FrozenModel(make_gpt2(seed=1), tokenizer, name="other")
+    both = compare(tiny, None, TEXT, baseline_model=other)
+    ids = both.trajectory.input_ids[None]
+    p, q = (model.model(ids).logits[0].double().log_softmax(-1) for model in (tiny, other))
+    expected = (p.exp() * (p - q)).sum(-1)
+    found = both.values("kl_to_baseline_nats")[-1].double()
+    assert torch.allclose(found, expected, atol=1e-5)
+    label = both.heatmap("js_nats").axes[-1].get_ylabel().replace("\n", " ")
+    assert label.endswith("tiny and other")
+    smaller = FrozenModel(make_gpt2(n_layer=2), tokenizer, name="smaller")
+    with pytest.raises(InputError, match="same number of layers; got 3 and 2"):
+        compare(tiny, None, TEXT, baseline_model=smaller)
+
+
+def test_the_engine_decodes_as_the_lens_itself_does(tiny):
+    lens = random_lens(tiny)
+    read = trajectory(tiny, lens, TEXT).predictions["tuned"]
+    for layer, hidden in enumerate(tiny.residual_stream(TEXT)):
+        best = lens(hidden[0], layer).log_softmax(-1).topk(10)
+        assert torch.equal(read.top_ids[layer], best.indices)
+        assert torch.allclose(read.top_log_probs[layer], best.values, atol=1e-5)
+
+
+VIEWS = """
+import sys
+import transformers
+from tunedlens import Comparison, Trajectory
+
+def refuse(*_):
+    raise AssertionError("no model is needed")
+
+transformers.AutoModelForCausalLM.from_pretrained = refuse
+transformers.AutoTokenizer.from_pretrained = refuse
+folder = sys.argv[1]
+"""
+WRITE = """
+read = Trajectory.load(f"{folder}/read.safetensors")
+both = Comparison.load(f"{folder}/both.safetensors")
+from tunedlens.report import plots
+for name, text in {
+    "page": read.to_html(),
+    "top_k": str(read.top_k()),
+    "table": read.to_dataframe().to_csv(),
+    "words": read[1:, 2:].words().to_csv(),
+    "probabilities": read.probabilities([" return", 17]).to_csv(),
+    "scores": both.scores("js_nats").to_csv(),
+}.items():
+    with open(f"{folder}/{name}.new", "w") as file:
+        file.write(text)
+for name, figure in {
+    "heatmap": read.heatmap("kl_nats", ["tuned", "logit"]),
+    "curves": read.curves(" return", metric="rank"),
+    "difference": both.heatmap("logit", token=" return"),
+}.items():
+    with open(f"{folder}/{name}.new", "wb") as file:
+        file.write(plots.rendered(figure, "svg"))
+"""
+
+
+def test_saved_data_give_the_same_views_in_a_process_without_the_model(tiny, tmp_path):
+    lenses = {"tuned": random_lens(tiny), "logit": LogitLens.from_model(tiny)}
+    read = trajectory(tiny, lenses, TEXT, track=[" return", 17])
+    both = compare(tiny, lenses, TEXT, baseline_text=TEXT.replace("x", "y"), track=" return")
+    read.save(tmp_path / "read.safetensors")
+    both.save(str(tmp_path / "both.safetensors"))
+    subprocess.run([sys.executable, "-c", VIEWS + WRITE, str(tmp_path)], check=True)
+    texts = {
+        "page": read.to_html(),
+        "top_k": str(read.top_k()),
+        "table": read.to_dataframe().to_csv(),
+        "words": read[1:, 2:].words().to_csv(),
+        "probabilities": read.probabilities([" return", 17]).to_csv(),
+        "scores": both.scores("js_nats").to_csv(),
+    }
+    for name, expected in texts.items():
+        assert (tmp_path / f"{name}.new").read_text() == expected, name
+    figures = {
+        "heatmap": read.heatmap("kl_nats", ["tuned", "logit"]),
+        "curves": read.curves(" return", metric="rank"),
+        "difference": both.heatmap("logit", token=" return"),
+    }
+    for name, figure in figures.items():
+        assert (tmp_path / f"{name}.new").read_bytes() == plots.rendered(figure, "svg"), name
+
+
+def resaved(path, change):
+    """The file again, with its record and tensors changed."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["tunedlens"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(about, tensors)
+    safetensors.torch.save_file(tensors, path, {"tunedlens": json.dumps(about)})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda about, _: about.update(kind="comparison"), "holds a comparison, no trajectory"),
+        (lambda about, _: about.update(format=9), "format 9; this version reads format 1"),
+        (lambda about, _: about.update(records=[]), "no description of its content"),
+        (lambda about, _: about.update(records=[1]), "damaged"),
+        (lambda about, _: about["records"][0].pop("rows"), "damaged: rows is missing"),
+        (lambda about, _: about["records"][0].update(rows=[["attic", 0]]), "the rows are wrong"),
+        (lambda about, _: about["records"][0].update(rows=3), "damaged"),
+        (lambda about, _: about["records"][0].update(positions="all"), "a list of integers"),
+        (lambda about, _: about["records"][0].update(vocabulary={}), "has no text"),
+        (lambda about, _: about["records"][0].update(vocabulary={"x": ["a", "b"]}), "damaged"),
+        (lambda about, _: about["records"][0].update(lenses=["a", "a"]), "the lenses are wrong"),
+        (lambda _, tensors: tensors.pop("input_ids"), "input_ids is missing"),
+        (lambda _, tensors: tensors.update({"0.kl_nats": torch.zeros(2)}), r"shape \(2,\)"),
+        (lambda _, tensors: tensors.update(next_ids=torch.zeros(14)), "next_ids is torch.float32"),
+    ],
+)
+def test_damaged_file_is_one_clear_error(tiny, tmp_path, change, words):
+    path = tmp_path / "read.safetensors"
+    trajectory(tiny, None, TEXT).save(path)
+    resaved(path, change)
+    with pytest.raises(InputError, match=words):
+        Trajectory.load(path)
+
+
+def test_foreign_file_is_one_clear_error(tmp_path):
+    path = tmp_path / "file"
+    with pytest.raises(InputError, match="there is no file"):
+        Trajectory.load(path)
+    with pytest.raises(InputError, match="is no saved trajectory, or is damaged"):
+        Trajectory.load(tmp_path)
+    for content in (
+        b"",
+        b"PK\x03\x04",
+        b"\xff" * 100,
+        safetensors.torch.save({"a": torch.ones(1)}),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"is no saved trajectory|holds something else"):
+            Trajectory.load(path)
