@@ -34,8 +34,8 @@ def main() -> int:
 def _guarded(
     command: Callable[[Sequence[str] | None], int], arguments: Sequence[str] | None
 ) -> int:
-    """A user's mistake is one line on standard error and a status other than 0."""
-    # Bars for what takes no time bury the lines that matter.
+    """Run a command; a mistake of the user prints one line and returns a status other than 0."""
+    # Progress bars of short operations would hide the messages that matter.
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     transformers.logging.disable_progress_bar()

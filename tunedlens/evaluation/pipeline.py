@@ -7,17 +7,16 @@ from accelerate import Accelerator
 
 from tunedlens import checkpoint
 from tunedlens.config import EvaluateConfig
-from tunedlens.corpus import CorpusSplits, load_splits, resolve_corpus
+from tunedlens.corpus import CorpusSplits
 from tunedlens.evaluation.lens_specs import (
     BASELINE_TOKENS,
     LensSpec,
     lens_specs,
     model_as_trained,
-    trained_on,
 )
 from tunedlens.evaluation.results import Evaluation, LensSource
 from tunedlens.evaluation.scoring import score_lenses
-from tunedlens.evaluation.text import corpus_as_trained, scored_text
+from tunedlens.evaluation.text import load_text
 from tunedlens.fit import mean_lens, unigram_lens
 from tunedlens.lenses import Lens, LogitLens
 from tunedlens.model import FrozenModel, load_configured
@@ -57,18 +56,16 @@ def evaluate(
         config = dataclasses.replace(config, lenses=(str(newest),))
     specs = lens_specs(config.lenses, list(lenses or {}))
     saved = [spec for spec in specs if spec.folder is not None]
-    same_text = trained_on(saved, config.corpus.dataset)
     if model is None:
-        model = load_configured(model_as_trained(config.model, saved), accelerator.device)
+        config = dataclasses.replace(config, model=model_as_trained(config.model, saved))
+        model = load_configured(config.model, accelerator.device)
     ready = {spec.name: checkpoint.load_lens(spec.folder, model) for spec in saved if spec.folder}
-    config = _resolved(config, model, specs, same_text)
-    splits = load_splits(resolve_corpus(config.corpus, model.name, model.context), model.tokenizer)
-    text = scored_text(config, splits, same_text)
-    config = dataclasses.replace(config, tokens=text.tokens)
-    training = splits if same_text or not saved else _training_splits(specs, model)
+    text = load_text(config, specs, model)
+    model_config = dataclasses.replace(config.model, model=model.name)
+    config = dataclasses.replace(text.config, model=model_config)
     evaluation = score_lenses(
         model,
-        _in_order(specs, {**ready, **(lenses or {})}, model, training),
+        _in_order(specs, {**ready, **(lenses or {})}, model, text.training),
         text.blocks,
         config,
         accelerator=accelerator,
@@ -78,7 +75,7 @@ def evaluate(
         evaluation,
         provenance={
             **describe_run(model, command),
-            "lenses": {spec.name: _source(spec, training) for spec in specs[1:]},
+            "lenses": {spec.name: _source(spec, text.training) for spec in specs[1:]},
             "corpus": text.description,
             "config": dataclasses.asdict(config),
             "processes": accelerator.num_processes,
@@ -86,46 +83,18 @@ def evaluate(
     )
 
 
-def _resolved(
-    config: EvaluateConfig,
-    model: FrozenModel,
-    specs: Sequence[LensSpec],
-    same_text: Sequence[LensSpec],
-) -> EvaluateConfig:
-    """The config with its model, corpus and split chosen."""
-    saved = [spec for spec in specs if spec.folder is not None]
-    corpus = corpus_as_trained(config.corpus, saved, same_text)
-    # Without a saved lens, baselines and lenses in memory come from the corpus's training side.
-    has_trained_side = same_text or (not saved and len(specs) > 1)
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, model=model.name),
-        corpus=resolve_corpus(corpus, model.name, model.context),
-        split=config.split or ("validation" if has_trained_side else "all"),
-    )
-
-
-def _training_splits(specs: Sequence[LensSpec], model: FrozenModel) -> CorpusSplits | None:
-    """The text of the first saved lens, if a baseline needs a text to be made from."""
-    if not any(spec.kind in BASELINE_TOKENS for spec in specs):
-        return None
-    first = next(spec for spec in specs if spec.folder is not None)
-    corpus = resolve_corpus(first.trained.corpus, model.name, model.context)
-    return load_splits(corpus, model.tokenizer)
-
-
 def _in_order(
     specs: Sequence[LensSpec],
     ready: Mapping[str, Lens],
     model: FrozenModel,
-    training: CorpusSplits | None,
+    training: CorpusSplits,
 ) -> dict[str, Lens]:
     """The lenses by name, with the logit lens and the baselines made."""
     lenses: dict[str, Lens] = {}
     for spec in specs:
         if spec.kind == "logit":
             lenses[spec.name] = LogitLens.from_model(model)
-        elif spec.kind in BASELINE_TOKENS and training is not None:
+        elif spec.kind in BASELINE_TOKENS:
             make = {"unigram": unigram_lens, "mean": mean_lens}[spec.kind]
             tokens = BASELINE_TOKENS[spec.kind]
             lenses[spec.name] = make(model, training.train.shuffled(), tokens)
@@ -134,11 +103,11 @@ def _in_order(
     return lenses
 
 
-def _source(spec: LensSpec, training: CorpusSplits | None) -> LensSource:
+def _source(spec: LensSpec, training: CorpusSplits) -> LensSource:
     """The origin of a lens."""
     if spec.folder is not None:
         return {"folder": str(spec.folder), "sha256": spec.manifest["lens_sha256"]}
-    if training is None or spec.kind not in BASELINE_TOKENS:
+    if spec.kind not in BASELINE_TOKENS:
         return {"kind": spec.kind}
     tokens = BASELINE_TOKENS[spec.kind]
     return {"kind": spec.kind, "text": training.train.about, "tokens_at_most": tokens}

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from tunedlens import builtin
 from tunedlens.config import CorpusConfig, EvaluateConfig
-from tunedlens.corpus import CorpusSplits
+from tunedlens.corpus import CorpusSplits, ResolvedCorpus, load_splits, resolve_corpus
 from tunedlens.errors import InputError
-from tunedlens.evaluation.lens_specs import LensSpec
+from tunedlens.evaluation.lens_specs import BASELINE_TOKENS, LensSpec, trained_on
+from tunedlens.model import FrozenModel
 
 DEFAULT_TOKENS = 65_536
 
@@ -20,14 +21,59 @@ DEFAULT_TOKENS = 65_536
 class ScoredText(NamedTuple):
     """The text that is scored."""
 
+    config: EvaluateConfig
+    """The config with its corpus, split and number of tokens chosen."""
+    tokens: int
+    """Positions to score, as in the config."""
     blocks: Iterator[Int[Tensor, " seq"]]
     description: Mapping[str, object]
-    """The description of its corpus, or of each side of the split if both are scored."""
-    tokens: int
-    """Positions to score."""
+    """The description of the split, or of each one if both are scored."""
+    training: CorpusSplits
+    """The text that baselines are made from."""
 
 
-def corpus_as_trained(
+def load_text(config: EvaluateConfig, specs: Sequence[LensSpec], model: FrozenModel) -> ScoredText:
+    """Load the text that a config names, or else that of the lenses' training.
+
+    Raises:
+        InputError: there is no such text, what is held out may have been trained on, or there are
+            fewer positions than `config.tokens`, as far as that is known beforehand.
+    """
+    saved = [spec for spec in specs if spec.folder is not None]
+    same_text = trained_on(saved, config.corpus.dataset)
+    corpus = resolve_corpus(
+        _corpus_as_trained(config.corpus, saved, same_text), model.name, model.context
+    )
+    splits = load_splits(corpus, model.tokenizer)
+    # Without a saved lens, baselines and lenses in memory come from the corpus's training side.
+    has_training_side = same_text or (not saved and len(specs) > 1)
+    split = config.split or ("validation" if has_training_side else "all")
+    validation, train = splits.validation, splits.train
+    if split == "validation":
+        _require_held_out(corpus, validation.about, same_text)
+    sides = {"validation": validation, "train": train}
+    if split != "all":
+        sides = {split: sides[split]}
+    elif train.about.get("streamed"):
+        # The smaller side is a fair sample of the documents, but slow to find in a stream.
+        sides = {"train": train, "validation": validation}
+    descriptions = {name: side.about for name, side in sides.items()}
+    config = dataclasses.replace(config, corpus=corpus, split=split)
+    tokens = _tokens(config, corpus, list(descriptions.values()))
+    training = splits
+    if saved and not same_text and any(spec.kind in BASELINE_TOKENS for spec in specs):
+        other = resolve_corpus(saved[0].trained.corpus, model.name, model.context)
+        training = load_splits(other, model.tokenizer)
+    return ScoredText(
+        dataclasses.replace(config, tokens=tokens),
+        tokens,
+        itertools.chain.from_iterable(side.shuffled() for side in sides.values()),
+        descriptions if split == "all" else descriptions[split],
+        training,
+    )
+
+
+def _corpus_as_trained(
     config: CorpusConfig, saved: Sequence[LensSpec], same_text: Sequence[LensSpec]
 ) -> CorpusConfig:
     """A config whose default settings are replaced by those of the lenses' training.
@@ -38,7 +84,7 @@ def corpus_as_trained(
         same_text: those that were trained on this corpus.
 
     Raises:
-        InputError: a text that a lens was trained on would be cut or split in another way, so
+        InputError: a text that a lens was trained on would be divided in another way, so
             that blocks from training would be scored.
     """
     if not same_text:
@@ -57,41 +103,16 @@ def corpus_as_trained(
     return trained
 
 
-def scored_text(
-    config: EvaluateConfig, splits: CorpusSplits, same_text: Sequence[LensSpec]
-) -> ScoredText:
-    """The blocks to score.
-
-    Args:
-        config: with its corpus and split chosen.
-        splits: the corpus.
-        same_text: the lenses that were trained on this corpus.
-
-    Raises:
-        InputError: what is held out may have been trained on, or there are fewer positions than
-            `config.tokens`, as far as that is known beforehand.
-    """
-    validation, train = splits.validation, splits.train
-    if config.split == "validation":
-        _require_held_out(config.corpus, validation.about, same_text)
-    if config.split == "all":
-        # The smaller side is a fair sample of the documents, but slow to find in a stream.
-        order = (train, validation) if train.about.get("streamed") else (validation, train)
-        blocks = itertools.chain.from_iterable(side.shuffled() for side in order)
-        sides = {"validation": validation.about, "train": train.about}
-        return ScoredText(blocks, sides, _tokens(config, list(sides.values())))
-    side = validation if config.split == "validation" else train
-    return ScoredText(side.shuffled(), side.about, _tokens(config, [side.about]))
-
-
-def _tokens(config: EvaluateConfig, sides: Sequence[Mapping[str, int]]) -> int:
+def _tokens(
+    config: EvaluateConfig, corpus: ResolvedCorpus, sides: Sequence[Mapping[str, int]]
+) -> int:
     """The number of positions to score."""
     if not all("blocks" in side for side in sides):
         return config.tokens or DEFAULT_TOKENS
-    available = sum(side["blocks"] for side in sides) * ((config.corpus.seq_len or 2) - 1)
+    available = sum(side["blocks"] for side in sides) * (corpus.seq_len - 1)
     if config.tokens is not None and config.tokens > available:
         raise InputError(
-            f"--tokens asks for {config.tokens:,} positions, but {config.corpus.dataset} "
+            f"--tokens asks for {config.tokens:,} positions, but {corpus.dataset} "
             f"(--split {config.split}) has {available:,}; ask for fewer or give more text"
         )
     return config.tokens or min(DEFAULT_TOKENS, available)
@@ -103,7 +124,7 @@ def _require_held_out(
     """Check that the held-out blocks are those that each lens's training held out.
 
     Raises:
-        InputError: the text was cut in another way, or has changed since.
+        InputError: the text was divided in another way, or has changed since.
     """
     for spec in same_text:
         if _without_name(spec.trained.corpus) != _without_name(corpus):
