@@ -13,13 +13,12 @@ three run in turns, and the table shows medians.
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from itertools import islice
 
 import torch
 import torch.nn.functional as F
+from timing import medians
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tunedlens import CorpusConfig, FrozenModel, LogitLens, TunedLens, load_model
@@ -37,26 +36,15 @@ def gpt2_shaped() -> FrozenModel:
     return FrozenModel(GPT2LMHeadModel(GPT2Config()), load_model(device="cpu").tokenizer, "random")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gpt2", action="store_true")
-    parser.add_argument("--model")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--tokens", type=int, default=32768)
-    parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=5)
-    flags = parser.parse_args()
-    keep_freed_memory()
-    model = gpt2_shaped() if flags.gpt2 else load_model(flags.model, device="cpu")
-    model.to(flags.device)
-    model.unembedding.to(flags.device)
-    config = resolve_corpus(
-        CorpusConfig(dataset="embedded", seq_len=flags.seq_len), model.name, model.context
-    )
-    count = flags.tokens // (flags.seq_len - 1)
-    blocks = list(islice(load_splits(config, model.tokenizer).validation.shuffled(), count))
-    batches = torch.stack(blocks).to(flags.device).split(BLOCKS_AT_A_TIME)
+def make_runs(
+    model: FrozenModel, blocks: list[torch.Tensor], device: torch.device
+) -> dict[str, Callable[[], object]]:
+    """The three functions that are timed, on the same blocks."""
+    batches = torch.stack(blocks).to(device).split(BLOCKS_AT_A_TIME)
     lenses = {"logit": LogitLens.from_model(model), "tuned": TunedLens.from_model(model)}
+    vocab = model.identity.vocab_size
+    chunk = chunk_tokens(vocab, device)
+    logits = torch.empty(chunk, vocab, device=device)
 
     def ours() -> None:
         score_lenses(model, lenses, blocks)
@@ -75,10 +63,6 @@ def main() -> None:
                     (-probs * log_probs).sum(-1)
                     (final_probs * (final_log_probs - log_probs)).sum(-1)
 
-    d_model, vocab = model.identity.d_model, model.identity.vocab_size
-    chunk = chunk_tokens(vocab, torch.device(flags.device))
-    logits = torch.empty(chunk, vocab, device=flags.device)
-
     @torch.no_grad()
     def floor() -> None:
         for ids in batches:
@@ -88,28 +72,40 @@ def main() -> None:
                     for part in hidden.split(chunk):
                         torch.mm(part, model.unembedding.weight.T, out=logits[: len(part)])
 
-    runs: dict[str, Callable[[], object]] = {"floor": floor, "ours": ours, PEER: peer}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(flags.rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if flags.device == "cuda":
-                torch.cuda.synchronize()
-            if turn:  # the first one warms up
-                times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    tokens = count * (flags.seq_len - 1)
+    return {"floor": floor, "ours": ours, PEER: peer}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gpt2", action="store_true")
+    parser.add_argument("--model")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
+    flags = parser.parse_args()
+    keep_freed_memory()
+    device = torch.device(flags.device)
+    model = gpt2_shaped() if flags.gpt2 else load_model(flags.model, device="cpu")
+    model.to(device)
+    model.unembedding.to(device)
+    config = resolve_corpus(
+        CorpusConfig(dataset="embedded", seq_len=flags.seq_len), model.name, model.context
+    )
+    count = flags.tokens // (flags.seq_len - 1)
+    blocks = list(islice(load_splits(config, model.tokenizer).validation.shuffled(), count))
+    seconds = medians(make_runs(model, blocks, device), flags.rounds, device)
+    identity, tokens = model.identity, count * (flags.seq_len - 1)
     print(
-        f"{model.identity.n_layers} layers, d_model {d_model}, vocabulary {vocab:,}, {tokens:,} "
-        f"tokens, two lenses, {flags.device}\n"
+        f"{identity.n_layers} layers, d_model {identity.d_model}, vocabulary "
+        f"{identity.vocab_size:,}, {tokens:,} tokens, two lenses, {device}\n"
     )
     print("| what | seconds | times the floor | tuned-lens' loop over it |")
     print("|---|---:|---:|---:|")
-    for name, value in medians.items():
+    for name, value in seconds.items():
         print(
-            f"| {name} | {value:.2f} | {value / medians['floor']:.2f} | "
-            f"{medians[PEER] / value:.2f} |"
+            f"| {name} | {value:.2f} | {value / seconds['floor']:.2f} | "
+            f"{seconds[PEER] / value:.2f} |"
         )
 
 

@@ -10,11 +10,10 @@ FLOPs per token and layer take alone, into memory that is there already.
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from timing import medians
 from torch import nn
 from transformers import AutoConfig
 
@@ -25,15 +24,54 @@ from tunedlens.engine.objective import LensKL
 from tunedlens.engine.vocab_sample import draw_sample
 from tunedlens.model import ModelIdentity, Unembedding
 
+PRODUCTS, PEER = "the products alone", "tuned-lens' loop"
 
-def seconds(step: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+
+def make_steps(
+    lens: TunedLens, unembedding: Unembedding, states: torch.Tensor, sample: int
+) -> dict[str, Callable[[], object]]:
+    """The steps that are timed, on the same states."""
+    device, (vocab, d_model) = states.device, unembedding.weight.shape
+    objective = LensKL(unembedding.centred(), dtype=torch.bfloat16)
+    weight, chunk = unembedding.weight.bfloat16(), min(states.shape[1], objective.chunk)
+    logits = torch.empty(chunk, vocab, dtype=torch.bfloat16, device=device)
+    gradient = torch.empty(chunk, d_model, dtype=torch.bfloat16, device=device)
+
+    def products() -> None:
+        for part in states.bfloat16().split(chunk, 1):
+            for hidden in part[:-1]:
+                count = len(hidden)
+                torch.mm(hidden, weight.T, out=logits[:count])
+                torch.mm(logits[:count], weight, out=gradient[:count])
+
+    def exact() -> None:
+        lens.zero_grad()
+        accumulate_gradient(lens, states, objective)
+
+    def sampled() -> None:
+        lens.zero_grad()
+        usage = torch.zeros(vocab, device=device)
+        model = objective.model_side(states[-1], usage)
+        keys = objective.keys(draw_sample(usage, sample, seed=0, step=0))
+        accumulate_gradient(lens, states, objective, model=model, keys=keys)
+
+    def peer() -> None:
+        lens.zero_grad()
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            labels = unembedding(states[-1]).log_softmax(-1)
+        for layer in range(lens.n_layers):
+            with torch.autocast(device.type, torch.bfloat16):
+                log_probs = lens(states[layer], layer).log_softmax(-1)
+                loss = (labels.exp() * (labels - log_probs)).sum(-1).mean()
+            loss.item()
+            loss.backward()
+
+    return {
+        PRODUCTS: products,
+        "ours, exact": exact,
+        f"ours, {sample:,} tokens of the vocabulary": sampled,
+        PEER: peer,
+    }
 
 
 def main() -> None:
@@ -52,69 +90,21 @@ def main() -> None:
     if flags.model:
         config = AutoConfig.from_pretrained(flags.model)
         layers, d_model, vocab = config.num_hidden_layers, config.hidden_size, config.vocab_size
+    keep_freed_memory()
     torch.manual_seed(0)
     norm = nn.LayerNorm(d_model)
     unembedding = Unembedding(norm, torch.randn(vocab, d_model) * 0.1, None).to(device)
-    identity = ModelIdentity("random", None, layers, d_model, vocab, "")
-    lens = TunedLens(unembedding, identity)
+    lens = TunedLens(unembedding, ModelIdentity("random", None, layers, d_model, vocab, ""))
     states = torch.randn(layers + 1, tokens, d_model, device=device)
-
-    keep_freed_memory()
-    objective = LensKL(unembedding.centred(), dtype=torch.bfloat16)
-
-    def exact() -> None:
-        accumulate_gradient(lens, states, objective)
-
-    def sampled() -> None:
-        usage = torch.zeros(vocab, device=device)
-        model = objective.model_side(states[-1], usage)
-        keys = objective.keys(draw_sample(usage, flags.sample, seed=0, step=0))
-        accumulate_gradient(lens, states, objective, model=model, keys=keys)
-
-    def peer() -> None:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-            labels = unembedding(states[-1]).log_softmax(-1)
-        for layer in range(layers):
-            with torch.autocast(device.type, torch.bfloat16):
-                log_probs = lens(states[layer], layer).log_softmax(-1)
-                loss = (labels.exp() * (labels - log_probs)).sum(-1).mean()
-            loss.item()
-            loss.backward()
-
-    weight = unembedding.weight.bfloat16()
-    chunk = min(tokens, LensKL(unembedding, dtype=torch.bfloat16).chunk)
-    logits = torch.empty(chunk, vocab, dtype=torch.bfloat16, device=device)
-    gradient = torch.empty(chunk, d_model, dtype=torch.bfloat16, device=device)
-
-    def products() -> None:
-        for start in range(0, tokens, chunk):
-            part = states[:, start : start + chunk].bfloat16()
-            for hidden in part[:-1]:
-                count = len(hidden)
-                torch.mm(hidden, weight.T, out=logits[:count])
-                torch.mm(logits[:count], weight, out=gradient[:count])
-
-    steps: dict[str, Callable[[], object]] = {
-        "the products alone": products,
-        "ours, exact": exact,
-        f"ours, {flags.sample:,} tokens of the vocabulary": sampled,
-        "tuned-lens' loop": peer,
-    }
-    for step in steps.values():
-        step()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(flags.rounds):
-        for name, step in steps.items():
-            times[name].append(seconds(step, device))
-            lens.zero_grad()
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    limit, slow = medians["the products alone"], medians["tuned-lens' loop"]
+    steps = make_steps(lens, unembedding, states, flags.sample)
+    seconds = medians(steps, flags.rounds, device)
+    limit, slow = seconds[PRODUCTS], seconds[PEER]
     flops = 4 * d_model * vocab * tokens * layers
     print(f"{layers} layers, d_model {d_model}, vocabulary {vocab:,}, {tokens:,} tokens, {device}")
     print(f"products: {flops / limit / 1e12:.2f} TFLOP/s in bfloat16\n")
     print("| step | seconds | share of the limit | times tuned-lens' loop |")
     print("|---|---:|---:|---:|")
-    for name, value in medians.items():
+    for name, value in seconds.items():
         print(f"| {name} | {value:.2f} | {limit / value:.0%} | {slow / value:.2f} |")
 
 

@@ -108,6 +108,12 @@ def test_evaluation_refuses_to_score_what_was_trained_on(asked, text_file, capsy
     fails(evaluate_command, ["--lens", "run", "--seq-len", "8"], capsys, "--seq-len must be 16")
     same = ["--lens", "run", "--dataset", text_file]
     fails(evaluate_command, [*same, "--text-column", "x"], capsys, "--text-column must be None")
+    manifest = json.loads(Path("run/config.json").read_text())
+    manifest["config"]["corpus"]["streaming"] = True
+    Path("streamed").mkdir()
+    Path("streamed/config.json").write_text(json.dumps(manifest))
+    explicit = ["--lens", "streamed", "--no-streaming"]
+    fails(evaluate_command, explicit, capsys, "--streaming must be True")
     text_file.write_bytes(text_file.read_bytes() + b"more")
     fails(evaluate_command, ["--lens", "run"], capsys, "has changed since")
 

@@ -250,6 +250,17 @@ def test_run_that_died_while_it_was_being_saved_is_finished_by_resume(
     assert_same_lens(lens_of(tmp_path / "unbroken", config), lens_of(tmp_path / "run", config))
 
 
+def test_state_of_another_version_is_refused(config, tmp_path, interrupt_after):
+    interrupt_after(2)
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "run")
+    state = checkpoint.load_state(tmp_path / "run")
+    state.metadata["progress"]["looks"] = state.metadata["progress"].pop("history")
+    checkpoint.save_state(tmp_path / "run", state)
+    with pytest.raises(InputError, match="saved by another version"):
+        train(saved_config(tmp_path / "run"), tmp_path / "run", resume=True)
+
+
 def test_resume_on_a_text_that_has_changed_is_refused(config, tmp_path, text_file, interrupt_after):
     interrupt_after(2)
     with pytest.raises(Interrupted):

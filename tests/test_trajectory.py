@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 import json
 import math
 import re
@@ -516,39 +517,44 @@ def test_the_engine_decodes_as_the_lens_itself_does(tiny):
         assert torch.allclose(read.top_log_probs[layer], best.values, atol=1e-5)
 
 
-VIEWS = """
+def views(read, both):
+    """Everything that can be drawn or printed of a trajectory and a comparison, as bytes."""
+    texts = {
+        "page": read.to_html(),
+        "top_k": str(read.top_k()),
+        "table": read.to_dataframe().to_csv(),
+        "words": read[1:, 2:].words().to_csv(),
+        "probabilities": read.probabilities([" return", 17]).to_csv(),
+        "scores": both.scores("js_nats").to_csv(),
+    }
+    figures = {
+        "heatmap": read.heatmap("kl_nats", ["tuned", "logit"]),
+        "curves": read.curves(" return", metric="rank"),
+        "difference": both.heatmap("logit", token=" return"),
+    }
+    drawn = {name: plots.rendered(figure, "svg") for name, figure in figures.items()}
+    return {name: text.encode() for name, text in texts.items()} | drawn
+
+
+WITHOUT_MODEL = """
 import sys
+from pathlib import Path
 import transformers
 from tunedlens import Comparison, Trajectory
+from tunedlens.report import plots
 
 def refuse(*_):
     raise AssertionError("no model is needed")
 
 transformers.AutoModelForCausalLM.from_pretrained = refuse
 transformers.AutoTokenizer.from_pretrained = refuse
-folder = sys.argv[1]
 """
 WRITE = """
-read = Trajectory.load(f"{folder}/read.safetensors")
-both = Comparison.load(f"{folder}/both.safetensors")
-from tunedlens.report import plots
-for name, text in {
-    "page": read.to_html(),
-    "top_k": str(read.top_k()),
-    "table": read.to_dataframe().to_csv(),
-    "words": read[1:, 2:].words().to_csv(),
-    "probabilities": read.probabilities([" return", 17]).to_csv(),
-    "scores": both.scores("js_nats").to_csv(),
-}.items():
-    with open(f"{folder}/{name}.new", "w") as file:
-        file.write(text)
-for name, figure in {
-    "heatmap": read.heatmap("kl_nats", ["tuned", "logit"]),
-    "curves": read.curves(" return", metric="rank"),
-    "difference": both.heatmap("logit", token=" return"),
-}.items():
-    with open(f"{folder}/{name}.new", "wb") as file:
-        file.write(plots.rendered(figure, "svg"))
+folder = Path(sys.argv[1])
+read = Trajectory.load(folder / "read.safetensors")
+both = Comparison.load(str(folder / "both.safetensors"))
+for name, content in views(read, both).items():
+    (folder / f"{name}.new").write_bytes(content)
 """
 
 
@@ -558,24 +564,10 @@ def test_saved_data_give_the_same_views_in_a_process_without_the_model(tiny, tmp
     both = compare(tiny, lenses, TEXT, baseline_text=TEXT.replace("x", "y"), track=" return")
     read.save(tmp_path / "read.safetensors")
     both.save(str(tmp_path / "both.safetensors"))
-    subprocess.run([sys.executable, "-c", VIEWS + WRITE, str(tmp_path)], check=True)
-    texts = {
-        "page": read.to_html(),
-        "top_k": str(read.top_k()),
-        "table": read.to_dataframe().to_csv(),
-        "words": read[1:, 2:].words().to_csv(),
-        "probabilities": read.probabilities([" return", 17]).to_csv(),
-        "scores": both.scores("js_nats").to_csv(),
-    }
-    for name, expected in texts.items():
-        assert (tmp_path / f"{name}.new").read_text() == expected, name
-    figures = {
-        "heatmap": read.heatmap("kl_nats", ["tuned", "logit"]),
-        "curves": read.curves(" return", metric="rank"),
-        "difference": both.heatmap("logit", token=" return"),
-    }
-    for name, figure in figures.items():
-        assert (tmp_path / f"{name}.new").read_bytes() == plots.rendered(figure, "svg"), name
+    script = WITHOUT_MODEL + inspect.getsource(views) + WRITE
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+    for name, expected in views(read, both).items():
+        assert (tmp_path / f"{name}.new").read_bytes() == expected, name
 
 
 def resaved(path, change):

@@ -39,7 +39,7 @@ AffineLens.save = save_lens
 AffineLens.load = classmethod(load_lens_of_kind)  # type: ignore[assignment]
 ResidualLens.generate = generate
 Trajectory.save = save_trajectory
-Trajectory.load = classmethod(load_trajectory)  # type: ignore[assignment]
+Trajectory.load = staticmethod(load_trajectory)
 Trajectory.to_dataframe = to_dataframe
 Trajectory.words = words
 Trajectory.scores = scores
@@ -49,7 +49,7 @@ Trajectory.heatmap = heatmap
 Trajectory.curves = curves
 Trajectory.to_html = explorer
 Comparison.save = save_comparison
-Comparison.load = classmethod(load_comparison)  # type: ignore[assignment]
+Comparison.load = staticmethod(load_comparison)
 Comparison.scores = scores
 Comparison.heatmap = heatmap
 

@@ -1,13 +1,13 @@
-"""The one exception that a user of this package may meet by a mistake of theirs."""
+"""The exception for mistakes of the caller."""
 
 
 class InputError(ValueError):
-    """What was asked for cannot be done: says what was expected, what came, what to do.
+    """A request that cannot be fulfilled.
 
-    The command line prints it as one line; a library's caller can catch it.
+    The message says what was expected, what came and what to do. The commands print it as one line.
     """
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's exception says, cut to one line."""
+    """The first line of an exception's message, or the name of its class if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, JSON, and folders."""
+"""Atomic writes, JSON, and folders."""
 
 import json
 import os
@@ -15,12 +15,12 @@ JsonObject = dict[str, Any]
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Write a file under a temporary name, then rename it: whole or not at all.
+    """Write a file under a temporary name, then rename it, so that it is never half-written.
 
-    Its folder is made if need be.
+    The folder is created if it does not exist.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the file cannot be written.
     """
     partial = path.with_name(f".{os.getpid()}.{path.name}")
     try:
@@ -34,7 +34,7 @@ def write(path: Path, content: str | bytes) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Find out before the work whether results can be written, leaving nothing behind.
+    """Check that a folder can be created or written to, without leaving anything behind.
 
     Raises:
         InputError: the folder cannot be made or written to.
@@ -53,20 +53,20 @@ def require_writable(folder: Path) -> None:
 
 
 def write_json(path: Path, data: object) -> None:
-    """`write` for JSON; numbers keep all their digits."""
+    """Write an object as JSON; numbers keep all their digits."""
     write(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def now() -> str:
-    """The time in UTC, so that names and manifests sort."""
+    """The current time in UTC, in a form that sorts."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 def read_json(path: Path, if_missing: str) -> Any:
-    """What a JSON file says.
+    """Read a JSON file.
 
     Raises:
-        InputError: it is not there (with the message given), or damaged.
+        InputError: the file is missing, with `if_missing` as the message, or damaged.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -77,7 +77,7 @@ def read_json(path: Path, if_missing: str) -> Any:
 
 
 def newest_folder(folders: list[Path], created: Callable[[Path], str]) -> Path | None:
-    """What is damaged, or not ours, is passed over; asked for by name, it says so."""
+    """The folder with the latest time; folders whose time cannot be read are skipped."""
     found = []
     for folder in folders:
         with suppress(InputError, KeyError):

@@ -27,8 +27,8 @@ def neurons(
         promoted: the number of promoted tokens of each neuron.
 
     Returns:
-        A line for each neuron: its coefficient, and by place the tokens that it promotes
-        with what it adds to their logits, beyond what it adds to all.
+        One line per neuron: its coefficient, then the tokens that it promotes, in descending
+        order, each with the logit that it adds minus the mean over the vocabulary.
 
     Raises:
         InputError: there is no such layer or position, the text cannot be read, or the MLP

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 NAME = "embedded"
-"""As the name of a model, and of its text."""
+"""The name of the model, and of its text, in flags and files."""
 
 FOLDER = Path(__file__).parent / "model"
 """The model in Hugging Face format."""

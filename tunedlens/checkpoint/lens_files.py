@@ -17,17 +17,17 @@ Kind = TypeVar("Kind", bound=AffineLens)
 
 FORMAT = 1
 ROOT = Path("checkpoints")
-"""Where runs go that are not told otherwise."""
+"""The default folder of runs."""
 MANIFEST = "config.json"
 WEIGHTS = "lens.safetensors"
 KINDS: dict[str, type[AffineLens]] = {"tuned": TunedLens, "jacobian": JacobianLens}
-"""What a manifest calls each kind of lens."""
+"""The kinds of lens that can be saved, by their names in a manifest."""
 
 
 def save_lens(
     lens: AffineLens, folder: str | Path, metadata: Mapping[str, object] | None = None
 ) -> None:
-    """Write a lens: first its translators, last the manifest that vouches for them.
+    """Write a lens: first its translators, then the manifest with their hash.
 
     Args:
         folder: created if it does not exist; a lens in it is replaced.
@@ -54,7 +54,7 @@ def save_lens(
 
 
 def read_manifest(folder: Path) -> JsonObject:
-    """What `config.json` of a saved lens says.
+    """Read `config.json` of a saved lens.
 
     Raises:
         InputError: there is no lens in the folder, or its manifest is damaged.
@@ -76,12 +76,12 @@ def read_manifest(folder: Path) -> JsonObject:
 
 
 def kind_of(lens: AffineLens) -> str:
-    """What a manifest calls its kind."""
+    """The name of a lens's kind in a manifest."""
     return next(name for name, kind in KINDS.items() if type(lens) is kind)
 
 
 def load_lens(folder: str | Path, model: FrozenModel) -> AffineLens:
-    """Read a lens of whatever kind that was saved for this model.
+    """Read a lens of any kind that was saved for this model.
 
     Raises:
         InputError: there is no lens, it is damaged, or it belongs to another model.
@@ -105,8 +105,8 @@ def fill_lens(lens: AffineLens, folder: Path) -> None:
     """Fill a lens with saved translators.
 
     Raises:
-        InputError: there is no lens, it is damaged or of another kind, holds what is not a
-            number, or belongs to another model.
+        InputError: there is no lens, it is damaged or of another kind, holds values that are
+            not finite, or belongs to another model.
     """
     manifest = read_manifest(folder)
     if manifest["lens"] != kind_of(lens):

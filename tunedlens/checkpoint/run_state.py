@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,14 +43,30 @@ def load_state(folder: Path) -> State:
     Raises:
         InputError: there is no interrupted run, or its state is damaged.
     """
+    with _opened(folder) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return State(tensors, json.loads(file.metadata()["about"]))
+
+
+def load_metadata(folder: Path) -> JsonObject:
+    """Read the metadata of what `save_state` wrote, without its tensors.
+
+    Raises:
+        InputError: there is no interrupted run, or its state is damaged.
+    """
+    with _opened(folder) as file:
+        metadata: JsonObject = json.loads(file.metadata()["about"])
+        return metadata
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[safetensors.safe_open]:
     path = folder / STATE
     if not path.is_file():
         raise InputError(f"{folder} holds no interrupted run: expected {path}")
     try:
         with safetensors.safe_open(path, "pt") as file:
-            metadata = json.loads(file.metadata()["about"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return State(tensors, metadata)
+            yield file
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise InputError(f"{path} is damaged: {error}") from error
 
@@ -60,7 +78,7 @@ def newest_state(root: Path) -> Path:
         InputError: there is none.
     """
     folders = [path.parent.parent for path in root.glob(f"*/{STATE}")]
-    found = newest_folder(folders, lambda folder: load_state(folder).metadata["created"])
+    found = newest_folder(folders, lambda folder: load_metadata(folder)["created"])
     if found is None:
         raise InputError(f"there is no interrupted run under {root}; give --resume its folder")
     return found

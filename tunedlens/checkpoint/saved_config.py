@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tunedlens.checkpoint.lens_files import read_manifest
-from tunedlens.checkpoint.run_state import STATE, load_state
+from tunedlens.checkpoint.run_state import STATE, load_metadata
 from tunedlens.config import TrainConfig
 from tunedlens.errors import InputError
 
@@ -15,7 +15,7 @@ def saved_config(folder: Path) -> TrainConfig:
         InputError: there is no run, or its files are damaged.
     """
     interrupted = (folder / STATE).is_file()
-    manifest = load_state(folder).metadata if interrupted else read_manifest(folder)
+    manifest = load_metadata(folder) if interrupted else read_manifest(folder)
     if "config" not in manifest:
         raise InputError(f"the lens in {folder} was not saved by a training run")
     try:

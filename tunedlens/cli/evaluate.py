@@ -1,4 +1,4 @@
-"""`evaluate.py`: lenses and a text in, a report out."""
+"""`evaluate.py`: evaluates lenses on a text and writes a report."""
 
 import argparse
 import sys
@@ -15,6 +15,7 @@ from tunedlens.config import EvaluateConfig
 from tunedlens.errors import InputError
 from tunedlens.evaluation import evaluate
 from tunedlens.evaluation.lens_specs import LensSpec, lens_specs, trained_model, trained_on
+from tunedlens.evaluation.text import require_as_trained
 from tunedlens.tracking import Tracker, progress_bar, say
 
 EVALUATE = """Evaluate lenses side by side on held-out text, always including the logit lens.
@@ -49,6 +50,8 @@ def evaluate_lenses(arguments: Sequence[str] | None) -> int:
     base = EvaluateConfig(lenses=tuple(lenses), model=trained_model(saved))
     config = configured(EvaluateConfig, base, flags)
     same_text = trained_on(saved, config.corpus.dataset)
+    if same_text:  # the config cannot tell an explicit default from an open setting
+        require_as_trained(flags, same_text[0].trained.corpus)
     output = output or _default_output(saved, config, is_other_text=not same_text)
     report.require_own(output)
     files.require_writable(output)

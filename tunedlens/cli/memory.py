@@ -1,4 +1,4 @@
-"""How the process treats memory that it has freed."""
+"""Memory management of the commands' process."""
 
 import ctypes
 import sys
@@ -10,10 +10,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 def keep_freed_memory() -> None:
     """Let the C allocator reuse freed memory instead of returning it to the system.
 
-    By default glibc maps every large tensor anew and unmaps it when it is freed, so that a
-    forward pass on a CPU spends a fifth to a third of its time on page faults. This is a setting
-    of the whole process, so the commands make it, not the library. Does nothing where the C
-    library is not glibc.
+    By default glibc maps every large tensor anew and unmaps it when it is freed, so a forward
+    pass on a CPU spends a fifth to a third of its time on page faults. The setting affects the
+    whole process, so the commands make it, not the library. It does nothing if the C library is
+    not glibc.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,4 +1,4 @@
-"""`evaluate.py --prompt`: texts in, tables, heatmaps and a page for each out."""
+"""`evaluate.py --prompt`: tables, heatmaps and an interactive page for every text."""
 
 import dataclasses
 import hashlib
@@ -21,9 +21,6 @@ from tunedlens.trajectories import Trajectory, trajectory
 
 def show_prompts(flags: dict[str, Any]) -> int:
     """Show texts through the layers of saved lenses, or of the logit lens alone.
-
-    Args:
-        flags: as given.
 
     Returns:
         The exit status.
@@ -58,7 +55,7 @@ def show_prompts(flags: dict[str, Any]) -> int:
 
 
 def _newest(model: str | None) -> list[LensSpec]:
-    """The newest lens, if there is one for the model; else the logit lens, and says why."""
+    """The newest lens if it was made for the model; else the logit lens, with a message."""
     try:
         specs = lens_specs(None)
     except InputError as error:
@@ -72,10 +69,10 @@ def _newest(model: str | None) -> list[LensSpec]:
 
 
 def _read_file(path: Path) -> list[str]:
-    r"""Prompts of a file, one a line; `\n` in a line is a new line.
+    r"""The prompts of a file, one per line; `\n` in a line stands for a line break.
 
     Raises:
-        InputError: it cannot be read, or has no prompt.
+        InputError: the file cannot be read, or has no prompt.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -88,15 +85,15 @@ def _read_file(path: Path) -> list[str]:
 
 
 def _folder_name(prompt: str) -> str:
-    """The prompt's first words, and what tells it from all others."""
+    """The first words of the prompt and a hash."""
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:24].strip("-")
     digest = hashlib.sha256(prompt.encode()).hexdigest()[:6]
     return f"{words}-{digest}" if words else digest
 
 
 def _write_prompts(
-    model: "FrozenModel",
-    lenses: Mapping[str, "ResidualLens"],
+    model: FrozenModel,
+    lenses: Mapping[str, ResidualLens],
     prompts: Sequence[str],
     stride: int | None,
     folder: Path,
@@ -121,8 +118,8 @@ def _write_prompts(
 
 
 def _within_blocks(
-    model: "FrozenModel", prompts: Sequence[str], stride: int | None
-) -> "list[Trajectory]":
+    model: FrozenModel, prompts: Sequence[str], stride: int | None
+) -> list[Trajectory]:
     """The logit lens after attention and after the MLP; empty where they run in parallel."""
     try:
         sites = ["resid_mid", "resid_post"]

@@ -1,4 +1,4 @@
-"""`train.py`: flags in, a saved lens out."""
+"""`train.py`: trains a lens as the flags say."""
 
 from collections.abc import Sequence
 from pathlib import Path

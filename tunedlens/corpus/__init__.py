@@ -1,4 +1,4 @@
-"""Text into fixed-length blocks of tokens: read, split, joined by EOS, packed."""
+"""From a text to blocks of tokens: documents are read, split, joined by EOS and packed."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -77,8 +77,7 @@ def load_splits(config: ResolvedCorpus, tokenizer: PreTrainedTokenizerBase) -> C
     """Read a text and split it into training and validation.
 
     Args:
-        config: see `resolve_corpus`.
-        tokenizer: the model's.
+        config: from `resolve_corpus`.
 
     Raises:
         InputError: there is no such text, it is empty or too short, has no such column,

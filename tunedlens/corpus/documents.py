@@ -18,7 +18,7 @@ DOCUMENTS_AT_A_TIME = 16
 
 
 class Packer:
-    """Documents to token ids: tokenised as they stand, each followed by EOS.
+    """Turns documents into token ids, each followed by EOS.
 
     Raises:
         InputError: the tokenizer has no EOS token.
@@ -33,10 +33,10 @@ class Packer:
         self._token_bytes = token_bytes(tokenizer)
 
     def encode(self, texts: list[str]) -> list[Int[Tensor, " tokens"]]:
-        """Token ids of each text, EOS at the end.
+        """Token ids of each text, with EOS at the end.
 
         Raises:
-            InputError: the tokens do not stand for the text byte for byte.
+            InputError: the tokens do not represent the text byte for byte.
         """
         # A text that spells out "<|endoftext|>" means those characters, not the token.
         encoded = self._tokenizer(
@@ -60,19 +60,20 @@ class Document(NamedTuple):
     """One text as tokens."""
 
     ids: Int[Tensor, " tokens"]
-    """EOS last."""
+    """The last one is EOS."""
     text_bytes: int
     fraction: float
     """`hash_fraction` of the text."""
 
 
 def encoded(documents: "Dataset", packer: Packer) -> list[Document]:
-    """Every document that has a text, in order."""
+    """Every document with a text, in order."""
     runs = (row["text"] for row in documents.iter(DOCUMENTS_AT_A_TIME))
     return [document for run in runs for document in encode_texts([t for t in run if t], packer)]
 
 
 def encode_texts(texts: list[str], packer: Packer) -> list[Document]:
+    """Texts as documents."""
     ids = packer.encode(texts) if texts else []
     return [
         Document(document, len(text.encode()), hash_fraction(text))
@@ -81,7 +82,7 @@ def encode_texts(texts: list[str], packer: Packer) -> list[Document]:
 
 
 def hold_out(fractions: list[float]) -> list[bool]:
-    """Whether each is held out: those below the fraction, at least one and, of several, not all."""
+    """Which documents are held out: those with small hashes, but at least one, and never all."""
     order = sorted(range(len(fractions)), key=lambda i: (fractions[i], i))
     wanted = sum(fraction < HELD_OUT_FRACTION for fraction in fractions)
     chosen = set(order[: max(1, min(wanted, len(fractions) - 1))])

@@ -20,11 +20,11 @@ from tunedlens.files import JsonObject
 
 
 class PackedCorpus:
-    """Blocks in memory; every pass over them is in a new order.
+    """Blocks in memory. Every pass over them has a new random order.
 
     Args:
         blocks: the blocks, in the order of the text.
-        about: what they were made of.
+        about: describes the text.
     """
 
     def __init__(self, blocks: Int[Tensor, "blocks seq"], about: JsonObject) -> None:
@@ -33,7 +33,7 @@ class PackedCorpus:
 
     @classmethod
     def pack(cls, documents: list[Document], seq_len: int, name: str) -> Self:
-        """Documents, joined and cut.
+        """Join documents and cut them into blocks.
 
         Raises:
             InputError: there is less than one block.

@@ -1,4 +1,4 @@
-"""The text that every Python has: the source of its own standard library."""
+"""The text that comes with every Python: the source of its standard library."""
 
 import hashlib
 import sys
@@ -23,7 +23,7 @@ class SourceFile(NamedTuple):
 
 
 def hash_fraction(name: str | bytes) -> float:
-    """A number in [0, 1) that depends on the name alone, for splits that stay put."""
+    """A number in [0, 1) that depends on the name alone, so that splits are stable."""
     data = name.encode() if isinstance(name, str) else name
     digest = hashlib.blake2b(data, digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
@@ -32,9 +32,9 @@ def hash_fraction(name: str | bytes) -> float:
 def standard_library(split: Literal["train", "validation"]) -> list[SourceFile]:
     """Read the standard library of the running Python, sorted by path.
 
-    Only modules that Python itself lists as its own: no tests, no installed packages,
-    nothing generated when this Python was built. Each file is decoded in the encoding
-    that it declares. A file is on the same side of the split in every Python version.
+    It contains the modules that Python lists as its own: no tests, no installed packages and no
+    files generated when this Python was built. Each file is decoded in the encoding that it
+    declares, and is in the same split in every Python version.
 
     Raises:
         FileNotFoundError: this Python has no source files of its standard library.

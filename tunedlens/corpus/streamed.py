@@ -20,13 +20,11 @@ _NOTHING_READ = {"documents": 0, "bytes": 0, "tokens": 0}
 
 
 class StreamedCorpus:
-    """Blocks made while the text is read, in the text's own order.
+    """Blocks that are made while the text is read, in the order of the text.
 
     Args:
         documents: rows with a column `text`.
-        packer: makes tokens of them.
-        seq_len: tokens in a block.
-        name: what to call the text.
+        name: the name of the text in messages.
         held_out: whether to keep the validation or the training documents of the split by hash;
             None keeps every document.
     """
@@ -52,8 +50,8 @@ class StreamedCorpus:
         position: JsonObject | None = None,
     ) -> Iterator[Batch]:
         needed = batch_size * self._seq_len
-        # A position is where the reader stood before it read the last run of documents, what
-        # was left over then, and how many batches were made since.
+        # A position consists of the reader's state before the last run of documents, the tokens
+        # left over from earlier runs, and the number of batches since then.
         start = position or {"reader": None, "left": [], "batches": 0, "read": _NOTHING_READ}
         if start["reader"] is not None:
             self._documents.load_state_dict(start["reader"])
@@ -93,7 +91,7 @@ class StreamedCorpus:
         """The documents of this split, a few at a time.
 
         Raises:
-            InputError: the text cannot be read on.
+            InputError: reading the text fails.
         """
         runs = self._documents.iter(DOCUMENTS_AT_A_TIME)
         while True:

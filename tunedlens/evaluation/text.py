@@ -93,14 +93,32 @@ def _corpus_as_trained(
     trained = same_text[0].trained.corpus
     if trained.dataset is None:
         return config
+    fields = {field.name: field.default for field in dataclasses.fields(CorpusConfig)}
+    given = {name: getattr(config, name) for name in fields}
+    require_as_trained(
+        {name: value for name, value in given.items() if value != fields[name]}, trained
+    )
+    return trained
+
+
+def require_as_trained(settings: Mapping[str, object], trained: CorpusConfig) -> None:
+    """Check that explicit settings divide a text as it was divided for training.
+
+    Args:
+        settings: fields of a `CorpusConfig` by name; other names are ignored.
+        trained: the corpus of the training.
+
+    Raises:
+        InputError: a setting differs, so that other blocks would be held out.
+    """
     for field in dataclasses.fields(CorpusConfig):
-        value, expected = getattr(config, field.name), getattr(trained, field.name)
-        if field.name != "dataset" and value not in (field.default, expected):
+        expected = getattr(trained, field.name)
+        value = settings.get(field.name, expected)
+        if field.name != "dataset" and value != expected and trained.dataset is not None:
             raise InputError(
                 f"--{field.name.replace('_', '-')} must be {expected} for {trained.dataset}, as in "
                 f"training, so that the same blocks are held out; got {value}"
             )
-    return trained
 
 
 def _tokens(

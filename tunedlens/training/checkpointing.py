@@ -6,7 +6,7 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
-from tunedlens import checkpoint, files
+from tunedlens import builtin, checkpoint, files
 from tunedlens.config import ONE_PASS, TrainConfig
 from tunedlens.errors import InputError
 from tunedlens.lenses import TunedLens
@@ -16,7 +16,7 @@ from tunedlens.training.run import Progress, Run, TrainState, make_optimizer
 
 def new_folder(config: TrainConfig) -> Path:
     """`checkpoints/<model>-<time>`, the same in every process."""
-    model = Path(config.model.model or "embedded").name
+    model = Path(config.model.model or builtin.NAME).name
     (name,) = broadcast_object_list([f"{model}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"])
     return checkpoint.ROOT / name
 
@@ -93,9 +93,15 @@ def restore(run: Run) -> TrainState:
         identity = dataclasses.asdict(run.model.identity)
         require_same_model(saved["model"], identity, f"the lens in {run.output}")
         optimizer = make_optimizer(lens, run.plan)
-        optimizer.load_state(tensors)
-        run.objective.chunk = saved["chunk"]
-        progress, text = Progress.from_json(saved["progress"]), saved["text"]
+        try:
+            optimizer.load_state(tensors)
+            progress = Progress.from_json(saved["progress"])
+            run.objective.chunk, text = saved["chunk"], saved["text"]
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"the state of {run.output} is damaged, or was saved by another version of "
+                f"tunedlens: {error!r}; start the run again with another --output"
+            ) from error
     else:
         manifest = checkpoint.read_manifest(run.output)
         progress = Progress.from_json(manifest["progress"])

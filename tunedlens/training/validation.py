@@ -9,7 +9,6 @@ from accelerate import Accelerator
 
 from tunedlens.config import ScoringConfig
 from tunedlens.corpus import CorpusSplits
-from tunedlens.distributed import reduce_sums
 from tunedlens.engine.objective import LensKL, ModelSide
 from tunedlens.errors import InputError
 from tunedlens.evaluation import Evaluation, RatioSums, score_lenses, to_estimates
@@ -90,7 +89,7 @@ class ValidationSet:
                 with_mean = torch.cat([by_block, by_block.mean(0, keepdim=True)])
                 counts = torch.full((by_block.shape[1],), self._plan.positions)
                 sums.add(with_mean[:, None], counts)
-        reduce_sums(self._accelerator, sums.moments)
+        sums.reduce(self._accelerator)
         self.seconds = time.monotonic() - start
         *layers, mean = to_estimates(*sums.estimates())
         return [estimate.value for estimate in layers], mean.standard_error

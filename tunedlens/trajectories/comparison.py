@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tunedlens.errors import InputError
 from tunedlens.metrics import DIVERGENCES, TRAJECTORY_METRICS
-from tunedlens.trajectories.result import Trajectory, selected
+from tunedlens.trajectories.result import TOKENS, PartKey, Trajectory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,14 +41,11 @@ class Comparison:
     def __repr__(self) -> str:
         return f"Comparison({self.trajectory!r}, baseline={self.baseline!r})"
 
-    def __getitem__(self, key: int | slice | tuple[int | slice, int | slice]) -> "Comparison":
-        part = self.trajectory[key]
-        layers, positions = key if isinstance(key, tuple) and len(key) == 2 else (key, slice(None))
-        rows = [self.trajectory.rows.index(row) for row in part.rows]
-        indices = selected(positions, len(self.trajectory.positions), "position")
+    def __getitem__(self, key: PartKey) -> "Comparison":
+        rows, indices = self.trajectory.part_indices(key)
         return Comparison(
-            part,
-            self.baseline[layers, positions],
+            self.trajectory[key],
+            self.baseline[key],
             {
                 lens: {name: values[rows][:, indices] for name, values in by_name.items()}
                 for lens, by_name in self.divergences.items()
@@ -86,7 +83,7 @@ class Comparison:
         values, baseline_lens = ours.values(metric, lens, token=token), self.baseline_lens(lens)
         if token == "final" and TRAJECTORY_METRICS[metric].has_token:
             return values - theirs.values_of_ids(metric, baseline_lens, ours.final_ids)
-        if isinstance(token, str) and token not in ("top1", "next", "final"):
+        if isinstance(token, str) and token not in TOKENS:
             token = ours.token_id(token)
         return values - theirs.values(metric, baseline_lens, token=token)
 

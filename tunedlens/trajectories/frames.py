@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tunedlens.errors import InputError
 from tunedlens.trajectories.comparison import Comparison
 from tunedlens.trajectories.result import Trajectory
 
@@ -93,10 +92,7 @@ def probabilities(
     """
     import pandas as pd
 
-    several = [tokens] if isinstance(tokens, str) or not isinstance(tokens, Sequence) else tokens
-    ids = [trajectory.token_id(token) for token in several]
-    if not ids:
-        raise InputError("there is no token to follow; give at least one")
+    ids = trajectory.token_ids(tokens)
     values = torch.stack([trajectory.values("probability", lens, token=i) for i in ids], -1)
     names = [trajectory.vocabulary[i].text for i in ids]
     if position is not None:

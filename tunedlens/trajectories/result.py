@@ -1,7 +1,7 @@
 """One text through the layers, as plain data."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-TOKENS = {
+PartKey = int | slice | tuple[int | slice, int | slice]
+"""Layers, or layers and positions, as numbers or slices."""
+
+TOKENS: dict[str | int, str] = {
     "top1": "the lens's best token",
     "final": "the model's best token",
     "next": "the true next token",
@@ -91,12 +94,8 @@ class Trajectory:
         names = [str(row.layer) if is_plain else f"{row.layer} {row.site}" for row in self.rows]
         return [*names[:-1], "model"]
 
-    def __getitem__(self, key: int | slice | tuple[int | slice, int | slice]) -> "Trajectory":
-        layers, positions = key if isinstance(key, tuple) and len(key) == 2 else (key, slice(None))
-        wanted = selected(layers, self.n_layers + 1, "layer")
-        rows = [index for index, row in enumerate(self.rows[:-1]) if row.layer in wanted]
-        rows.append(len(self.rows) - 1)
-        indices = selected(positions, len(self.positions), "position")
+    def __getitem__(self, key: PartKey) -> "Trajectory":
+        rows, indices = self.part_indices(key)
         return replace(
             self,
             input_ids=self.input_ids[indices],
@@ -106,6 +105,17 @@ class Trajectory:
             predictions={name: one.select(rows, indices) for name, one in self.predictions.items()},
             tracked_ids=self.tracked_ids[indices],
         )
+
+    def part_indices(self, key: PartKey) -> tuple[list[int], range]:
+        """The indices of the rows and of the positions of a part.
+
+        Raises:
+            InputError: the part is empty.
+        """
+        layers, positions = key if isinstance(key, tuple) and len(key) == 2 else (key, slice(None))
+        wanted = selected(layers, self.n_layers + 1, "layer")
+        rows = [index for index, row in enumerate(self.rows[:-1]) if row.layer in wanted]
+        return [*rows, len(self.rows) - 1], selected(positions, len(self.positions), "position")
 
     def lens_name(self, lens: str | None = None) -> str:
         """The name of a lens; by default the first.
@@ -144,6 +154,19 @@ class Trajectory:
             name = visible(token) if isinstance(token, str) else f"token {token}"
             raise InputError(f"{name} was not tracked; give it as `track` to trajectory")
         return found
+
+    def token_ids(self, tokens: str | int | Sequence[str | int]) -> list[int]:
+        """The ids of one or several tokens that occur.
+
+        Raises:
+            InputError: there is none, or one of them does not occur.
+        """
+        several = (
+            [tokens] if isinstance(tokens, str) or not isinstance(tokens, Sequence) else tokens
+        )
+        if not several:
+            raise InputError("there is no token to follow; give at least one")
+        return [self.token_id(token) for token in several]
 
     @property
     def final_ids(self) -> Int[Tensor, " positions"]:

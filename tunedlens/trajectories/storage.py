@@ -1,6 +1,8 @@
 """Trajectories and comparisons on disk: one safetensors file with JSON metadata."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TypedDict
@@ -47,14 +49,14 @@ def save_trajectory(trajectory: Trajectory, path: str | Path) -> None:
     _write(Path(path), "trajectory", _tensors(trajectory, ""), [_record(trajectory)])
 
 
-def load_trajectory(_kind: type[Trajectory], path: str | Path) -> Trajectory:
+def load_trajectory(path: str | Path) -> Trajectory:
     """Read a saved trajectory.
 
     Raises:
         InputError: there is no such file, or it is not a saved trajectory, or it is damaged.
     """
     tensors, records = _read(Path(path), "trajectory", 1)
-    with _Damage(path):
+    with _damage(path):
         return _trajectory(tensors, records[0], "")
 
 
@@ -72,14 +74,14 @@ def save_comparison(comparison: Comparison, path: str | Path) -> None:
     _write(Path(path), "comparison", tensors, [_record(side) for side in sides])
 
 
-def load_comparison(_kind: type[Comparison], path: str | Path) -> Comparison:
+def load_comparison(path: str | Path) -> Comparison:
     """Read a saved comparison.
 
     Raises:
         InputError: there is no such file, or it is not a saved comparison, or it is damaged.
     """
     tensors, records = _read(Path(path), "comparison", 2)
-    with _Damage(path):
+    with _damage(path):
         ours = _trajectory(tensors, records[0], "")
         theirs = _trajectory(tensors, records[1], "baseline.")
         shape = (len(ours.rows), len(ours.positions))
@@ -147,19 +149,14 @@ def _read(path: Path, kind: str, count: int) -> tuple[dict[str, Tensor], list[ob
     return tensors, records
 
 
-class _Damage:
+@contextmanager
+def _damage(path: str | Path) -> Iterator[None]:
     """Turns whatever a damaged file raises into one clear error."""
-
-    def __init__(self, path: str | Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, (KeyError, TypeError, ValueError, AttributeError, OverflowError)):
-            reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
-            raise InputError(f"{self._path} is damaged: {reason}") from error
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{path} is damaged: {reason}") from error
 
 
 def _require(is_true: bool, reason: str) -> None:

@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
 
@@ -13,7 +13,7 @@ from tunedlens.errors import InputError
 from tunedlens.metrics import TRAJECTORY_METRICS
 from tunedlens.report.plots import styles
 from tunedlens.report.plots.colors import COLOR_MAPS, MISSING, ColorScale, color_table
-from tunedlens.trajectories import TOKENS, Trajectory, difference
+from tunedlens.trajectories import TOKENS, Trajectory
 
 Json = dict[str, object]
 
@@ -35,19 +35,19 @@ def explorer(*trajectories: Trajectory) -> str:
                 "texts on one page must be read with the same lenses; got "
                 f"{', '.join(names)} and {', '.join(trajectory.predictions)}"
             )
-    pairs = [f"{a} − {b}" for a, b in itertools.combinations(names, 2)]
+    pairs = {f"{a} − {b}": (a, b) for a, b in itertools.combinations(names, 2)}
     first = trajectories[0]
     everywhere = set.intersection(*map(set, first.tracked_ids.tolist())) - {-1}
-    tokens: dict[str | int, str] = {name: label for name, label in TOKENS.items()}  # noqa: C416
-    tokens |= {i: first.vocabulary[i].shown for i in sorted(everywhere)}
-    views = [_views(trajectory, list(tokens)) for trajectory in trajectories]
+    tracked: dict[str | int, str] = {i: first.vocabulary[i].shown for i in sorted(everywhere)}
+    tokens = TOKENS | tracked
+    views = [_views(trajectory, list(tokens), pairs) for trajectory in trajectories]
     data: Json = {
         "metrics": {name: asdict(metric) for name, metric in TRAJECTORY_METRICS.items()},
         "tokens": [[str(token), label] for token, label in tokens.items()],
         "colors": {name: color_table(name) for name in COLOR_MAPS},
         "missing": [MISSING, "black"],
         "lenses": _line_styles(names),
-        "pairs": dict(zip(pairs, itertools.combinations(names, 2), strict=True)),
+        "pairs": pairs,
         "scales": {key: _scale(key, trajectories, views) for key in views[0]},
         "texts": [_text(*both) for both in zip(trajectories, views, strict=True)],
     }
@@ -57,23 +57,19 @@ def explorer(*trajectories: Trajectory) -> str:
     return template.replace("__DATA__", text.replace("<", "\\u003c"))
 
 
-def _views(trajectory: Trajectory, tokens: Sequence[str | int]) -> dict[str, Tensor]:
+def _views(
+    trajectory: Trajectory, tokens: Sequence[str | int], pairs: Mapping[str, tuple[str, str]]
+) -> dict[str, Tensor]:
     """The values of every lens and pair of lenses, for every metric and token."""
-    names = list(trajectory.predictions)
-    sides = dict.fromkeys(names, trajectory)
-    compared = {
-        f"{a} − {b}": difference(trajectory, a, b) for a, b in itertools.combinations(names, 2)
-    }
     views = {}
     for metric, about in TRAJECTORY_METRICS.items():
         wanted = [one for one in tokens if (metric, one) != ("rank", "top1")]
         for token in wanted if about.has_token else ["top1"]:
             suffix = f"/{metric}" + (f"/{token}" if about.has_token else "")
-            for name, side in sides.items():
-                views[name + suffix] = _values(side, metric, name, token)
-            for name, comparison in compared.items():
-                a, b = comparison.trajectory.lens_name(), comparison.baseline_lens()
-                views[name + suffix] = views[a + suffix] - views[b + suffix]
+            for lens in trajectory.predictions:
+                views[lens + suffix] = _values(trajectory, metric, lens, token)
+            for pair, (a, b) in pairs.items():
+                views[pair + suffix] = views[a + suffix] - views[b + suffix]
     return views
 
 
@@ -125,8 +121,9 @@ def _line_styles(lenses: list[str]) -> Json:
     """The colour and dash of every lens, as in the figures."""
     dashes = {"-": "none", "--": "5 3", "-.": "6 2 1 2", ":": "1 2"}
     found: Json = {}
+    known = styles(lenses)
     for lens in lenses:
-        style = styles(lenses)[lens]
+        style = known[lens]
         color = style["color"].replace("#000000", "currentColor")  # visible in the dark as well
         found[lens] = {"color": color, "dash": dashes.get(style["linestyle"], "none")}
     return found

@@ -84,11 +84,7 @@ def heatmap_pages(
     """A long text as several heatmaps with the same colours.
 
     Args:
-        data: as for `heatmap`.
-        metric: as for `heatmap`.
-        lens: as for `heatmap`.
-        token: as for `heatmap`.
-        width: as for `heatmap`.
+        data, metric, lens, token, width: as for `heatmap`.
         per_page: the largest number of positions per figure; 24 are 17 inches wide, 8 are 7.
     """
     if not 1 <= per_page <= _MAX_POSITIONS:
@@ -234,9 +230,8 @@ def _label(
     about = (TRAJECTORY_METRICS | DIVERGENCES)[metric]
     label = about.label
     if about.has_token:
-        known = TOKENS.get(token) if isinstance(token, str) else None
         label += " of " + (
-            known or drawable(trajectory.vocabulary[trajectory.token_id(token)].shown)
+            TOKENS.get(token) or drawable(trajectory.vocabulary[trajectory.token_id(token)].shown)
         )
     if not isinstance(data, Comparison):
         return label

@@ -41,13 +41,7 @@ def curves(
     if metric not in ("probability", "rank"):
         raise InputError(f"metric must be probability or rank; got {metric!r}")
     index = trajectory.position_index(position)
-    if tokens is None:
-        ids = _most_probable(trajectory, index)
-    else:
-        several = [tokens] if isinstance(tokens, (str, int)) else tokens
-        ids = [trajectory.token_id(token) for token in several]
-    if not ids:
-        raise InputError("there is no token to follow; give at least one")
+    ids = _most_probable(trajectory, index) if tokens is None else trajectory.token_ids(tokens)
     lenses = _distinguishable_lenses(trajectory)
     with new_figure(5.2, 3.2, has_tokens=True) as figure:
         axes = figure.subplots()
