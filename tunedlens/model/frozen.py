@@ -8,21 +8,28 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tunedlens.errors import InputError
 from tunedlens.model.identity import ModelIdentity
 from tunedlens.model.mlp import neuron_activations
-from tunedlens.model.self_check import require_same_logits
+from tunedlens.model.self_check import (
+    check_ids,
+    far_factor,
+    require_causal_states,
+    require_same_logits,
+)
 from tunedlens.model.sites import (
     SITES,
     Args,
     BlockSites,
     Kwargs,
     input_state,
+    output_state,
     replace_input_state,
 )
-from tunedlens.model.structure import find_attention_and_mlp, find_blocks_and_final_norm
-from tunedlens.model.unembedding import Unembedding
+from tunedlens.model.structure import find_attention_and_mlp, find_parts
+from tunedlens.model.unembedding import read_unembedding
 
 
 class FrozenModel(nn.Module):
@@ -32,10 +39,12 @@ class FrozenModel(nn.Module):
         model: a `transformers` model with a language-modelling head.
         name: what files and messages call the model.
         fingerprint: the fingerprint if it is known already; otherwise it is computed.
+        blocks: the path of the list of blocks, such as `model.layers`, if it is not found.
+        final_norm: the path of the final norm, if it is not found; `none` for a model without.
 
     Raises:
-        InputError: the blocks or the final norm cannot be found, or decoding the last
-            state of the residual stream does not give the model's own logits.
+        InputError: the blocks or the final norm cannot be found, the model is not causal, or
+            decoding the last state of the residual stream does not give the model's own logits.
     """
 
     def __init__(
@@ -44,31 +53,34 @@ class FrozenModel(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         name: str | None = None,
         fingerprint: str | None = None,
+        *,
+        blocks: str | None = None,
+        final_norm: str | None = None,
     ) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name or model.name_or_path or type(model).__name__
-        self.blocks, self.final_norm = find_blocks_and_final_norm(model)
-        head = model.get_output_embeddings()
-        if len(tokenizer) > head.weight.shape[0]:
+        self.parts = find_parts(model, blocks, final_norm)
+        self.blocks, self.final_norm = self.parts.blocks, self.parts.final_norm
+        self.unembedding = read_unembedding(self.parts)
+        vocab_size = len(self.unembedding.weight)
+        if len(tokenizer) > vocab_size:
             raise InputError(
-                f"{self.name} has a vocabulary of {head.weight.shape[0]:,}, but its tokenizer has "
+                f"{self.name} has a vocabulary of {vocab_size:,}, but its tokenizer has "
                 f"{len(tokenizer):,} tokens; expected the tokenizer that it was trained with"
             )
-        self.unembedding = Unembedding(self.final_norm, head.weight, getattr(head, "bias", None))
         self._fingerprint = fingerprint
-        self._check_unembedding()
+        self._check_parts()
 
     @cached_property
     def identity(self) -> ModelIdentity:
-        vocab_size, d_model = self.unembedding.weight.shape
         return ModelIdentity(
             name=self.name,
             revision=getattr(self.model.config, "_commit_hash", None),
             n_layers=len(self.blocks),
-            d_model=d_model,
-            vocab_size=vocab_size,
+            d_model=self.model.config.get_text_config().hidden_size,
+            vocab_size=len(self.unembedding.weight),
             fingerprint=self._fingerprint or self.unembedding.fingerprint,
         )
 
@@ -79,7 +91,7 @@ class FrozenModel(nn.Module):
     @property
     def context(self) -> int | None:
         """The longest sequence that the model reads, in tokens."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def encode(self, text: str, *, is_any_length: bool = False) -> Int[Tensor, "1 seq"]:
         """Token ids of one text, on the model's device, without special tokens.
@@ -121,17 +133,16 @@ class FrozenModel(nn.Module):
             input_ids = self.encode(input_ids)
         states: list[Tensor] = []
 
-        def capture(_module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-            hidden = input_state(args, kwargs)
-            if differentiable and not states:
-                hidden = hidden.detach().requires_grad_()
-                args, kwargs = replace_input_state(args, kwargs, hidden)
-            states.append(hidden)
-            return args, kwargs
+        def capture(hidden: Tensor) -> Tensor | None:
+            is_first = not states
+            states.append(
+                hidden.detach().requires_grad_() if differentiable and is_first else hidden
+            )
+            return states[0] if differentiable and is_first else None
 
         with ExitStack() as hooks, torch.set_grad_enabled(differentiable):
-            for module in (*self.blocks, self.final_norm):
-                hooks.enter_context(module.register_forward_pre_hook(capture, with_kwargs=True))
+            for layer in range(len(self.blocks) + 1):
+                hooks.enter_context(self._on_state(layer, capture))
             self.model.base_model(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False
             )
@@ -210,40 +221,42 @@ class FrozenModel(nn.Module):
         """
         state: list[Tensor] = []
 
-        def capture(_module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-            state[:] = [input_state(args, kwargs)]
+        def capture(hidden: Tensor) -> None:
+            state[:] = [hidden]
 
-        def replace(_module: nn.Module, _args: Args, logits: Tensor) -> Tensor:
-            # The head may be asked for the last few positions only.
-            return decode(state[0][:, -logits.shape[1] :])
+        def replace(_model: nn.Module, _args: Args, output: CausalLMOutputWithPast) -> None:
+            assert output.logits is not None
+            # The model may be asked for the last few positions only.
+            output.logits = decode(state[0][:, -output.logits.shape[1] :])
 
-        module = [*self.blocks, self.final_norm][layer]
-        with (
-            module.register_forward_pre_hook(capture, with_kwargs=True),
-            self.model.get_output_embeddings().register_forward_hook(replace),
-        ):
+        with self._on_state(layer, capture), self.model.register_forward_hook(replace):
             yield self.model
 
-    @torch.no_grad()
-    def _check_unembedding(self) -> None:
-        """Check that the unembedding gives the model's own logits, on random tokens."""
-        generator = torch.Generator().manual_seed(0)
-        length = min(16, self.context or 16)
-        input_ids = torch.randint(
-            self.unembedding.weight.shape[0], (2, length), generator=generator
-        )
-        input_ids = input_ids.to(self.device)
-        states = self.residual_stream(input_ids)
-        if len(states) != len(self.blocks) + 1:
-            raise InputError(
-                f"{self.name}: expected {len(self.blocks) + 1} states of the residual stream, "
-                f"captured {len(states)}; this architecture is not supported"
+    def _on_state(
+        self, layer: int, see: Callable[[Tensor], Tensor | None]
+    ) -> torch.utils.hooks.RemovableHandle:
+        """Call a function with each value of a state, which it may replace before layer n."""
+        module = [*self.blocks, self.parts.entry][layer]
+        if module is None:
+            return self.blocks[-1].register_forward_hook(
+                lambda _block, _args, output: see(output_state(output)) and None
             )
-        require_same_logits(
-            self.unembedding,
-            states[-1],
-            self.model(input_ids, use_cache=False).logits,
-            name=self.name,
-            dtype=self.model.dtype,
-            cap=getattr(self.model.config, "final_logit_softcapping", None),
-        )
+
+        def hook(_module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+            replacement = see(input_state(args, kwargs))
+            return None if replacement is None else replace_input_state(args, kwargs, replacement)
+
+        return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+    @torch.no_grad()
+    def _check_parts(self) -> None:
+        """Check that the parts give the model's own logits, near zero and far from it."""
+        ids = check_ids(len(self.unembedding.weight), self.context).to(self.device)
+        states = self.residual_stream(ids)
+        require_causal_states(states, len(self.blocks), self.name)
+        logits = self.model(ids, use_cache=False).logits
+        require_same_logits(self.unembedding, states[-1], logits, name=self.name)
+        factor = far_factor(self.unembedding, states[-1])
+        with self.parts.head.register_forward_pre_hook(lambda _head, args: (args[0] * factor,)):
+            logits = self.model(ids, use_cache=False).logits
+        require_same_logits(self.unembedding, states[-1], logits, name=self.name, factor=factor)

@@ -2,54 +2,107 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tunedlens.errors import InputError
 from tunedlens.model.unembedding import Unembedding
 
+_FAR = 100.0
+"""The size of the largest logit at which an undeclared cap would show."""
+
+
+def check_ids(vocab_size: int, context: int | None) -> Int[Tensor, "2 seq"]:
+    """Random tokens, twice, with another last token the second time."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocab_size, (1, min(16, context or 16)), generator=generator).repeat(2, 1)
+    ids[1, -1] = (ids[1, -1] + 1) % vocab_size
+    return ids
+
+
+def require_causal_states(
+    states: list[Float[Tensor, "2 seq d_model"]], n_layers: int, name: str
+) -> None:
+    """Check the states of `check_ids`: their number, and that later tokens do not change them.
+
+    Raises:
+        InputError: they are not those of a causal language model with n blocks.
+    """
+    if len(states) != n_layers + 1:
+        raise InputError(
+            f"{name}: expected {n_layers + 1} states of the residual stream, captured "
+            f"{len(states)}; this architecture is not supported"
+        )
+    for state in states:
+        difference = (state[0, :-1] - state[1, :-1]).abs().max()
+        if difference > _tolerance(state.dtype) * state.abs().max():
+            raise InputError(
+                f"{name} is not causal: a token changes the states before it; expected a causal "
+                "language model"
+            )
+
+
+def far_factor(unembedding: Unembedding, final: Float[Tensor, "batch seq d_model"]) -> float:
+    """The factor of the head's input that makes logits so large that a cap changes them."""
+    raw = F.linear(unembedding.norm(final.float()), unembedding.weight, unembedding.bias)
+    largest = 4 * unembedding.cap if unembedding.cap else _FAR
+    return max(1.0, largest / float(raw.abs().max()))
+
 
 def require_same_logits(
     unembedding: Unembedding,
-    final_state: Float[Tensor, "batch seq d_model"],
+    final: Float[Tensor, "batch seq d_model"],
     expected: Float[Tensor, "batch seq vocab"],
     *,
     name: str,
-    dtype: torch.dtype,
-    cap: float | None,
+    factor: float = 1.0,
 ) -> None:
     """Decode the final state and compare the result with the model's own logits.
 
     Args:
         expected: the model's own logits.
         name: what messages call the model.
-        dtype: the model's dtype, which sets the tolerance.
-        cap: the soft-cap on logits in the model's config.
+        factor: what the input of the head was multiplied by.
 
     Raises:
         InputError: they differ; the message names the cause if it is a known one.
     """
-    expected = expected.float()
-    tolerance = max(1e-4, 8 * torch.finfo(dtype).eps) * expected.abs().max()
+    tolerance = _tolerance(final.dtype) * expected.abs().max()
+    final, expected = final.float(), expected.float()
 
     def agrees(logits: Tensor) -> bool:
         return bool((logits - expected).abs().max() <= tolerance)
 
-    decoded = unembedding(final_state)
+    def linear(normed: Tensor) -> Tensor:
+        bias = unembedding.bias
+        return F.linear(normed * factor, unembedding.weight, bias)
+
+    normed = unembedding.norm(final)
+    raw = linear(normed)
+    decoded = unembedding.capped(raw)
     if agrees(decoded):
         return
-    scale = float((decoded * expected).sum() / decoded.square().sum())
-    if agrees(F.linear(final_state.float(), unembedding.weight, unembedding.bias)):
+    scale = float((raw * expected).sum() / raw.square().sum())
+    cap = float(expected.abs().max())
+    is_square = normed.shape == final.shape
+    if is_square and agrees(unembedding.capped(linear(final))):
         reason = "the model applies no norm before its unembedding"
-    elif agrees(unembedding(unembedding.norm(final_state.float()))):
+    elif is_square and agrees(unembedding.capped(linear(unembedding.norm(normed)))):
         reason = "the model applies its final norm twice"
-    elif agrees(scale * decoded):
-        reason = f"the model multiplies its logits by {scale:.4g}"
-    elif cap and agrees(cap * torch.tanh(decoded / cap)):
-        reason = f"the model caps its logits at {cap}"
+    elif agrees(scale * raw):
+        reason = f"the model multiplies its logits by {scale:.4g}, which its config does not say"
+    elif unembedding.cap is not None and agrees(raw):
+        reason = f"the config declares a cap of {unembedding.cap:g} that the model does not apply"
+    elif factor > 1 and agrees(cap * torch.tanh(raw / cap)):
+        reason = f"the model caps its logits at {cap:.4g}, which its config does not say"
     else:
         reason = f"the logits differ by up to {float((decoded - expected).abs().max()):.3g}"
     raise InputError(
         f"{name}: final norm and unembedding do not give the model's own logits "
         f"({reason}); a lens on it would be wrong, so this architecture is not supported"
     )
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """The relative error that the model's dtype explains."""
+    return max(1e-4, 8 * torch.finfo(dtype).eps)

@@ -1,13 +1,14 @@
 """Captures the residual stream and its terms inside every block, with forward hooks."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tunedlens.errors import InputError
-from tunedlens.model.structure import find_attention_and_mlp
+from tunedlens.model.structure import is_norm, mixer_name
 
 SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 """The sites of a block, in the order in which it computes them: the stream entering the block,
@@ -25,13 +26,42 @@ def input_state(args: Args, kwargs: Kwargs) -> Tensor:
     return hidden
 
 
+def output_state(output: object) -> Tensor:
+    """The hidden states that a block returns, which some blocks wrap in a tuple."""
+    output = output[0] if isinstance(output, (tuple, list)) else output
+    assert isinstance(output, Tensor)
+    return output
+
+
 def replace_input_state(args: Args, kwargs: Kwargs, hidden: Tensor) -> tuple[Args, Kwargs]:
     """The arguments of a block with other hidden states."""
     return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
 
+class _Call(NamedTuple):
+    """One call of a part of a block."""
+
+    name: str
+    input: Tensor | None
+    output: Tensor
+    is_norm: bool
+
+
+class _Terms(NamedTuple):
+    """What a block adds to the residual stream."""
+
+    attn_out: Tensor
+    mlp_out: Tensor
+    middle: Tensor | None
+    """The stream between the two, or None if attention and MLP run side by side."""
+
+
 class BlockSites:
     """The sites of one block: captured while it runs, checked when it is done.
+
+    What the block adds is found among the outputs of its parts. It is the output of attention
+    or MLP in most models, of a norm after them in others (Gemma 2, OLMo 2), times a constant
+    (Granite), or without the stream that the part itself has added (BLOOM).
 
     Args:
         name: what messages call the block.
@@ -40,60 +70,101 @@ class BlockSites:
 
     def __init__(self, block: nn.Module, name: str, wanted: Collection[str]) -> None:
         self._block = block
-        self._attention, self._mlp = find_attention_and_mlp(block)
+        self._mixer = mixer_name(block)
         self._name = name
         self._wanted = wanted
-        self._part_inputs: list[Tensor] = []  # the inputs of parts that run after attention
+        self._start: Tensor | None = None
+        self._calls: list[_Call] = []
         self.captured: dict[str, Tensor] = {}
 
     def register(self, hooks: ExitStack) -> None:
         """Capture the sites whenever the block runs, until the hooks are closed."""
-        block = self._block
-        for part in block.children():
-            hooks.enter_context(part.register_forward_pre_hook(self._enter_part))
-        hooks.enter_context(block.register_forward_pre_hook(self._enter, with_kwargs=True))
-        hooks.enter_context(self._attention.register_forward_hook(self._leave_attention))
-        hooks.enter_context(self._mlp.register_forward_hook(self._leave_mlp))
-        hooks.enter_context(block.register_forward_hook(self._leave))
+        hooks.enter_context(self._block.register_forward_pre_hook(self._enter, with_kwargs=True))
+        for name, part in self._block.named_children():
+            hooks.enter_context(part.register_forward_hook(self._keep_as(name), with_kwargs=True))
+        hooks.enter_context(self._block.register_forward_hook(self._leave))
 
     def _enter(self, _block: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        self.captured = {"resid_pre": input_state(args, kwargs)}
+        self._start, self._calls = input_state(args, kwargs), []
 
-    def _enter_part(self, _part: nn.Module, args: Args) -> None:
-        if "attn_out" in self.captured and args and isinstance(args[0], Tensor):
-            self._part_inputs.append(args[0])
+    def _keep_as(self, name: str) -> Callable[[nn.Module, Args, Kwargs, object], None]:
+        def keep(part: nn.Module, args: Args, kwargs: Kwargs, output: object) -> None:
+            read = self._state(args[0] if args else kwargs.get("hidden_states"))
+            written = self._state(output)
+            if written is not None:
+                self._calls.append(_Call(name, read, written, is_norm(part)))
 
-    def _leave_attention(self, _module: nn.Module, _args: Args, output: object) -> None:
-        self.captured["attn_out"] = _first_tensor(output)
+        return keep
 
-    def _leave_mlp(self, _module: nn.Module, _args: Args, output: object) -> None:
-        self.captured["mlp_out"] = _first_tensor(output)
+    def _state(self, value: object) -> Tensor | None:
+        """A copy of a value that has the shape of the stream, which some blocks flatten."""
+        value = value[0] if isinstance(value, (tuple, list)) else value
+        if self._start is None or not isinstance(value, Tensor):
+            return None
+        fits = value.numel() == self._start.numel()
+        return value.reshape(self._start.shape).clone() if fits else None  # some add in place
 
     def _leave(self, _block: nn.Module, _args: Args, output: object) -> None:
-        sites, inputs, end = self.captured, self._part_inputs, _first_tensor(output)
-        self._part_inputs = []
-        middle = sites["resid_pre"] + sites["attn_out"]
-        tolerance = 16 * torch.finfo(end.dtype).eps * end.abs().max()
-
-        def agree(one: Tensor, other: Tensor) -> bool:
-            return one.shape == other.shape and bool((one - other).abs().max() <= tolerance)
-
-        if not agree(middle + sites["mlp_out"], end):
+        start, end, calls = self._start, output_state(output), self._calls
+        assert start is not None
+        self._start, self._calls = None, []
+        names = [call.name for call in calls]
+        terms = None
+        if self._mixer in names:
+            index = names.index(self._mixer)
+            terms = _sequential(start, end, calls[index:]) or _parallel(
+                start, end, calls[index:] + calls[:index]
+            )
+        if terms is None:
             raise InputError(
                 f"{self._name} is not its input plus attention plus MLP, so it has no terms to "
                 "read; ask for resid_pre and resid_post"
             )
-        if "resid_mid" in self._wanted and not any(agree(middle, one) for one in inputs):
+        if "resid_mid" in self._wanted and terms.middle is None:
             raise InputError(
                 f"{self._name} runs attention and MLP side by side, so there is no resid_mid "
                 "between them; ask for other sites"
             )
-        sites |= {"resid_mid": middle, "resid_post": end}
-        self.captured = {site: sites[site] for site in self._wanted}
+        sites = {"resid_pre": start, "resid_mid": terms.middle, "resid_post": end}
+        sites |= {"attn_out": terms.attn_out, "mlp_out": terms.mlp_out}
+        self.captured = {site: found for site in self._wanted if (found := sites[site]) is not None}
 
 
-def _first_tensor(output: object) -> Tensor:
-    """The states in a module's output, which attention and some blocks wrap in a tuple."""
-    output = output[0] if isinstance(output, tuple) else output
-    assert isinstance(output, Tensor)
-    return output
+def _sequential(start: Tensor, end: Tensor, calls: list[_Call]) -> _Terms | None:
+    """The terms if some part after attention reads the stream between the two."""
+    for index in range(1, len(calls)):
+        middle = calls[index].input
+        if middle is None:
+            continue
+        attn_out = next(_additions(start, middle, calls[:index]), None)
+        mlp_out = next(_additions(middle, end, calls[index:]), None)
+        if attn_out is not None and mlp_out is not None:
+            return _Terms(attn_out, mlp_out, middle)
+    return None
+
+
+def _parallel(start: Tensor, end: Tensor, calls: list[_Call]) -> _Terms | None:
+    """The terms if attention and MLP both read the start. The first call is attention."""
+    attn_out, middle = calls[0].output, start + calls[0].output
+    mlp_out = next(_additions(middle, end, calls[1:]), None)
+    return None if mlp_out is None else _Terms(attn_out, mlp_out, None)
+
+
+def _additions(before: Tensor, after: Tensor, calls: list[_Call]) -> Iterator[Tensor]:
+    """The outputs whose sum with the stream before, perhaps times a constant, is that after."""
+    step = after - before
+    for call in reversed(calls):
+        if _agree(call.output, after) and not call.is_norm:
+            yield step
+        if _agree(before + call.output, after):
+            yield call.output
+        if _agree(before, after):
+            continue  # nothing was added, and a factor of 0 would fit everything
+        factor = float((step.float() * call.output.float()).sum() / call.output.float().norm() ** 2)
+        if _agree(before + factor * call.output, after):
+            yield factor * call.output
+
+
+def _agree(one: Tensor, other: Tensor) -> bool:
+    tolerance = 16 * torch.finfo(other.dtype).eps * other.abs().max()
+    return bool((one - other).abs().max() <= tolerance)

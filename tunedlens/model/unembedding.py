@@ -8,24 +8,35 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tunedlens.model.structure import ModelParts
+
 
 class Unembedding(nn.Module):
     """Final norm and unembedding matrix, in float32: final residual to raw logits.
 
+    A constant that the model multiplies its logits by is part of the weight and the bias here.
     All its tensors are non-persistent buffers, so the only parameters of a lens that holds one
     are its translators. It shares the memory of a float32 model.
+
+    Args:
+        norm: what precedes the unembedding, usually a norm.
+        cap: the logits are `cap * tanh(logits / cap)`, as in Gemma 2.
     """
 
     weight: Float[Tensor, "vocab d_model"]
     bias: Float[Tensor, " vocab"] | None
 
-    def __init__(self, norm: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self, norm: nn.Module, weight: Tensor, bias: Tensor | None, cap: float | None = None
+    ) -> None:
         super().__init__()
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.norm = copy.deepcopy(norm).to(dtype)
-        for name, parameter in list(self.norm.named_parameters(recurse=False)):
-            delattr(self.norm, name)
-            self.norm.register_buffer(name, parameter.detach(), persistent=False)
+        self.cap = cap
+        for module in self.norm.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach(), persistent=False)
         self.register_buffer("weight", weight.detach().to(dtype), persistent=False)
         bias = None if bias is None else bias.detach().to(dtype)
         self.register_buffer("bias", bias, persistent=False)
@@ -34,18 +45,29 @@ class Unembedding(nn.Module):
         self, hidden: Float[Tensor, "*positions d_model"]
     ) -> Float[Tensor, "*positions vocab"]:
         """Raw logits, in float32 (float64 if the unembedding is in float64)."""
-        return F.linear(self.norm(hidden.to(self.weight.dtype)), self.weight, self.bias)
+        normed = self.norm(hidden.to(self.weight.dtype))
+        return self.capped(F.linear(normed, self.weight, self.bias))
+
+    def capped(
+        self, logits: Float[Tensor, "*positions vocab"]
+    ) -> Float[Tensor, "*positions vocab"]:
+        """Apply the model's cap, if it has one."""
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
     def shared(self) -> "Unembedding":
         """Another module on the same memory: moving or converting it leaves this one alone."""
-        return Unembedding(self.norm, self.weight, self.bias)
+        return Unembedding(self.norm, self.weight, self.bias, self.cap)
 
     def centred(self) -> "Unembedding":
         """The unembedding less its mean row, which leaves the softmax unchanged.
 
+        A cap does not commute with that, so an unembedding with a cap stays as it is.
+
         GPT-2's raw logits sit around -30 to -100, where half precision has steps of a
         tenth and more. Centred logits sit around 0.
         """
+        if self.cap is not None:
+            return self.shared()
         bias = None if self.bias is None else self.bias - self.bias.mean()
         return Unembedding(self.norm, self.weight - self.weight.mean(0), bias)
 
@@ -63,4 +85,31 @@ class Unembedding(nn.Module):
             digest.update(
                 value.to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy().tobytes()
             )
+        if self.cap is not None:
+            digest.update(f"cap {self.cap:g}".encode())
         return digest.hexdigest()
+
+
+def read_unembedding(parts: ModelParts) -> Unembedding:
+    """Final norm and unembedding of a model, with its scale and cap.
+
+    The weight of a quantised head is read by sending the unit vectors through it.
+    """
+    weight, bias = getattr(parts.head, "weight", None), getattr(parts.head, "bias", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        weight, bias = _read_linear(parts.head)
+    if parts.logit_scale != 1:
+        weight = weight.float() * parts.logit_scale
+        bias = None if bias is None else bias.float() * parts.logit_scale
+    return Unembedding(parts.final_norm, weight, bias, parts.logit_cap)
+
+
+@torch.no_grad()
+def _read_linear(head: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a linear map that does not store them as floating-point numbers."""
+    tensors = [*head.parameters(), *head.buffers()]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    width = int(head.in_features)  # type: ignore[arg-type]
+    inputs = torch.cat([torch.zeros(1, width), torch.eye(width)]).to(device)
+    outputs = head(inputs)
+    return (outputs[1:] - outputs[0]).T.contiguous(), outputs[0]
