@@ -7,7 +7,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tunedlens import FrozenModel, TunedLens
-from tunedlens.engine import LensKL, distributions
+from tunedlens.engine import CappedLensKL, LensKL, distributions
 from tunedlens.engine.vocab_sample import VocabSample, draw_sample, inclusion_probabilities
 from tunedlens.model import Unembedding
 
@@ -47,6 +47,25 @@ def test_kl_and_gradient_equal_autograd_in_float64(chunk, norm, bias, kernel):
     tolerance = 1e-5 if norm.startswith("Llama") else 1e-10
     assert torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)
     assert torch.allclose(gradient, expected_gradient, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("norm", ["LayerNorm", "RMSNorm"])
+@pytest.mark.parametrize("chunk", [1, 10, 100])
+def test_kl_with_a_cap_and_its_gradient_equal_autograd_in_float64(chunk, norm, bias):
+    translated, final, unembedding = problem(norm, bias=bias)
+    unembedding = Unembedding(unembedding.norm, unembedding.weight, unembedding.bias, cap=2.0)
+    expected = reference_kl(translated, final, unembedding)
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), translated)
+    kl = CappedLensKL(unembedding.centred(), chunk=chunk)
+    actual = kl(translated, final)
+    (gradient,) = torch.autograd.grad(actual.sum(), translated)
+    assert torch.allclose(actual, expected, rtol=1e-10)
+    assert torch.allclose(gradient, expected_gradient, rtol=1e-9, atol=1e-12)
+    exact = kl.kl(translated[0].detach(), kl.model_side(final)).mean()
+    assert torch.allclose(exact, expected[0], rtol=1e-10)
+    uncapped = Unembedding(unembedding.norm, unembedding.weight, unembedding.bias)
+    assert not torch.allclose(expected, reference_kl(translated, final, uncapped), rtol=0.01)
 
 
 def test_reference_kl_is_the_divergence_of_torch_distributions():

@@ -42,11 +42,8 @@ class Decoder:
     """
 
     def __init__(self, unembedding: Unembedding) -> None:
-        self._norm, self._weight, self._bias = (
-            unembedding.norm,
-            unembedding.weight,
-            unembedding.bias,
-        )
+        self._norm, self._weight = unembedding.norm, unembedding.weight
+        self._bias, self._cap = unembedding.bias, unembedding.cap
         self._workspace = Workspace(unembedding.weight)
 
     @torch.no_grad()
@@ -66,7 +63,9 @@ class Decoder:
         """Logits of states that the final norm reads."""
         logits = self._workspace.matrix(len(hidden), len(self._weight))
         torch.mm(self._norm(hidden.to(self._weight.dtype)), self._weight.T, out=logits)
-        return logits if self._bias is None else logits.add_(self._bias)
+        if self._bias is not None:
+            logits.add_(self._bias)
+        return logits if self._cap is None else logits.div_(self._cap).tanh_().mul_(self._cap)
 
 
 def chunk_tokens(rows: int, device: torch.device) -> int:

@@ -78,6 +78,13 @@ def _require_possible(
             f"--device cannot be given with {processes} processes, each of which has its own; "
             "leave it out"
         )
+    exact = {"--precision bf16": config.precision == "bf16", "--vocab-sample": config.vocab_sample}
+    for flag, is_given in exact.items():
+        if is_given and model.unembedding.cap is not None:
+            raise InputError(
+                f"{flag} does not work with {model.name}, which caps its logits and is therefore "
+                "fitted in float32 over its whole vocabulary; leave it out"
+            )
 
 
 class _FitDefaults(NamedTuple):
@@ -99,7 +106,11 @@ def _fit_defaults(config: TrainConfig, model: FrozenModel) -> _FitDefaults:
         init_tokens = min(init_tokens, max(1, tokens // 4))
     sample = config.vocab_sample
     if sample is None:
-        is_sampled = vocab_size > _MIN_SAMPLED_VOCAB and config.fit == "preconditioned"
+        is_sampled = (
+            vocab_size > _MIN_SAMPLED_VOCAB
+            and config.fit == "preconditioned"
+            and model.unembedding.cap is None
+        )
         sample = _VOCAB_SAMPLE if is_sampled else 0
     return _FitDefaults(
         tokens,
@@ -127,6 +138,8 @@ def _batch(
 
 
 def _backend(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -> Backend:
+    if model.unembedding.cap is not None:
+        return Backend("fp32", "products")
     if config.precision is not None and config.kernel is not None:
         return Backend(config.precision, config.kernel)
     backend = Backend("fp32", "products")

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from tunedlens.config import ONE_PASS
 from tunedlens.corpus import CorpusSplits, load_splits
+from tunedlens.engine.capped import make_objective
 from tunedlens.engine.objective import LensKL
 from tunedlens.files import JsonObject
 from tunedlens.fit import LensOptimizer, PreconditionedMuon, TorchOptimizer, ValidationResult
@@ -48,7 +49,7 @@ class Run:
         most = costs.table_tokens(plan.budget)
         validation_set = ValidationSet(model, splits, plan, reader, accelerator, table_tokens=most)
         unembedding = model.unembedding.centred()
-        objective = LensKL(unembedding, dtype=reader.dtype, kernel=plan.kernel)
+        objective = make_objective(unembedding, dtype=reader.dtype, kernel=plan.kernel)
         parts = (splits, accelerator, costs, reader, validation_set, objective)
         return cls(plan, output, model, *parts)
 
