@@ -45,7 +45,9 @@ class Problem:
     """Cached states of some layers, training and held-out, and what decodes them."""
 
     def __init__(self, model: FrozenModel, dataset: str, tokens: int) -> None:
-        config = resolve_corpus(CorpusConfig(dataset=dataset), model.name, model.context)
+        config = resolve_corpus(
+            CorpusConfig(dataset=dataset), model.name, model.context, model.bos_id is not None
+        )
         splits = load_splits(config, model.tokenizer)
         backend = fastest_backend(model.unembedding)
         self.dtype = DTYPES[backend.precision]

@@ -90,7 +90,10 @@ def main() -> None:
     model.to(device)
     model.unembedding.to(device)
     config = resolve_corpus(
-        CorpusConfig(dataset="embedded", seq_len=flags.seq_len), model.name, model.context
+        CorpusConfig(dataset="embedded", seq_len=flags.seq_len),
+        model.name,
+        model.context,
+        model.bos_id is not None,
     )
     count = flags.tokens // (flags.seq_len - 1)
     blocks = list(islice(load_splits(config, model.tokenizer).validation.shuffled(), count))

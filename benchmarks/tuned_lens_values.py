@@ -45,7 +45,10 @@ def main() -> None:
         theirs.weight.copy_(translator.weight)
         theirs.bias.copy_(translator.bias)
 
-    splits = load_splits(resolve_corpus(CorpusConfig(), model.name, model.context), model.tokenizer)
+    splits = load_splits(
+        resolve_corpus(CorpusConfig(), model.name, model.context, model.bos_id is not None),
+        model.tokenizer,
+    )
     blocks = list(islice(splits.validation.shuffled(), flags.tokens // 511))
     evaluation = score_lenses(model, ours, blocks)
     n_layers = model.identity.n_layers

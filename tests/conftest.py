@@ -1,5 +1,6 @@
 """Small things that tests share: tiny models, the embedded model, texts."""
 
+import json
 import multiprocessing
 import os
 import socket
@@ -7,12 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import (
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
 )
 
 from tunedlens import Evaluation, FrozenModel, TunedLens, builtin, load_model, report
@@ -68,6 +79,42 @@ def make_llama():
         initializer_range=0.3,
     )
     return LlamaForCausalLM(config)
+
+
+def make_sentence_piece(prefix="Prepend"):
+    """A SentencePiece tokenizer with byte fallback and BOS, as Llama 2 and Gemma have them.
+
+    Args:
+        prefix: how a space comes before a text: `Prepend`, `Metaspace`, or None for none.
+    """
+    texts = ["the quick brown fox naïve café 日本語 jumps over line after line"] * 20
+    model = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if prefix is not None:
+        steps.append(decoders.Strip(" ", 1, 0))
+    if prefix == "Metaspace":
+        model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        prepend = [normalizers.Prepend("▁")] if prefix == "Prepend" else []
+        model.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", "▁")])
+    model.decoder = decoders.Sequence(steps)
+    special = ["<unk>", "<s>", "</s>"]
+    model.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    )
+    content = json.loads(model.to_str())
+    for byte in range(256):
+        content["model"]["vocab"].setdefault(f"<0x{byte:02X}>", len(content["model"]["vocab"]))
+    model = Tokenizer.from_str(json.dumps(content))
+    model.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+@pytest.fixture(scope="session")
+def sentence_piece():
+    return make_sentence_piece()
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import csv
 import json
 
@@ -8,13 +9,14 @@ import torch
 from tunedlens import CorpusConfig, InputError, builtin
 from tunedlens.corpus import Packer, load_splits, resolve_corpus
 from tunedlens.corpus.standard_library import standard_library
-from tunedlens.tokenizer import token_bytes
+from tunedlens.tokenizer import TokenBytes
 
 TEXTS = [f"document {i}: über {'x' * i}\r\n\ttabs, 日本 🎉\n" for i in range(40)]
 
 
 def load(tokenizer, dataset, seq_len=16, **settings):
-    return load_splits(CorpusConfig(dataset=str(dataset), seq_len=seq_len, **settings), tokenizer)
+    config = CorpusConfig(dataset=str(dataset), seq_len=seq_len, **settings)
+    return load_splits(resolve_corpus(config, "a model", None), tokenizer)
 
 
 def whole(splits):
@@ -25,7 +27,7 @@ def whole(splits):
 def test_one_file_is_read_byte_for_byte(tokenizer, tmp_path):
     raw = "".join(TEXTS).encode() + b"\xef\xbb\xbf\r\r\n<|endoftext|> "
     (tmp_path / "a.txt").write_bytes(raw)
-    stream = Packer(tokenizer).encode([raw.decode()])[0]
+    stream = Packer(tokenizer, 32).encode([raw.decode()])[0]
     assert tokenizer.decode(stream[:-1]).encode() == raw
     splits = load(tokenizer, tmp_path / "a.txt", seq_len=len(stream) // 2)
     assert splits.train.about["bytes"] == len(raw)
@@ -33,15 +35,15 @@ def test_one_file_is_read_byte_for_byte(tokenizer, tmp_path):
 
 
 def test_text_that_spells_out_eos_is_text(tokenizer):
-    (ids,) = Packer(tokenizer).encode(["a<|endoftext|>b"])
+    (ids,) = Packer(tokenizer, 32).encode(["a<|endoftext|>b"])
     assert ids.tolist().count(tokenizer.eos_token_id) == 1
     assert ids[-1] == tokenizer.eos_token_id
 
 
 def test_token_bytes_add_up_to_the_text(tokenizer):
-    table = token_bytes(tokenizer)
-    for text, ids in zip(TEXTS, Packer(tokenizer).encode(TEXTS), strict=True):
-        assert table[ids.long()].sum() == len(text.encode())
+    counts = TokenBytes.of(tokenizer, 5000)
+    for text, ids in zip(TEXTS, Packer(tokenizer, 32).encode(TEXTS), strict=True):
+        assert counts.next_bytes(torch.cat([ids[-1:], ids]).long()).sum() == len(text.encode())
 
 
 def test_blocks_are_the_documents_joined_by_eos_without_loss(tokenizer, tmp_path):
@@ -298,3 +300,41 @@ def test_hub_dataset_is_read_with_a_named_validation_split(tokenizer):
         validation_split="validation",
     )
     assert splits.validation.about["documents"] < splits.train.about["documents"]
+
+
+def test_block_starts_with_bos_where_the_tokenizer_has_one(sentence_piece, tmp_path):
+    (tmp_path / "a.txt").write_text("".join(TEXTS), newline="")
+    config = CorpusConfig(dataset=str(tmp_path), seq_len=16)
+    resolved = resolve_corpus(config, "a model", None, has_bos=True)
+    with_bos = load_splits(resolved, sentence_piece)
+    without = load(sentence_piece, tmp_path, seq_len=15, bos=False)
+    assert resolved.bos is True
+    for side in ("train", "validation"):
+        blocks = torch.stack(list(getattr(with_bos, side).blocks()))
+        assert blocks[:, 0].eq(sentence_piece.bos_token_id).all()
+        assert not blocks[:, 1:].eq(sentence_piece.bos_token_id).any()
+    everything = [
+        torch.cat([*splits.train.blocks(), *splits.validation.blocks()])
+        for splits in (with_bos, without)
+    ]
+    text = everything[0].view(-1, 16)[:, 1:]
+    assert sorted(map(tuple, text.tolist())) == sorted(
+        map(tuple, everything[1].view(-1, 15).tolist())
+    )
+
+
+def test_streamed_block_starts_with_bos_too(sentence_piece, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    whole, streamed = (load(sentence_piece, path, bos=True, streaming=s) for s in (False, True))
+    blocks = list(streamed.train.blocks())
+    assert torch.equal(torch.stack(blocks), torch.stack(list(whole.train.blocks())))
+    batch = next(streamed.train.batches(3, seed=0))
+    assert torch.equal(batch.input_ids, torch.stack(blocks[:3]))
+
+
+def test_bos_that_a_tokenizer_does_not_have_is_refused(tokenizer, text_file):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.bos_token = None
+    with pytest.raises(InputError, match="has no BOS token; leave out --bos"):
+        load(tokenizer, text_file, bos=True)

@@ -35,7 +35,7 @@ from tunedlens.tokenizer import token_bytes
 def blocks(tokenizer):
     """Nine blocks of non-ASCII text."""
     text = "".join(f"naïve {i} 日本 🎉 def f(x):\n" for i in range(60))
-    (stream,) = Packer(tokenizer).encode([text])
+    (stream,) = Packer(tokenizer, 32).encode([text])
     return stream[: 9 * 24].view(9, 24).long()
 
 
@@ -161,7 +161,7 @@ def test_calibration_error_equals_a_count_by_bins(tiny, blocks):
 
 def test_standard_errors_agree_with_a_bootstrap_over_blocks(tiny, tokenizer):
     text = "".join(f"naïve {i * i} 日本 def f(x):\n" + "a b " * (i % 7) for i in range(400))
-    (stream,) = Packer(tokenizer).encode([text])
+    (stream,) = Packer(tokenizer, 32).encode([text])
     blocks = stream[: 160 * 16].view(160, 16).long()
     evaluation = run(tiny, blocks)
     p, q, _ = distributions(tiny, lenses_of(tiny)["tuned"], blocks, 1)
@@ -386,7 +386,9 @@ def test_evaluate_scores_saved_and_given_lenses_on_held_out_text(tiny, corpus, t
     random_lens(tiny, seed=1).save(tmp_path / "lens")
     config = EvaluateConfig(lenses=(tmp_path / "lens",), corpus=corpus, split="validation")
     evaluation = evaluate(config, model=tiny, lenses={"mine": random_lens(tiny)})
-    splits = load_splits(resolve_corpus(corpus, tiny.name, tiny.context), tiny.tokenizer)
+    splits = load_splits(
+        resolve_corpus(corpus, tiny.name, tiny.context, tiny.bos_id is not None), tiny.tokenizer
+    )
     lenses = {
         "logit": LogitLens.from_model(tiny),
         "tuned": random_lens(tiny, seed=1),

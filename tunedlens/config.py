@@ -84,6 +84,11 @@ class CorpusConfig:
     seq_len: int | None = option(
         None, "tokens in a block; without it, the model's context, at most 1024"
     )
+    bos: bool | None = option(
+        None,
+        "start every block with the tokenizer's BOS token; without it, if the tokenizer itself "
+        "puts one before a text",
+    )
 
     def __post_init__(self) -> None:
         if self.seq_len is not None and self.seq_len < 2:
@@ -209,7 +214,8 @@ class TrainConfig:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
         """The inverse of `dataclasses.asdict`, also for manifests of 0.1.0."""
-        parts = {"model": ModelConfig(**data["model"]), "corpus": CorpusConfig(**data["corpus"])}
+        corpus = {"bos": False} | data["corpus"]  # 0.1.0 had no BOS
+        parts = {"model": ModelConfig(**data["model"]), "corpus": CorpusConfig(**corpus)}
         renamed = {"most_tokens": "max_tokens", "start_tokens": "init_tokens"}  # since 0.1.0
         fields = {renamed.get(name, name): value for name, value in data.items()}
         fields.pop("compile", None)  # of 0.1.0

@@ -1,16 +1,18 @@
 """Token ids as bytes, as plain text, and as a reader sees them."""
 
+import json
 import unicodedata
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 _VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"})
-_REPLACED = "\ufffd"
+_WORD_START = "▁"  # SentencePiece's letter for a space
 
 
 class TokenText(NamedTuple):
@@ -32,15 +34,10 @@ def shown(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
 
     An id without a token becomes `#id`.
     """
-    text = str(tokenizer.decode([token_id]))
-    if _REPLACED in text:
-        name = tokenizer.convert_ids_to_tokens(token_id)
-        letters = _bytes_of_letters()
-        if isinstance(name, str) and all(letter in letters for letter in name):
-            return "⟨" + " ".join(f"{letters[letter]:02x}" for letter in name) + "⟩"
-    if not text:
-        return f"#{token_id}"
-    return visible(text)
+    text = _decoded(tokenizer, token_id)
+    if isinstance(text, bytes):
+        return f"⟨{text.hex(' ')}⟩"
+    return visible(text) if text else f"#{token_id}"
 
 
 def visible(text: str) -> str:
@@ -53,16 +50,70 @@ def visible(text: str) -> str:
 
 def as_text(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
     """A token as plain text; bytes that form no whole character are written as by `shown`."""
-    text = str(tokenizer.decode([token_id]))
-    return shown(tokenizer, token_id) if _REPLACED in text else text
+    text = _decoded(tokenizer, token_id)
+    return shown(tokenizer, token_id) if isinstance(text, bytes) else text
 
 
-def token_bytes(tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, " vocab"]:
-    """The number of bytes of text in each token of a byte-level BPE; 0 for special tokens."""
-    special = set(tokenizer.all_special_ids)
-    # In a byte-level vocabulary every character of a token's name is one byte.
-    names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    return torch.tensor([0 if i in special else len(name or "") for i, name in enumerate(names)])
+def beginning_of_sequence(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of the token that the tokenizer puts before every text, if it does."""
+    ids = tokenizer("a")["input_ids"]
+    bos = tokenizer.bos_token_id
+    return bos if bos is not None and ids[:1] == [bos] else None
+
+
+class TokenBytes(NamedTuple):
+    """How many bytes of text each token stands for."""
+
+    counts: Int[Tensor, " vocab"]
+    """0 for special tokens."""
+    is_special: Bool[Tensor, " vocab"]
+    added: int
+    """The bytes that the tokenizer adds in front of a text: 1 if that is a space, else 0."""
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> "TokenBytes | None":
+        """Read a tokenizer; None if the bytes of its tokens cannot be known.
+
+        They are known for byte-level BPE, as in GPT-2, and for SentencePiece, as in Llama 2.
+
+        Args:
+            vocab_size: the model's, which may have more ids than the tokenizer.
+        """
+        found = [token_bytes(tokenizer, i) for i in range(len(tokenizer))]
+        counts = [0 if one is None else len(one) for one in found]
+        special = torch.zeros(vocab_size, dtype=torch.bool)
+        special[[i for i in tokenizer.all_special_ids if i < vocab_size]] = True
+        ids = tokenizer("a", add_special_tokens=False)["input_ids"]
+        added = sum(counts[i] for i in ids) - 1
+        if None in found or added not in (0, 1):
+            return None
+        padding = [0] * (vocab_size - len(counts))
+        return cls(torch.tensor(counts + padding), special, added)
+
+    def next_bytes(self, ids: Int[Tensor, "*rows positions"]) -> Int[Tensor, "*rows positions-1"]:
+        """The bytes of text that every token but the first stands for.
+
+        The first token after a special one is the start of a text. The space that some
+        tokenizers add there is not counted.
+        """
+        counts = self.counts[ids[..., 1:]]
+        is_start = self.is_special[ids[..., :-1]] & (counts > 0)
+        return counts - self.added * is_start
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes | None:
+    """The bytes of text that a token stands for; None if they cannot be known.
+
+    Special tokens, and ids without a token, stand for no text.
+    """
+    added = tokenizer.added_tokens_decoder.get(token_id)
+    name = tokenizer.convert_ids_to_tokens(token_id)
+    if token_id in tokenizer.all_special_ids or not isinstance(name, str):
+        return b""
+    if added is not None:
+        return b"" if added.special else added.content.encode()
+    read = _name_reader(tokenizer)
+    return None if read is None else read(name)
 
 
 def display_width(text: str) -> int:
@@ -72,8 +123,57 @@ def display_width(text: str) -> int:
     )
 
 
+def _decoded(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str | bytes:
+    """A token as text, or as bytes that form no whole character."""
+    data = token_bytes(tokenizer, token_id)
+    if not data:
+        return str(tokenizer.decode([token_id]))
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data
+
+
 def _is_wide(letter: str) -> bool:
     return unicodedata.east_asian_width(letter) in "WF"
+
+
+@lru_cache(maxsize=8)
+def _name_reader(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bytes | None] | None:
+    """The function from the name of a token to its bytes, from the tokenizer's decoder."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    steps = {str(step["type"]): step for step in _steps(json.loads(backend.to_str())["decoder"])}
+    if "ByteLevel" in steps:
+        return _byte_level
+    replaces = steps.get("Replace", {}).get("pattern") == {"String": _WORD_START}
+    if "Metaspace" in steps or replaces:
+        return _sentence_piece if "ByteFallback" in steps else _spaced
+    return None
+
+
+def _steps(decoder: object) -> Iterator[dict[str, object]]:
+    """The steps of a decoder, which may be a sequence of decoders."""
+    if isinstance(decoder, dict):
+        yield decoder
+        for step in decoder.get("decoders", []):
+            yield from _steps(step)
+
+
+def _byte_level(name: str) -> bytes | None:
+    letters = _bytes_of_letters()
+    return bytes(letters[letter] for letter in name) if set(name) <= letters.keys() else None
+
+
+def _spaced(name: str) -> bytes:
+    return name.replace(_WORD_START, " ").encode()
+
+
+def _sentence_piece(name: str) -> bytes:
+    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
+        return bytes.fromhex(name[3:5])
+    return _spaced(name)
 
 
 @cache

@@ -42,19 +42,23 @@ LONGEST_DEFAULT_BLOCK = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedCorpus(CorpusConfig):
-    """A `CorpusConfig` with nothing left open: which text, and how long a block is."""
+    """A `CorpusConfig` with nothing left open: which text, and what a block is."""
 
     dataset: str
     seq_len: int
+    bos: bool
 
 
-def resolve_corpus(config: CorpusConfig, model_name: str, context: int | None) -> ResolvedCorpus:
-    """Choose the text and the length of a block where the config leaves them open.
+def resolve_corpus(
+    config: CorpusConfig, model_name: str, context: int | None, has_bos: bool = False
+) -> ResolvedCorpus:
+    """Choose the text, the length of a block and its start where the config leaves them open.
 
     Args:
         config: what was asked for.
         model_name: decides on the default text.
         context: the longest sequence that the model reads, in tokens.
+        has_bos: whether the model's tokenizer puts BOS before a text.
 
     Raises:
         InputError: the block is longer than the model's context.
@@ -69,8 +73,9 @@ def resolve_corpus(config: CorpusConfig, model_name: str, context: int | None) -
         dataset = builtin.NAME
     elif dataset is None:
         dataset, streaming = DEFAULT_HUB_DATASET, True
-    settings = vars(config) | {"dataset": dataset, "seq_len": seq_len, "streaming": streaming}
-    return ResolvedCorpus(**settings)
+    bos = has_bos if config.bos is None else config.bos
+    chosen = {"dataset": dataset, "seq_len": seq_len, "streaming": streaming, "bos": bos}
+    return ResolvedCorpus(**vars(config) | chosen)
 
 
 def load_splits(config: ResolvedCorpus, tokenizer: PreTrainedTokenizerBase) -> CorpusSplits:
@@ -81,16 +86,15 @@ def load_splits(config: ResolvedCorpus, tokenizer: PreTrainedTokenizerBase) -> C
 
     Raises:
         InputError: there is no such text, it is empty or too short, has no such column,
-            cannot be decoded, or the hub cannot be reached.
+            or the hub cannot be reached.
     """
     _require_consistent(config)
-    packer = Packer(tokenizer)
-    name, seq_len = config.dataset, config.seq_len
+    packer, name = Packer(tokenizer, config.seq_len, has_bos=config.bos), config.dataset
 
     def corpus(documents: Any, held_out: bool | None = None) -> Corpus:
         if is_stream(documents):
-            return StreamedCorpus(documents, packer, seq_len, name, held_out)
-        return PackedCorpus.pack(encoded(documents, packer), seq_len, name)
+            return StreamedCorpus(documents, packer, name, held_out)
+        return PackedCorpus.pack(encoded(documents, packer), packer, name)
 
     if name == builtin.NAME:
         return CorpusSplits(
@@ -105,7 +109,7 @@ def load_splits(config: ResolvedCorpus, tokenizer: PreTrainedTokenizerBase) -> C
         return CorpusSplits(
             lambda: corpus(train, held_out=False), lambda: corpus(train, held_out=True)
         )
-    return split_by_hash(train, packer, seq_len, name)
+    return split_by_hash(train, packer, name)
 
 
 def _require_consistent(config: ResolvedCorpus) -> None:

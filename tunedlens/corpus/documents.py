@@ -1,5 +1,6 @@
 """Documents as tokens, and the fraction of them that is held out."""
 
+import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tunedlens.corpus.standard_library import HELD_OUT_FRACTION, hash_fraction
 from tunedlens.errors import InputError
-from tunedlens.tokenizer import token_bytes
+from tunedlens.tokenizer import TokenBytes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -18,42 +19,68 @@ DOCUMENTS_AT_A_TIME = 16
 
 
 class Packer:
-    """Turns documents into token ids, each followed by EOS.
+    """Turns documents into token ids, each followed by EOS, and those into blocks.
+
+    Args:
+        seq_len: tokens in a block.
+        has_bos: whether every block starts with BOS.
 
     Raises:
-        InputError: the tokenizer has no EOS token.
+        InputError: the tokenizer has no EOS token, or no BOS token that is asked for.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, seq_len: int, *, has_bos: bool = False
+    ) -> None:
         if tokenizer.eos_token_id is None:
             raise InputError(
                 f"the tokenizer {tokenizer.name_or_path} has no EOS token to join documents with"
             )
+        if has_bos and tokenizer.bos_token_id is None:
+            raise InputError(
+                f"the tokenizer {tokenizer.name_or_path} has no BOS token; leave out --bos"
+            )
+        self.seq_len = seq_len
+        self.text_tokens = seq_len - has_bos
+        """Tokens of text in a block."""
         self._tokenizer = tokenizer
-        self._token_bytes = token_bytes(tokenizer)
+        self._bos_id = tokenizer.bos_token_id if has_bos else None
+        self._token_bytes = TokenBytes.of(tokenizer, len(tokenizer))
+        self._has_warned = False
 
     def encode(self, texts: list[str]) -> list[Int[Tensor, " tokens"]]:
-        """Token ids of each text, with EOS at the end.
-
-        Raises:
-            InputError: the tokens do not represent the text byte for byte.
-        """
+        """Token ids of each text, with EOS at the end."""
         # A text that spells out "<|endoftext|>" means those characters, not the token.
         encoded = self._tokenizer(
             texts, add_special_tokens=False, split_special_tokens=True, verbose=False
         )
+        eos = self._tokenizer.eos_token_id
         documents = []
         for text, ids in zip(texts, encoded["input_ids"], strict=True):
-            document = torch.tensor([*ids, self._tokenizer.eos_token_id], dtype=torch.int32)
-            expected, found = len(text.encode()), int(self._token_bytes[document.long()].sum())
-            if expected != found:
-                raise InputError(
-                    f"the tokenizer {self._tokenizer.name_or_path} turned {expected} bytes of "
-                    f"text into tokens for {found} bytes; expected a byte-level BPE that keeps "
-                    "the text as it is, like GPT-2's"
-                )
-            documents.append(document)
+            self._compare_bytes(text, torch.tensor([eos, *ids]))
+            documents.append(torch.tensor([*ids, eos], dtype=torch.int32))
         return documents
+
+    def to_blocks(self, stream: Int[Tensor, " tokens"]) -> Int[Tensor, "blocks seq"]:
+        """Cut a stream of tokens into blocks; what fills no block at its end is left out."""
+        count = len(stream) // self.text_tokens
+        blocks = stream[: count * self.text_tokens].view(count, self.text_tokens)
+        if self._bos_id is None:
+            return blocks
+        return torch.cat([blocks.new_full((count, 1), self._bos_id), blocks], 1)
+
+    def _compare_bytes(self, text: str, ids: Int[Tensor, " tokens"]) -> None:
+        """Warn once if the tokens do not represent the text byte for byte."""
+        if self._token_bytes is None or self._has_warned:
+            return
+        expected, actual = len(text.encode()), int(self._token_bytes.next_bytes(ids).sum())
+        if expected != actual:
+            self._has_warned = True
+            warnings.warn(
+                f"the tokenizer {self._tokenizer.name_or_path} turned {expected} bytes of text "
+                f"into tokens for {actual} bytes; bits per byte count the bytes of the tokens",
+                stacklevel=2,
+            )
 
 
 class Document(NamedTuple):

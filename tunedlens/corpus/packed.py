@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tunedlens.corpus.blocks import Batch
-from tunedlens.corpus.documents import Document, hold_out
+from tunedlens.corpus.documents import Document, Packer, hold_out
 from tunedlens.corpus.standard_library import hash_fraction
 from tunedlens.errors import InputError
 from tunedlens.files import JsonObject
@@ -32,7 +32,7 @@ class PackedCorpus:
         self.about = about | {"blocks": len(blocks)}
 
     @classmethod
-    def pack(cls, documents: list[Document], seq_len: int, name: str) -> Self:
+    def pack(cls, documents: list[Document], packer: Packer, name: str) -> Self:
         """Join documents and cut them into blocks.
 
         Raises:
@@ -41,10 +41,10 @@ class PackedCorpus:
         if not documents:
             raise InputError(f"{name} is empty: expected text")
         stream = torch.cat([document.ids for document in documents])
-        count, dropped = divmod(len(stream), seq_len)
-        if not count:
+        blocks = packer.to_blocks(stream)
+        if not len(blocks):
             raise InputError(
-                f"{name} has {len(stream)} tokens, less than one block of {seq_len}; "
+                f"{name} has {len(stream)} tokens, less than one block of {packer.seq_len}; "
                 "give more text or a smaller --seq-len"
             )
         about = {
@@ -52,10 +52,10 @@ class PackedCorpus:
             "documents": len(documents),
             "bytes": sum(document.text_bytes for document in documents),
             "tokens": len(stream),
-            "dropped_tokens": dropped,
+            "dropped_tokens": len(stream) % packer.text_tokens,
             "tokens_sha256": hashlib.sha256(stream.numpy().tobytes()).hexdigest(),
         }
-        return cls(stream[: count * seq_len].view(count, seq_len), about)
+        return cls(blocks, about)
 
     def split(self) -> tuple["PackedCorpus", "PackedCorpus"]:
         """The blocks to train on and those held out, by the hash of each.

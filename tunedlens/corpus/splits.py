@@ -32,7 +32,7 @@ class CorpusSplits:
         return self._validation()
 
 
-def split_by_hash(documents: "Dataset", packer: Packer, seq_len: int, name: str) -> CorpusSplits:
+def split_by_hash(documents: "Dataset", packer: Packer, name: str) -> CorpusSplits:
     """Hold out a fraction of the documents by the hash of each.
 
     A single document is split by blocks instead, and so are documents of which one split
@@ -47,8 +47,8 @@ def split_by_hash(documents: "Dataset", packer: Packer, seq_len: int, name: str)
         [d for d, held in zip(everything, held_out, strict=True) if held == is_validation]
         for is_validation in (False, True)
     ]
-    if all(sum(len(document.ids) for document in split) >= seq_len for split in splits):
-        train, validation = (PackedCorpus.pack(split, seq_len, name) for split in splits)
+    if all(sum(len(d.ids) for d in split) >= packer.text_tokens for split in splits):
+        train, validation = (PackedCorpus.pack(split, packer, name) for split in splits)
     else:
-        train, validation = PackedCorpus.pack(everything, seq_len, name).split()
+        train, validation = PackedCorpus.pack(everything, packer, name).split()
     return CorpusSplits(lambda: train, lambda: validation)

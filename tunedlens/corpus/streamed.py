@@ -33,13 +33,11 @@ class StreamedCorpus:
         self,
         documents: "IterableDataset",
         packer: Packer,
-        seq_len: int,
         name: str,
         held_out: bool | None,
     ) -> None:
         self._documents = documents
         self._packer = packer
-        self._seq_len = seq_len
         self._held_out = held_out
         self.about: JsonObject = {"dataset": name, "streamed": True}
 
@@ -49,7 +47,7 @@ class StreamedCorpus:
         seed: int,  # noqa: ARG002 - a stream keeps the order of its text
         position: JsonObject | None = None,
     ) -> Iterator[Batch]:
-        needed = batch_size * self._seq_len
+        needed = batch_size * self._packer.text_tokens
         # A position consists of the reader's state before the last run of documents, the tokens
         # left over from earlier runs, and the number of batches since then.
         start = position or {"reader": None, "left": [], "batches": 0, "read": _NOTHING_READ}
@@ -65,7 +63,7 @@ class StreamedCorpus:
             }
             self.about |= read
             for index in range(start["batches"], len(stream) // needed):
-                rows = stream[index * needed : (index + 1) * needed].view(batch_size, -1)
+                rows = self._packer.to_blocks(stream[index * needed : (index + 1) * needed])
                 yield Batch(rows.long(), start | {"batches": index + 1})
             stream = stream[len(stream) - len(stream) % needed :]
             reader = self._documents.state_dict()
@@ -82,9 +80,9 @@ class StreamedCorpus:
         stream = torch.tensor([], dtype=torch.int32)
         for run in self._runs():
             stream = torch.cat([stream, *(document.ids for document in run)])
-            count = len(stream) // self._seq_len
-            yield from stream[: count * self._seq_len].view(count, self._seq_len).long()
-            stream = stream[count * self._seq_len :]
+            blocks = self._packer.to_blocks(stream)
+            yield from blocks.long()
+            stream = stream[len(blocks) * self._packer.text_tokens :]
         self.about["dropped_tokens"] = len(stream)
 
     def _runs(self) -> Iterator[list[Document]]:

@@ -22,7 +22,7 @@ from tunedlens.evaluation.tally import Tally
 from tunedlens.lenses import Lens, require_made_for
 from tunedlens.metrics import per_token_metrics
 from tunedlens.model import FrozenModel
-from tunedlens.tokenizer import token_bytes
+from tunedlens.tokenizer import TokenBytes
 
 
 def score_lenses(
@@ -118,8 +118,7 @@ class _Scorer:
     def __init__(self, model: FrozenModel, layout: Layout, metrics: tuple[str, ...]) -> None:
         self._model, self._layout, self._metrics = model, layout, metrics
         self._decoder = Decoder(model.unembedding.centred())
-        counts, vocab_size = token_bytes(model.tokenizer), model.identity.vocab_size
-        self._token_bytes = F.pad(counts, (0, max(0, vocab_size - len(counts))))
+        self._token_bytes = TokenBytes.of(model.tokenizer, model.identity.vocab_size)
         # Apple's GPUs have no float64.
         self.sums_device = torch.device("cpu") if model.device.type == "mps" else model.device
 
@@ -138,11 +137,17 @@ class _Scorer:
         return ScoredBatch(
             dict(zip(self._metrics, by_layer, strict=True)),
             is_scored,
-            self._token_bytes[ids[:, 1:]] * is_scored,
+            self._next_bytes(ids) * is_scored,
             groups,
             probability_sums,
             self._measure_transfer(tokens),
         )
+
+    def _next_bytes(self, ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch positions"]:
+        """The bytes of text of each next token; 0 where they cannot be known."""
+        if self._token_bytes is None:
+            return torch.zeros_like(ids[:, 1:])
+        return self._token_bytes.next_bytes(ids)
 
     def _tokens(
         self,

@@ -42,7 +42,10 @@ def load_text(config: EvaluateConfig, specs: Sequence[LensSpec], model: FrozenMo
     saved = [spec for spec in specs if spec.folder is not None]
     same_text = trained_on(saved, config.corpus.dataset)
     corpus = resolve_corpus(
-        _corpus_as_trained(config.corpus, saved, same_text), model.name, model.context
+        _corpus_as_trained(config.corpus, saved, same_text),
+        model.name,
+        model.context,
+        model.bos_id is not None,
     )
     splits = load_splits(corpus, model.tokenizer)
     # Without a saved lens, baselines and lenses in memory come from the corpus's training side.
@@ -62,7 +65,9 @@ def load_text(config: EvaluateConfig, specs: Sequence[LensSpec], model: FrozenMo
     tokens = _tokens(config, corpus, list(descriptions.values()))
     training = splits
     if saved and not same_text and any(spec.kind in BASELINE_TOKENS for spec in specs):
-        other = resolve_corpus(saved[0].trained.corpus, model.name, model.context)
+        other = resolve_corpus(
+            saved[0].trained.corpus, model.name, model.context, model.bos_id is not None
+        )
         training = load_splits(other, model.tokenizer)
     return ScoredText(
         dataclasses.replace(config, tokens=tokens),

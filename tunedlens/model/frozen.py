@@ -30,6 +30,7 @@ from tunedlens.model.sites import (
 )
 from tunedlens.model.structure import find_attention_and_mlp, find_parts
 from tunedlens.model.unembedding import read_unembedding
+from tunedlens.tokenizer import beginning_of_sequence
 
 
 class FrozenModel(nn.Module):
@@ -70,6 +71,8 @@ class FrozenModel(nn.Module):
                 f"{self.name} has a vocabulary of {vocab_size:,}, but its tokenizer has "
                 f"{len(tokenizer):,} tokens; expected the tokenizer that it was trained with"
             )
+        self.bos_id = beginning_of_sequence(tokenizer)
+        """The token that every text starts with. Set it to None to leave it out."""
         self._fingerprint = fingerprint
         self._check_parts()
 
@@ -94,7 +97,7 @@ class FrozenModel(nn.Module):
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def encode(self, text: str, *, is_any_length: bool = False) -> Int[Tensor, "1 seq"]:
-        """Token ids of one text, on the model's device, without special tokens.
+        """Token ids of one text, on the model's device, with BOS in front if the model has one.
 
         Args:
             is_any_length: whether the text may be longer than the context.
@@ -105,6 +108,8 @@ class FrozenModel(nn.Module):
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if not ids:
             raise InputError("the text has no tokens; give at least one character")
+        if self.bos_id is not None:
+            ids = [self.bos_id, *ids]
         if self.context is not None and len(ids) > self.context and not is_any_length:
             raise InputError(
                 f"the text has {len(ids)} tokens, but {self.name} reads at most "

@@ -34,7 +34,7 @@ def resolve(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -
     Raises:
         InputError: a setting does not fit the model, the device or another setting.
     """
-    corpus = resolve_corpus(config.corpus, model.name, model.context)
+    corpus = resolve_corpus(config.corpus, model.name, model.context, model.bos_id is not None)
     _require_possible(config, corpus, model, accelerator.num_processes)
     batch = _batch(config, corpus, model, accelerator.num_processes)
     fit = _fit_defaults(config, model)

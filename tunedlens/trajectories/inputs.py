@@ -130,7 +130,7 @@ def _single_id(model: FrozenModel, token: str | int) -> int:
         if not 0 <= token < vocab_size:
             raise InputError(f"a token id must be between 0 and {vocab_size - 1}, got {token}")
         return token
-    ids = model.encode(token)[0].tolist()
+    ids = model.tokenizer(token, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         parts = ", ".join(repr(as_text(model.tokenizer, i)) for i in ids)
         raise InputError(
