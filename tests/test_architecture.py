@@ -26,6 +26,7 @@ ORDER = (
     "evaluation",
     "trajectories",
     "generation",
+    "doctor",
     "mlp_neurons",
     "tracking",
     "report",

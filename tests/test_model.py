@@ -158,7 +158,7 @@ def test_embedded_gpt2_completes_python(model):
 
 
 def test_folder_that_is_no_model_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"is no model: expected .*config\.json"):
+    with pytest.raises(InputError, match=r"is not a model: expected .*config\.json"):
         load_model(tmp_path)
 
 

@@ -55,6 +55,15 @@ class ModelConfig:
     revision: str | None = option(None, "branch, tag or commit of a model on the hub")
     dtype: Dtype = option("float32", "dtype of the model's weights")
     device: str | None = option(None, "cpu, cuda, mps, ...; without it, the fastest one available")
+    gguf_file: str | None = option(
+        None, "GGUF file in the folder or on the hub that holds the weights"
+    )
+    blocks: str | None = option(
+        None, "path of the list of blocks, such as model.layers, if it is not found by itself"
+    )
+    final_norm: str | None = option(
+        None, "path of the final norm, such as model.norm, if it is not found; none for no norm"
+    )
 
     def __post_init__(self) -> None:
         _require_choice(self, "dtype", get_args(Dtype))

@@ -42,6 +42,7 @@ class FrozenModel(nn.Module):
         fingerprint: the fingerprint if it is known already; otherwise it is computed.
         blocks: the path of the list of blocks, such as `model.layers`, if it is not found.
         final_norm: the path of the final norm, if it is not found; `none` for a model without.
+        check: whether to check that decoding the last state gives the model's own logits.
 
     Raises:
         InputError: the blocks or the final norm cannot be found, the model is not causal, or
@@ -57,6 +58,7 @@ class FrozenModel(nn.Module):
         *,
         blocks: str | None = None,
         final_norm: str | None = None,
+        check: bool = True,
     ) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
@@ -74,7 +76,8 @@ class FrozenModel(nn.Module):
         self.bos_id = beginning_of_sequence(tokenizer)
         """The token that every text starts with. Set it to None to leave it out."""
         self._fingerprint = fingerprint
-        self._check_parts()
+        if check:
+            self.check_parts()
 
     @cached_property
     def identity(self) -> ModelIdentity:
@@ -254,8 +257,12 @@ class FrozenModel(nn.Module):
         return module.register_forward_pre_hook(hook, with_kwargs=True)
 
     @torch.no_grad()
-    def _check_parts(self) -> None:
-        """Check that the parts give the model's own logits, near zero and far from it."""
+    def check_parts(self) -> None:
+        """Check that the parts give the model's own logits, as they are and scaled up.
+
+        Raises:
+            InputError: they do not; the message says what differs.
+        """
         ids = check_ids(len(self.unembedding.weight), self.context).to(self.device)
         states = self.residual_stream(ids)
         require_causal_states(states, len(self.blocks), self.name)

@@ -18,6 +18,10 @@ def load_model(
     revision: str | None = None,
     dtype: str = "float32",
     device: str | torch.device | None = None,
+    gguf_file: str | None = None,
+    blocks: str | None = None,
+    final_norm: str | None = None,
+    check: bool = True,
 ) -> FrozenModel:
     """Load a causal language model.
 
@@ -27,22 +31,31 @@ def load_model(
         revision: branch, tag or commit on the hub.
         dtype: float32, bfloat16 or float16; weights in another dtype are converted.
         device: by default the accelerator if there is one, otherwise the CPU.
+        gguf_file: the name of a GGUF file in the folder or on the hub to read the weights from.
+        blocks: see `FrozenModel`; only for a model whose structure is not recognised.
+        final_norm: see `FrozenModel`.
+        check: see `FrozenModel`.
 
     Raises:
         InputError: the model does not exist, is damaged or is not supported, the hub cannot
             be reached, or the device cannot be used.
     """
     name = builtin.NAME if model is None else str(model)
-    source = _model_source(name)
+    source = _model_source(name, gguf_file)
     target = _usable_device(device)
+    weights = {} if gguf_file is None else {"gguf_file": gguf_file}
     # Only float32 and bfloat16 keep the fingerprint, so float16 is reached by way of float32.
     load_dtype = torch.float32 if dtype == "float16" else getattr(torch, dtype)
     try:
         result: object = transformers.AutoModelForCausalLM.from_pretrained(
-            source, revision=revision, dtype=load_dtype, output_loading_info=True
+            source,
+            revision=revision,
+            dtype=load_dtype,
+            output_loading_info=True,
+            **weights,
         )
         loaded, info = cast("tuple[transformers.PreTrainedModel, dict[str, set[str]]]", result)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision, **weights)
         if info["missing_keys"]:
             raise ValueError(
                 f"the weights {', '.join(sorted(info['missing_keys'])[:3])} are missing"
@@ -51,10 +64,13 @@ def load_model(
         raise InputError(f"cannot load the model {name}: {first_line(error)}") from error
     fingerprint = None
     if dtype == "float16":
-        fingerprint = FrozenModel(loaded, tokenizer).identity.fingerprint
+        exact = FrozenModel(loaded, tokenizer, blocks=blocks, final_norm=final_norm, check=False)
+        fingerprint = exact.identity.fingerprint
         loaded = loaded.half()
     loaded.to(target)  # type: ignore[arg-type]
-    return FrozenModel(loaded, tokenizer, name, fingerprint)
+    return FrozenModel(
+        loaded, tokenizer, name, fingerprint, blocks=blocks, final_norm=final_norm, check=check
+    )
 
 
 def load_configured(config: ModelConfig, device: torch.device | None) -> FrozenModel:
@@ -64,10 +80,13 @@ def load_configured(config: ModelConfig, device: torch.device | None) -> FrozenM
         revision=config.revision,
         dtype=config.dtype,
         device=config.device or device,
+        gguf_file=config.gguf_file,
+        blocks=config.blocks,
+        final_norm=config.final_norm,
     )
 
 
-def _model_source(name: str) -> str:
+def _model_source(name: str, gguf_file: str | None = None) -> str:
     """The folder or the hub name that transformers loads.
 
     Raises:
@@ -78,11 +97,11 @@ def _model_source(name: str) -> str:
     try:
         path = Path(name).expanduser()
         if path.is_dir():
-            if (path / "config.json").is_file():
+            if (path / (gguf_file or "config.json")).is_file():
                 return str(path)
             raise InputError(
-                f"{name} is no model: expected a Hugging Face folder with config.json, "
-                "model.safetensors and tokenizer files"
+                f"{name} is not a model: expected a Hugging Face folder with "
+                f"{gguf_file or 'config.json, model.safetensors and tokenizer files'}"
             )
         if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise InputError(f"{name}: expected a folder with a model or a name on the hub")

@@ -83,24 +83,37 @@ def require_same_logits(
     if agrees(decoded):
         return
     scale = float((raw * expected).sum() / raw.square().sum())
-    cap = float(expected.abs().max())
+    cap = _cap_between(raw, expected)
     is_square = normed.shape == final.shape
     if is_square and agrees(unembedding.capped(linear(final))):
         reason = "the model applies no norm before its unembedding"
     elif is_square and agrees(unembedding.capped(linear(unembedding.norm(normed)))):
         reason = "the model applies its final norm twice"
     elif agrees(scale * raw):
-        reason = f"the model multiplies its logits by {scale:.4g}, which its config does not say"
+        reason = (
+            f"the model multiplies its logits by {scale:.4g}, which its config does not declare"
+        )
     elif unembedding.cap is not None and agrees(raw):
         reason = f"the config declares a cap of {unembedding.cap:g} that the model does not apply"
-    elif factor > 1 and agrees(cap * torch.tanh(raw / cap)):
-        reason = f"the model caps its logits at {cap:.4g}, which its config does not say"
+    elif agrees(cap * torch.tanh(raw / cap)):
+        reason = f"the model caps its logits at {cap:.4g}, which its config does not declare"
     else:
         reason = f"the logits differ by up to {float((decoded - expected).abs().max()):.3g}"
     raise InputError(
         f"{name}: final norm and unembedding do not give the model's own logits "
         f"({reason}); a lens on it would be wrong, so this architecture is not supported"
     )
+
+
+def _cap_between(raw: Tensor, expected: Tensor) -> float:
+    """The cap that turns the largest raw logit into the model's, found by bisection."""
+    index = raw.abs().argmax()
+    largest, target = raw.flatten()[index].abs().double(), expected.flatten()[index].abs().double()
+    low, high = target, 1e3 * largest
+    for _ in range(60):
+        cap = (low + high) / 2
+        low, high = (cap, high) if cap * torch.tanh(largest / cap) < target else (low, cap)
+    return float(high)
 
 
 def _tolerance(dtype: torch.dtype) -> float:

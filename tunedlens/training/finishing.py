@@ -6,6 +6,7 @@ from tunedlens import checkpoint, files, report
 from tunedlens.evaluation import Evaluation
 from tunedlens.fit import PreconditionedMuon
 from tunedlens.lenses import AffineLens, LogitLens
+from tunedlens.model import take_probe
 from tunedlens.provenance import describe_run
 from tunedlens.report import plots
 from tunedlens.tracking import Tracker
@@ -27,6 +28,7 @@ def finish(run: Run, state: TrainState, tracker: Tracker, lens: AffineLens) -> E
             "corpus": {name: split.about for name, split in splits.items()},
             "progress": dataclasses.asdict(state.progress),
             "held_out": evaluation.to_json(),
+            "probe": take_probe(run.model),
             "provenance": describe_run(run.model),
         }
         checkpoint.save_lens(lens, run.output, metadata)

@@ -1,0 +1,293 @@
+"""Examines a model, and a lens on it: which parts were found, and whether they do their work."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tunedlens.checkpoint import load_lens, read_manifest
+from tunedlens.engine.distributions import kl_divergence
+from tunedlens.errors import InputError
+from tunedlens.lenses import AffineLens, LogitLens
+from tunedlens.model import FrozenModel, probe_kl, probe_tolerance
+
+_TEXT = """The harbour was quiet in the early morning. A few boats lay at the pier, and the men who
+worked on them drank coffee and talked about the weather, which had been bad for a week. In 1987 the
+town had 12,000 people; today it has half as many, and most of the young leave for the city as soon
+as they can. "There is nothing here for them," said one of the older men, "but it is still home."
+"""
+_TOKENS = 96
+_CACHE = "past_key_values"
+_BOS_GAIN = 0.5
+"""Nats of cross-entropy by which BOS must help before its absence counts as a fault."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """The outcome of one check."""
+
+    name: str
+    passed: bool | None
+    """None if the check does not apply to the model."""
+    detail: str = ""
+    """What was found, and what to do about it."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What the doctor found."""
+
+    facts: dict[str, str]
+    """The parts of the model, by name."""
+    checks: list[Check]
+    norms: list[tuple[float, float]] = field(default_factory=list)
+    """Norm of the state at position 0 and median norm at later positions, by layer."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether no check failed."""
+        return all(check.passed is not False for check in self.checks)
+
+    def __str__(self) -> str:
+        width = max(len(name) for name in self.facts)
+        lines = [f"{name:<{width}}  {value}" for name, value in self.facts.items()]
+        marks = {True: "pass", False: "FAIL", None: "  – "}
+        lines.append("")
+        for check in self.checks:
+            detail = f": {check.detail}" if check.detail else ""
+            lines.append(f"{marks[check.passed]}  {check.name}{detail}")
+        lines += ["", "norm of the states      position 0   later positions (median)"]
+        for layer, (first, later) in enumerate(self.norms):
+            lines.append(f"  layer {layer:<3} {first:>22.4g} {later:>17.4g}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def doctor(model: FrozenModel, lens: str | Path | None = None, text: str = _TEXT) -> Diagnosis:
+    """Examine a model, and optionally a saved lens on it.
+
+    Args:
+        model: may be made with `check=False`, so that faults are reported instead of raised.
+        lens: the folder of a saved lens.
+        text: what the model reads; the first 96 tokens are used.
+    """
+    ids = model.encode(text, is_any_length=True)[:, : min(_TOKENS, model.context or _TOKENS)]
+    checks = list(_model_checks(model, ids))
+    if lens is not None:
+        checks += _lens_checks(model, Path(lens), ids)
+    states = model.residual_stream(ids)
+    norms = [state[0].float().norm(dim=-1) for state in states]
+    sizes = [(float(norm[0]), float(norm[1:].median())) for norm in norms]
+    return Diagnosis(_facts(model), checks, sizes)
+
+
+def _facts(model: FrozenModel) -> dict[str, str]:
+    parts, identity, config = model.parts, model.identity, model.model.config
+    names = {module: name for name, module in model.model.named_modules()}
+    block = type(parts.blocks[0]).__name__
+    head, embeddings = parts.head, model.model.get_input_embeddings()
+    is_tied = getattr(head, "weight", None) is getattr(embeddings, "weight", False)
+    return {
+        "model": f"{identity.name} ({type(model.model).__name__})",
+        "blocks": f"{len(parts.blocks)} × {block} at {names[parts.blocks]}",
+        "width": f"{identity.d_model}",
+        "final norm": (
+            f"{type(parts.entry).__name__} at {names[parts.entry]}" if parts.entry else "none"
+        ),
+        "unembedding": f"{names[head]}, {identity.vocab_size:,} tokens"
+        + (", tied to the embedding" if is_tied else "")
+        + (", with a bias" if model.unembedding.bias is not None else ""),
+        "logit scale": f"{parts.logit_scale:g}",
+        "logit cap": "none" if model.unembedding.cap is None else f"{model.unembedding.cap:g}",
+        "dtype": str(model.model.dtype).removeprefix("torch."),
+        "context": f"{model.context or 'unknown'} tokens",
+        "BOS": "none"
+        if model.bos_id is None
+        else f"{model.tokenizer.bos_token!r} before each text",
+        "type": str(config.model_type),
+    }
+
+
+def _check(name: str, run: Callable[[], None]) -> Check:
+    """A check that fails when it raises InputError, with its message."""
+    try:
+        run()
+    except InputError as error:
+        return Check(name, False, str(error))
+    return Check(name, True)
+
+
+def _model_checks(model: FrozenModel, ids: Int[Tensor, "1 seq"]) -> Iterator[Check]:
+    yield _check(
+        "the last state decodes to the model's logits, near and far from a cap",
+        model.check_parts,
+    )
+    yield _hidden_states(model, ids)
+    yield _terms(model, ids)
+    yield _padding(model, ids)
+    yield _cache(model, ids)
+    yield _bos(model, ids)
+
+
+def _hidden_states(model: FrozenModel, ids: Int[Tensor, "1 seq"]) -> Check:
+    name = "the states are the hidden states of transformers"
+    output = model.model(ids, use_cache=False, output_hidden_states=True)
+    expected, states = output.hidden_states, model.residual_stream(ids)
+    if not expected or len(expected) != len(states):
+        return Check(name, None, "this model does not return them")
+    wrong = [i for i in range(len(states) - 1) if not _close(states[i], expected[i])]
+    if not wrong:
+        return Check(name, True)
+    shifts = [
+        shift
+        for shift in (-1, 1)
+        if all(
+            _close(states[i], expected[i + shift])
+            for i in range(max(0, -shift), len(states) - 1 - max(0, shift))
+        )
+    ]
+    if shifts:
+        where = "after" if shifts[0] == 1 else "before"
+        return Check(name, False, f"state l is that of layer l {shifts[0]:+d}, one block {where}")
+    return Check(name, False, f"they differ at layers {', '.join(map(str, wrong))}")
+
+
+def _terms(model: FrozenModel, ids: Int[Tensor, "1 seq"]) -> Check:
+    name = "attention and MLP add up to the residual stream"
+    try:
+        model.sites(ids)
+    except InputError as error:
+        try:
+            model.sites(ids, wanted=("resid_pre", "attn_out", "mlp_out", "resid_post"))
+        except InputError:
+            return Check(name, None, str(error))
+        return Check(name, True, "side by side, so there is no resid_mid")
+    return Check(name, True)
+
+
+def _padding(model: FrozenModel, ids: Int[Tensor, "1 seq"]) -> Check:
+    name = "padding at the end changes nothing"
+    padded = torch.cat([ids[:, :-2], ids[:, :2]], 1)
+    mask = torch.ones_like(padded)
+    mask[:, -2:] = 0
+    pairs = zip(model.residual_stream(ids), model.residual_stream(padded, mask), strict=True)
+    wrong = [i for i, (one, two) in enumerate(pairs) if not _close(one[:, :-2], two[:, :-2])]
+    if wrong:
+        layers = ", ".join(map(str, wrong))
+        return Check(name, False, f"states change at layers {layers}; read one text at a time")
+    return Check(name, True)
+
+
+def _cache(model: FrozenModel, ids: Int[Tensor, "1 seq"]) -> Check:
+    name = "the cache changes nothing"
+    whole = model.model(ids, use_cache=False).logits[:, -1]
+    start = model.model(ids[:, :-1], use_cache=True)
+    # transformers 5.24 renamed the argument and the result.
+    key = "cache" if "cache" in inspect.signature(model.model.forward).parameters else _CACHE
+    cache = getattr(start, key, None) or getattr(start, _CACHE, None)
+    if cache is None:
+        return Check(name, None, "this model has no cache of keys and values")
+    last = model.model(ids[:, -1:], use_cache=True, **{key: cache}).logits[:, -1]
+    is_close = _close(whole, last)
+    return Check(name, is_close, "" if is_close else "generation with a cache differs from reading")
+
+
+def _bos(model: FrozenModel, ids: Int[Tensor, "1 seq"]) -> Check:
+    name = "texts begin as the model was trained"
+    bos = model.tokenizer.bos_token_id
+    if bos is None:
+        return Check(name, None, "the tokenizer has no BOS token")
+    text = ids[:, 1:] if model.bos_id is not None else ids[:, :-1]
+    with_bos = torch.cat([text.new_tensor([[bos]]), text], 1)
+    loss = _cross_entropy(model, text)
+    gain = loss - _cross_entropy(model, with_bos, skip=1)
+    detail = f"BOS changes the cross-entropy by {-gain:+.3f} nats"
+    if model.bos_id is None and gain > _BOS_GAIN:
+        return Check(name, False, f"{detail}, but the tokenizer adds none; give --bos")
+    if model.bos_id is not None and gain < -_BOS_GAIN:
+        return Check(name, False, f"{detail}; give --no-bos")
+    return Check(name, True, detail)
+
+
+def _lens_checks(model: FrozenModel, folder: Path, ids: Int[Tensor, "1 seq"]) -> Iterator[Check]:
+    manifest = read_manifest(folder)
+    name = "the model computes what it did when the lens was made"
+    probe = manifest.get("probe")
+    kl = None if probe is None else probe_kl(probe, model)
+    is_same_body = kl is not None and kl <= probe_tolerance(manifest["probe"], model)
+    if kl is None:
+        yield Check(name, None, "the lens was saved without a probe")
+    elif is_same_body:
+        yield Check(name, True, f"KL {kl:.2g} nats")
+    else:
+        yield Check(
+            name,
+            False,
+            f"its predictions have changed (KL {kl:.3g} nats): another body, "
+            "or a library that computes it otherwise; train the lens again",
+        )
+    trained_with = manifest.get("config", {}).get("corpus", {}).get("bos")
+    if trained_with is not None and trained_with != (model.bos_id is not None):
+        verb = "starts" if trained_with else "does not start"
+        yield Check(
+            "texts begin as in the lens's training",
+            False,
+            f"the lens was trained on text that {verb} with BOS",
+        )
+    name = "the lens was made for this norm and unembedding"
+    try:
+        lens = load_lens(folder, model, check=False)
+    except InputError as error:
+        detail = str(error)
+        if is_same_body:
+            detail += (
+                "; yet the model predicts the same, so its norm or unembedding has been "
+                "folded, centred or rescaled: load it without that"
+            )
+        yield Check(name, False, detail)
+        return
+    yield Check(name, True)
+    yield _shift(model, lens, ids)
+
+
+def _shift(model: FrozenModel, lens: AffineLens, ids: Int[Tensor, "1 seq"]) -> Check:
+    """Whether each translator is at its own layer, and better than none."""
+    name = "the lens is nearer to the model than the logit lens"
+    *states, final = model.residual_stream(ids)
+    logits, n = model.unembedding(final), lens.n_layers
+
+    def kl(one: AffineLens | LogitLens, layer: int, translator: int) -> float:
+        return float(kl_divergence(logits, one(states[layer], translator)).mean())
+
+    plain = LogitLens.from_model(model)
+    own = [kl(lens, layer, layer) for layer in range(n)]
+    without = [kl(plain, layer, layer) for layer in range(n)]
+    for shift in (-1, 1):
+        layers = range(max(0, -shift), n - max(0, shift))
+        shifted = sum(kl(lens, layer, layer + shift) for layer in layers)
+        if shifted < sum(own[layer] for layer in layers) and len(layers) > 1:
+            return Check(
+                name,
+                False,
+                f"its translators fit better {shift:+d} layer away: "
+                "the lens or the states are shifted by one layer",
+            )
+    worse = [str(layer) for layer in range(n) if own[layer] > without[layer]]
+    if worse:
+        return Check(name, False, f"it is farther at layers {', '.join(worse)}; train it again")
+    return Check(name, True, f"mean KL {sum(own) / n:.3g} nats, logit lens {sum(without) / n:.3g}")
+
+
+def _cross_entropy(model: FrozenModel, ids: Int[Tensor, "1 seq"], skip: int = 0) -> float:
+    """Mean cross-entropy of the tokens after the first, in nats."""
+    log_probs = model.model(ids, use_cache=False).logits[0, skip:-1].float().log_softmax(-1)
+    return -float(log_probs.gather(-1, ids[0, skip + 1 :, None]).mean())
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    tolerance = max(1e-3, 32 * torch.finfo(other.dtype).eps)
+    return bool((one - other).abs().max() <= tolerance * other.abs().max())

@@ -1,0 +1,82 @@
+"""What a model predicts on a short text: saved with a lens, compared when the lens is loaded.
+
+The fingerprint of a model covers its final norm and unembedding. A probe covers the rest: a
+fine-tuned body, or a release of transformers that computes it otherwise.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tunedlens.errors import InputError
+from tunedlens.files import JsonObject
+from tunedlens.model.frozen import FrozenModel
+
+_TEXT = "The capital of France is Paris. 1, 2, 3, 4, 5, 6, 7. def main():\n    return"
+_TOKENS, _POSITIONS, _TOP_K = 24, 8, 8
+
+
+@torch.no_grad()
+def take_probe(model: FrozenModel) -> JsonObject:
+    """The model's most likely next tokens at the last few positions of a short text.
+
+    Returns:
+        The ids of the text, and by position the ids of the most likely tokens and their
+        log-probabilities in nats. It can be written as JSON.
+    """
+    ids = model.encode(_TEXT, is_any_length=True)[0, : min(_TOKENS, model.context or _TOKENS)]
+    log_probs = _log_probs(model, ids.tolist())[-_POSITIONS:]
+    top = log_probs.topk(min(_TOP_K, log_probs.shape[-1]))
+    values = [[round(value, 6) for value in row] for row in top.values.tolist()]
+    return {
+        "dtype": str(model.model.dtype).removeprefix("torch."),
+        "ids": ids.tolist(),
+        "top_ids": top.indices.tolist(),
+        "top_log_probs": values,
+    }
+
+
+def probe_tolerance(probe: Mapping[str, object], model: FrozenModel) -> float:
+    """The KL, in nats, that rounding explains: more if either side is in half precision."""
+    dtypes = {probe.get("dtype"), str(model.model.dtype).removeprefix("torch.")}
+    return 1e-4 if dtypes == {"float32"} else 0.02
+
+
+@torch.no_grad()
+def probe_kl(probe: Mapping[str, object], model: FrozenModel) -> float:
+    """Mean KL from the probed model to another one, in nats.
+
+    The tokens that the probe does not have count as one, so this is at most the KL over the
+    vocabulary.
+
+    Raises:
+        InputError: the probe is damaged, or its tokens are not the model's.
+    """
+    vocab_size = model.identity.vocab_size
+    try:
+        ids = [int(i) for i in probe["ids"]]  # type: ignore[attr-defined]
+        top_ids = torch.tensor(probe["top_ids"])
+        expected = torch.tensor(probe["top_log_probs"], dtype=torch.float64)
+        if not ids or top_ids.shape != expected.shape or len(top_ids) > len(ids):
+            raise ValueError("its lists differ in length")
+        if not 0 <= min(*ids, int(top_ids.min())) <= max(*ids, int(top_ids.max())) < vocab_size:
+            raise ValueError(f"expected token ids from 0 to {vocab_size - 1}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"the probe saved with the lens is damaged: {error}") from error
+    log_probs = _log_probs(model, ids)[-len(top_ids) :].double().cpu()
+    actual = _with_rest(log_probs.gather(-1, top_ids))
+    expected = _with_rest(expected)
+    return float((expected.exp() * (expected - actual)).sum(-1).mean())
+
+
+def _log_probs(model: FrozenModel, ids: list[int]) -> Float[Tensor, "positions vocab"]:
+    final = model.residual_stream(torch.tensor([ids], device=model.device))[-1][0]
+    return model.unembedding(final).log_softmax(-1)
+
+
+def _with_rest(log_probs: Float[Tensor, "positions k"]) -> Float[Tensor, "positions k+1"]:
+    """Append the log-probability of all other tokens."""
+    rest = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp_min(1e-9).log()
+    return torch.cat([log_probs, rest], -1)
