@@ -11,10 +11,16 @@ from accelerate import Accelerator
 from tunedlens import checkpoint, files, report
 from tunedlens.cli.flags import add_wandb_flag, configured, make_parser, parse
 from tunedlens.cli.prompt import show_prompts
-from tunedlens.config import EvaluateConfig
+from tunedlens.config import EvaluateConfig, ModelConfig
 from tunedlens.errors import InputError
 from tunedlens.evaluation import evaluate
-from tunedlens.evaluation.lens_specs import LensSpec, lens_specs, trained_model, trained_on
+from tunedlens.evaluation.lens_specs import (
+    SavedLens,
+    lens_specs,
+    model_as_trained,
+    saved_lenses,
+    trained_on,
+)
 from tunedlens.evaluation.text import require_as_trained
 from tunedlens.tracking import Tracker, progress_bar, say
 
@@ -46,8 +52,8 @@ def evaluate_lenses(arguments: Sequence[str] | None) -> int:
         lenses = [str(checkpoint.newest_lens(checkpoint.ROOT))]
         command += ["--lens", *lenses]
 
-    saved = [spec for spec in lens_specs(lenses) if spec.folder is not None]
-    base = EvaluateConfig(lenses=tuple(lenses), model=trained_model(saved))
+    saved = saved_lenses(lens_specs(lenses))
+    base = EvaluateConfig(lenses=tuple(lenses), model=model_as_trained(ModelConfig(), saved))
     config = configured(EvaluateConfig, base, flags)
     same_text = trained_on(saved, config.corpus.dataset)
     if same_text:  # the config cannot tell an explicit default from an open setting
@@ -137,12 +143,14 @@ def _redraw(folder: Path, others: list[str]) -> int:
     return 0
 
 
-def _default_output(saved: Sequence[LensSpec], config: EvaluateConfig, is_other_text: bool) -> Path:
+def _default_output(
+    saved: Sequence[SavedLens], config: EvaluateConfig, is_other_text: bool
+) -> Path:
     """A folder beside the first lens, other than that of an evaluation of more tokens."""
     name = "evaluation"
     if is_other_text and config.corpus.dataset is not None:
         name += f"-{Path(config.corpus.dataset).stem}"
-    folder = saved[0].folder / name if saved and saved[0].folder else Path(name)
+    folder = saved[0].folder / name if saved else Path(name)
     with suppress(InputError):
         if config.tokens is not None and config.tokens < report.read_evaluation(folder).tokens:
             return folder.with_name(f"{name}-{config.tokens}-tokens")

@@ -12,7 +12,7 @@ from tunedlens import checkpoint, files, report
 from tunedlens.cli.flags import configured
 from tunedlens.config import EvaluateConfig, ModelConfig, TrainConfig
 from tunedlens.errors import InputError
-from tunedlens.evaluation.lens_specs import BASELINE_TOKENS, LensSpec, lens_specs
+from tunedlens.evaluation.lens_specs import BASELINES, LensSpec, lens_specs, saved_lenses
 from tunedlens.lenses import LogitLens, ResidualLens
 from tunedlens.model import FrozenModel, load_configured
 from tunedlens.tracking import say
@@ -35,19 +35,17 @@ def show_prompts(flags: dict[str, Any]) -> int:
         flag = f"--{others[0].replace('_', '-')}"
         raise InputError(f"--prompt scores no corpus, so it needs no {flag}")
     specs = lens_specs(asked) if asked else _newest(flags.get("model"))
-    saved = [spec for spec in specs if spec.folder is not None]
-    if any(spec.kind in BASELINE_TOKENS for spec in specs):
+    saved = saved_lenses(specs)
+    if any(spec.kind in BASELINES for spec in specs):
         raise InputError("unigram and mean say the same of every prompt; leave them out")
     trained = saved[0].trained if saved and "model" not in flags else TrainConfig()
     base = EvaluateConfig(model=dataclasses.replace(trained.model, device=None))
     config = configured(EvaluateConfig, base, flags)
-    output = output or (
-        saved[0].folder / "prompts" if saved and saved[0].folder else Path("prompts")
-    )
+    output = output or (saved[0].folder if saved else Path()) / "prompts"
     files.require_writable(output)
     model = load_configured(config.model, None)
     lenses: dict[str, ResidualLens] = {
-        spec.name: checkpoint.load_lens(spec.folder, model) for spec in saved if spec.folder
+        spec.name: checkpoint.load_lens(spec.folder, model) for spec in saved
     }
     lenses["logit"] = LogitLens.from_model(model)
     _write_prompts(model, lenses, prompts, stride, output)
@@ -57,11 +55,11 @@ def show_prompts(flags: dict[str, Any]) -> int:
 def _newest(model: str | None) -> list[LensSpec]:
     """The newest lens if it was made for the model; else the logit lens, with a message."""
     try:
-        specs = lens_specs(None)
+        specs = lens_specs([str(checkpoint.newest_lens(checkpoint.ROOT))])
     except InputError as error:
         say(f"the logit lens alone: {error}")
         return [LensSpec("logit", "logit")]
-    made_for = next(s.manifest["model"]["name"] for s in specs if s.folder is not None)
+    made_for = saved_lenses(specs)[0].manifest["model"]["name"]
     if model is None or model == made_for:
         return specs
     say(f"the logit lens alone: the newest lens was made for {made_for}; --lens names another")

@@ -11,7 +11,7 @@ from tunedlens.config import ScoringConfig
 from tunedlens.corpus import CorpusSplits
 from tunedlens.engine.objective import LensKL, ModelSide
 from tunedlens.errors import InputError
-from tunedlens.evaluation import Evaluation, RatioSums, score_lenses, to_estimates
+from tunedlens.evaluation import Evaluation, RatioSums, score_lenses
 from tunedlens.fit import LeastSquares
 from tunedlens.lenses import Lens, TunedLens
 from tunedlens.model import FrozenModel
@@ -91,7 +91,7 @@ class ValidationSet:
                 sums.add(with_mean[:, None], counts)
         sums.reduce(self._accelerator)
         self.seconds = time.monotonic() - start
-        *layers, mean = to_estimates(*sums.estimates())
+        *layers, mean = sums.estimates().to_list()
         return [estimate.value for estimate in layers], mean.standard_error
 
     def least_squares(self) -> LeastSquares:
