@@ -275,7 +275,7 @@ def test_prompt_for_another_model_than_the_newest_lens_is_made_for(here, capsys)
     make_gpt2(n_layer=2).save_pretrained("other")
     AutoTokenizer.from_pretrained(builtin.FOLDER).save_pretrained("other")
     assert evaluate_command(["--prompt", "x = 1", "--model", "other"]) == 0
-    assert "the logit lens alone: the newest lens was made for" in capsys.readouterr().out
+    assert "only the logit lens is shown: the newest lens was made for" in capsys.readouterr().out
     assert not list((here / "prompts").glob("*/*tuned*"))
 
 
@@ -315,7 +315,7 @@ def test_bad_prompts_are_one_line_and_leave_nothing(here, capsys):
         (["--prompt-file", "nowhere.txt"], "cannot read --prompt-file nowhere.txt"),
         (["--prompt-file", "empty.txt"], "has no prompt"),
         (["--prompt", "x", "--by-position"], "needs no --by-position"),
-        (["--prompt", "x", "--lens", "unigram"], "the same of every prompt"),
+        (["--prompt", "x", "--lens", "unigram"], "the same for every prompt"),
     ]:
         fails(evaluate_command, ["--lens", "steps", *flags], capsys, *expected)
     assert not (here / "steps" / "prompts").exists()

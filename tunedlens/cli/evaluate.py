@@ -51,10 +51,9 @@ def evaluate_lenses(arguments: Sequence[str] | None) -> int:
     if lenses is None:
         lenses = [str(checkpoint.newest_lens(checkpoint.ROOT))]
         command += ["--lens", *lenses]
-
     saved = saved_lenses(lens_specs(lenses))
     base = EvaluateConfig(lenses=tuple(lenses), model=model_as_trained(ModelConfig(), saved))
-    config = configured(EvaluateConfig, base, flags)
+    config = configured(base, flags)
     same_text = trained_on(saved, config.corpus.dataset)
     if same_text:  # the config cannot tell an explicit default from an open setting
         require_as_trained(flags, same_text[0].trained.corpus)
@@ -100,27 +99,19 @@ def _parser() -> argparse.ArgumentParser:
         help="folder of a saved lens, unigram or mean; give it several times for several lenses "
         "(default: the newest saved lens)",
     )
-    group.add_argument(
-        "--output", type=Path, help="folder for the results (default: evaluation/ beside the lens)"
-    )
-    group.add_argument(
-        "--redraw",
-        type=Path,
-        metavar="DIR",
-        help="write tables and plots again from saved results",
-    )
+    texts = {
+        "output": "folder for the results (default: evaluation/ beside the lens)",
+        "redraw": "write tables and plots again from the results saved in this folder",
+        "prompt-file": r"file with one prompt per line; \n in a line stands for a line break",
+    }
+    for name, text in texts.items():
+        group.add_argument(f"--{name}", type=Path, metavar="PATH", help=text)
     group.add_argument(
         "--prompt",
         action="append",
         metavar="TEXT",
         help="instead of scoring a corpus, show one text through the layers; give it several times "
         "for several texts",
-    )
-    group.add_argument(
-        "--prompt-file",
-        type=Path,
-        metavar="FILE",
-        help=r"a file with one prompt per line; \n in a line stands for a line break",
     )
     group.add_argument(
         "--stride",
@@ -135,11 +126,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _redraw(folder: Path, others: list[str]) -> int:
     if others:
-        raise InputError(
-            f"--redraw needs no --{others[0].replace('_', '-')}: it reads {folder} and no model"
-        )
+        other = f"--{others[0].replace('_', '-')}"
+        raise InputError(f"--redraw needs no {other}: it reads {folder} and no model")
     report.write_report(report.read_evaluation(folder), folder)
-    say(f"tables, plots and report.html in {folder} are written again")
+    say(f"the tables, plots and report.html in {folder} are written again")
     return 0
 
 
@@ -150,7 +140,7 @@ def _default_output(
     name = "evaluation"
     if is_other_text and config.corpus.dataset is not None:
         name += f"-{Path(config.corpus.dataset).stem}"
-    folder = saved[0].folder / name if saved else Path(name)
+    folder = (saved[0].folder if saved else Path()) / name
     with suppress(InputError):
         if config.tokens is not None and config.tokens < report.read_evaluation(folder).tokens:
             return folder.with_name(f"{name}-{config.tokens}-tokens")

@@ -10,7 +10,7 @@ from typing import Any
 
 from tunedlens import checkpoint, files, report
 from tunedlens.cli.flags import configured
-from tunedlens.config import EvaluateConfig, ModelConfig, TrainConfig
+from tunedlens.config import ModelConfig
 from tunedlens.errors import InputError
 from tunedlens.evaluation.lens_specs import BASELINES, LensSpec, lens_specs, saved_lenses
 from tunedlens.lenses import LogitLens, ResidualLens
@@ -20,10 +20,9 @@ from tunedlens.trajectories import Trajectory, trajectory
 
 
 def show_prompts(flags: dict[str, Any]) -> int:
-    """Show texts through the layers of saved lenses, or of the logit lens alone.
+    """Show texts through the layers of the logit lens and of saved lenses.
 
-    Returns:
-        The exit status.
+    Returns the exit status.
     """
     prompts = flags.pop("prompt", [])
     if "prompt_file" in flags:
@@ -37,13 +36,12 @@ def show_prompts(flags: dict[str, Any]) -> int:
     specs = lens_specs(asked) if asked else _newest(flags.get("model"))
     saved = saved_lenses(specs)
     if any(spec.kind in BASELINES for spec in specs):
-        raise InputError("unigram and mean say the same of every prompt; leave them out")
-    trained = saved[0].trained if saved and "model" not in flags else TrainConfig()
-    base = EvaluateConfig(model=dataclasses.replace(trained.model, device=None))
-    config = configured(EvaluateConfig, base, flags)
+        raise InputError("unigram and mean are the same for every prompt; leave them out")
+    base = saved[0].trained.model if saved and "model" not in flags else ModelConfig()
+    config = configured(dataclasses.replace(base, device=None), flags)
     output = output or (saved[0].folder if saved else Path()) / "prompts"
     files.require_writable(output)
-    model = load_configured(config.model, None)
+    model = load_configured(config, None)
     lenses: dict[str, ResidualLens] = {
         spec.name: checkpoint.load_lens(spec.folder, model) for spec in saved
     }
@@ -57,12 +55,15 @@ def _newest(model: str | None) -> list[LensSpec]:
     try:
         specs = lens_specs([str(checkpoint.newest_lens(checkpoint.ROOT))])
     except InputError as error:
-        say(f"the logit lens alone: {error}")
+        say(f"only the logit lens is shown: {error}")
         return [LensSpec("logit", "logit")]
     made_for = saved_lenses(specs)[0].manifest["model"]["name"]
     if model is None or model == made_for:
         return specs
-    say(f"the logit lens alone: the newest lens was made for {made_for}; --lens names another")
+    say(
+        f"only the logit lens is shown: the newest lens was made for {made_for}; choose another "
+        "with --lens"
+    )
     return [LensSpec("logit", "logit")]
 
 

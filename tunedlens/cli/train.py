@@ -31,7 +31,7 @@ def train_lens(arguments: Sequence[str] | None) -> int:
     parser = make_parser("train.py", TRAIN, TrainConfig)
     group = parser.add_argument_group("the run")
     group.add_argument(
-        "--output", type=Path, help="the run's folder; checkpoints/<model>-<time> by default"
+        "--output", type=Path, help="folder of the run (default: checkpoints/<model>-<time>)"
     )
     group.add_argument(
         "--resume",
@@ -50,11 +50,11 @@ def train_lens(arguments: Sequence[str] | None) -> int:
     if resume is not None and output is not None:
         raise InputError("--resume already names the folder of the run; leave out --output")
     if resume is None:
-        config = configured(TrainConfig, TrainConfig(), flags)
+        config = configured(TrainConfig(), flags)
         output = output or new_folder(config)
     else:
         output = checkpoint.newest_state(checkpoint.ROOT) if resume == checkpoint.ROOT else resume
-        config = configured(TrainConfig, saved_config(output), flags)
+        config = configured(saved_config(output), flags)
     try:
         evaluation = train(config, output, resume=resume is not None, wandb=wandb)
     except Interrupted as interrupted:
