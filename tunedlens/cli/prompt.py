@@ -54,17 +54,14 @@ def _newest(model: str | None) -> list[LensSpec]:
     """The newest lens if it was made for the model; else the logit lens, with a message."""
     try:
         specs = lens_specs([str(checkpoint.newest_lens(checkpoint.ROOT))])
+        made_for = saved_lenses(specs)[0].manifest["model"]["name"]
+        if model in (None, made_for):
+            return specs
+        reason = f"the newest lens was made for {made_for}; choose another with --lens"
     except InputError as error:
-        say(f"only the logit lens is shown: {error}")
-        return [LensSpec("logit", "logit")]
-    made_for = saved_lenses(specs)[0].manifest["model"]["name"]
-    if model is None or model == made_for:
-        return specs
-    say(
-        f"only the logit lens is shown: the newest lens was made for {made_for}; choose another "
-        "with --lens"
-    )
-    return [LensSpec("logit", "logit")]
+        reason = str(error)
+    say(f"only the logit lens is shown: {reason}")
+    return lens_specs([])
 
 
 def _read_file(path: Path) -> list[str]:

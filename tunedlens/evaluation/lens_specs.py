@@ -83,7 +83,7 @@ def lens_specs(asked: Iterable[str], in_memory: Iterable[str] = ()) -> list[Lens
 
 
 def saved_lenses(specs: Iterable[LensSpec]) -> list[SavedLens]:
-    """Those that are saved."""
+    """The lenses that are saved in a folder."""
     return [spec for spec in specs if isinstance(spec, SavedLens)]
 
 

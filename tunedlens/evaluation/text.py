@@ -82,12 +82,9 @@ def load_text(config: EvaluateConfig, specs: Sequence[LensSpec], model: FrozenMo
 def _corpus_as_trained(
     config: CorpusConfig, saved: Sequence[SavedLens], same_text: Sequence[SavedLens]
 ) -> CorpusConfig:
-    """A config whose default settings are replaced by those of the lenses' training.
+    """The settings of the training of `same_text`, if the config's own agree with them.
 
-    Args:
-        config: the corpus asked for.
-        saved: all saved lenses.
-        same_text: those that were trained on this corpus.
+    If no lens was trained on the text, only the length of a block is taken from the first one.
 
     Raises:
         InputError: see `require_as_trained`.
