@@ -5,6 +5,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,7 @@ def _newest(model: str | None) -> list[LensSpec]:
 
 
 def _read_file(path: Path) -> list[str]:
-    r"""The prompts of a file, one per line; `\n` in a line stands for a line break.
-
-    Raises:
-        InputError: the file cannot be read, or has no prompt.
-    """
+    r"""The prompts of a file, one per line; `\n` in a line stands for a line break."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -94,14 +91,13 @@ def _write_prompts(
     stride: int | None,
     folder: Path,
 ) -> None:
-    """Read every prompt, write its report and print the best tokens at its end.
-
-    Raises:
-        InputError: a prompt is empty or beyond the context, or the folder cannot be written.
-    """
+    """Read every prompt, write its report and print the best tokens at its end."""
     # A bad prompt is noticed before anything is written.
     found = trajectory(model, lenses, list(prompts), stride=stride)
-    within = _within_blocks(model, prompts, stride)
+    within: list[Trajectory] = []
+    with suppress(InputError):  # attention and MLP of a block may run in parallel
+        sites = ["resid_mid", "resid_post"]
+        within = trajectory(model, None, list(prompts), sites=sites, stride=stride)
     for index, (prompt, read) in enumerate(zip(prompts, found, strict=True)):
         written = folder / _folder_name(prompt)
         report.write_one_text(read, written, within[index] if within else None)
@@ -111,14 +107,3 @@ def _write_prompts(
             table = report.top_k(read, lens=lens, k=3).to_text(is_coloured=sys.stdout.isatty())
             say(f"\n{lens} lens\n{table}")
         say(f"\nreport.md, with heatmaps, curves, tables and a page to explore, is in {written}")
-
-
-def _within_blocks(
-    model: FrozenModel, prompts: Sequence[str], stride: int | None
-) -> list[Trajectory]:
-    """The logit lens after attention and after the MLP; empty where they run in parallel."""
-    try:
-        sites = ["resid_mid", "resid_post"]
-        return trajectory(model, None, list(prompts), sites=sites, stride=stride)
-    except InputError:
-        return []

@@ -1,6 +1,6 @@
 """Metrics of every lens at every layer, over a corpus."""
 
-from tunedlens.evaluation.estimates import Estimate, Estimates, RatioSums
+from tunedlens.evaluation.estimates import Estimate, RatioSums
 from tunedlens.evaluation.pipeline import evaluate, score_lenses
 from tunedlens.evaluation.results import MODEL, Difference, Evaluation, Grid, Result
 
@@ -8,7 +8,6 @@ __all__ = [
     "MODEL",
     "Difference",
     "Estimate",
-    "Estimates",
     "Evaluation",
     "Grid",
     "RatioSums",

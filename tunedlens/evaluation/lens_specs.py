@@ -35,11 +35,7 @@ class SavedLens(LensSpec):
 
     @classmethod
     def read(cls, name: str, folder: Path) -> "SavedLens":
-        """Read the manifest in a folder.
-
-        Raises:
-            InputError: there is no lens in the folder, or its manifest is damaged.
-        """
+        """Read the manifest in a folder."""
         manifest = checkpoint.read_manifest(folder)
         trained = checkpoint.saved_config(folder) if "config" in manifest else TrainConfig()
         kind = "closed-form" if trained.fit == "closed-form" else manifest["lens"]

@@ -161,14 +161,10 @@ def _blocks_of_this_process(
     accelerator: Accelerator | None,
     digest: Callable[[bytes], object],
 ) -> Iterator[Block]:
-    """Every n-th block for n processes; the digest is given the scored tokens of all blocks.
-
-    Raises:
-        InputError: blocks differ in length.
-    """
-    process, processes = (
-        (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    )
+    """Every n-th block for n processes; the digest is given the scored tokens of all blocks."""
+    process, processes = 0, 1
+    if accelerator is not None:
+        process, processes = accelerator.process_index, accelerator.num_processes
     left, length = math.inf if tokens is None else tokens, None
     for number, ids in enumerate(blocks):
         if left <= 0:

@@ -26,8 +26,6 @@ class Tally:
     Sums by layer have n + 1 entries: layers 0 to n - 1, and last their mean.
 
     Args:
-        layout: the lenses.
-        config: says which results.
         positions: scored positions in a block.
     """
 
@@ -97,9 +95,6 @@ class Tally:
 
     def evaluation(self, tokens_sha256: str) -> Evaluation:
         """The results.
-
-        Args:
-            tokens_sha256: hash of the scored token ids.
 
         Raises:
             InputError: nothing was scored, or a value is not finite.

@@ -85,9 +85,6 @@ def _corpus_as_trained(
     """The settings of the training of `same_text`, if the config's own agree with them.
 
     If no lens was trained on the text, only the length of a block is taken from the first one.
-
-    Raises:
-        InputError: see `require_as_trained`.
     """
     if not same_text:
         seq_len = saved[0].trained.corpus.seq_len if saved else None
@@ -107,7 +104,6 @@ def require_as_trained(settings: Mapping[str, object], trained: CorpusConfig) ->
 
     Args:
         settings: fields of a `CorpusConfig` by name; other names are ignored.
-        trained: the corpus of the training.
 
     Raises:
         InputError: a setting differs, so that blocks from training would be scored.
@@ -139,11 +135,7 @@ def _tokens(
 def _require_held_out(
     corpus: CorpusConfig, about: JsonObject, same_text: Sequence[SavedLens]
 ) -> None:
-    """Check that the held-out blocks are those that each lens's training held out.
-
-    Raises:
-        InputError: the text was divided in another way, or has changed since.
-    """
+    """Check that the held-out blocks are those that each lens's training held out."""
     for spec in same_text:
         trained = spec.trained.corpus
         # A file's name may be spelled in several ways.
