@@ -71,21 +71,11 @@ def evaluate(
         model = load_configured(config.model, accelerator.device)
     loaded = {spec.name: checkpoint.load_lens(spec.folder, model) for spec in saved}
     text = load_text(config, specs, model)
-    ready = {"logit": LogitLens.from_model(model), **loaded, **(lenses or {})}
-    for spec in specs:
-        if spec.kind in BASELINES:
-            make, tokens = BASELINES[spec.kind]
-            ready[spec.name] = make(model, text.training.train.shuffled(), tokens)
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, model=model.name),
-        corpus=text.corpus,
-        split=text.split,
-        tokens=text.tokens,
-    )
+    model_config = dataclasses.replace(config.model, model=model.name)
+    config = dataclasses.replace(text.config, model=model_config)
     evaluation = score_lenses(
         model,
-        {spec.name: ready[spec.name] for spec in specs},
+        _in_order(specs, {**loaded, **(lenses or {})}, model, text.training),
         text.blocks,
         config,
         accelerator=accelerator,
@@ -101,6 +91,21 @@ def evaluate(
             "processes": accelerator.num_processes,
         },
     )
+
+
+def _in_order(
+    specs: Sequence[LensSpec],
+    ready: Mapping[str, Lens],
+    model: FrozenModel,
+    training: CorpusSplits,
+) -> dict[str, Lens]:
+    """The lenses by name, with the logit lens and the baselines made."""
+    found = {"logit": LogitLens.from_model(model), **ready}
+    for spec in specs:
+        if spec.kind in BASELINES:
+            make, tokens = BASELINES[spec.kind]
+            found[spec.name] = make(model, training.train.shuffled(), tokens)
+    return {spec.name: found[spec.name] for spec in specs}
 
 
 def _source(spec: LensSpec, training: CorpusSplits) -> JsonObject:

@@ -28,10 +28,10 @@ DEFAULT_TOKENS = 65_536
 class ScoredText(NamedTuple):
     """The text that is scored."""
 
-    corpus: ResolvedCorpus
-    split: Split
+    config: EvaluateConfig
+    """The config with its corpus, split and number of tokens chosen."""
     tokens: int
-    """Positions to score."""
+    """Positions to score, as in the config."""
     blocks: Iterator[Int[Tensor, " seq"]]
     description: JsonObject
     """The description of the split, or of each one if both are scored."""
@@ -66,13 +66,13 @@ def load_text(config: EvaluateConfig, specs: Sequence[LensSpec], model: FrozenMo
         # The smaller side is a fair sample of the documents, but slow to find in a stream.
         sides = dict(reversed(sides.items()))
     about = {name: side.about for name, side in sides.items()}
+    tokens = _tokens(config.tokens, corpus, split, list(about.values()))
     training = splits
     if saved and not same_text and any(spec.kind in BASELINES for spec in specs):
         training = load_splits(resolved(saved[0].trained.corpus), model.tokenizer)
     return ScoredText(
-        corpus,
-        split,
-        _tokens(config.tokens, corpus, split, list(about.values())),
+        dataclasses.replace(config, corpus=corpus, split=split, tokens=tokens),
+        tokens,
         chain.from_iterable(side.shuffled() for side in sides.values()),
         about if split == "all" else about[split],
         training,
