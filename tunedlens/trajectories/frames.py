@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tunedlens.trajectories.comparison import Comparison
-from tunedlens.trajectories.result import Trajectory
+from tunedlens.trajectories.result import Tokens, Trajectory
 
 if TYPE_CHECKING:
     from pandas import DataFrame, MultiIndex
@@ -73,7 +73,7 @@ def scores(
 
 def probabilities(
     trajectory: Trajectory,
-    tokens: str | int | Sequence[str | int],
+    tokens: Tokens,
     lens: str | None = None,
     position: int | None = None,
 ) -> "DataFrame":
