@@ -53,7 +53,6 @@ def trajectory(
     """Read one text, or several, with one lens or several.
 
     Args:
-        model: the model.
         lenses: one, several (by name if two are of one kind), or None for the logit lens.
         text: a text or its token ids; a list of them gives a list of trajectories, and the
             texts go through the model together.
@@ -189,13 +188,11 @@ def _states_at(
 
 def _require_comparable(model: FrozenModel, baseline: FrozenModel) -> None:
     ours, theirs = model.identity, baseline.identity
-    if ours.vocab_size != theirs.vocab_size:
-        raise InputError(
-            f"compared models must have one vocabulary; got {ours.vocab_size:,} and "
-            f"{theirs.vocab_size:,} tokens"
-        )
-    if ours.n_layers != theirs.n_layers:
-        raise InputError(
-            f"compared models must have the same number of layers; got {ours.n_layers} and "
-            f"{theirs.n_layers}"
-        )
+    for what, one, other in (
+        ("vocabulary size", ours.vocab_size, theirs.vocab_size),
+        ("number of layers", ours.n_layers, theirs.n_layers),
+    ):
+        if one != other:
+            raise InputError(
+                f"compared models must have the same {what}; got {one:,} and {other:,}"
+            )

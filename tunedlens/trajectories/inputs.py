@@ -18,11 +18,7 @@ Lenses = ResidualLens | Sequence[ResidualLens] | Mapping[str, ResidualLens] | No
 
 
 def named_lenses(model: FrozenModel, lenses: Lenses) -> dict[str, ResidualLens]:
-    """Lenses by name, checked to fit the model.
-
-    Raises:
-        InputError: there is none, two have one name, or one does not fit.
-    """
+    """Lenses by name, checked to fit the model."""
     if lenses is None:
         return {"logit": LogitLens.from_model(model)}
     if isinstance(lenses, ResidualLens):
@@ -52,11 +48,7 @@ def named_lenses(model: FrozenModel, lenses: Lenses) -> dict[str, ResidualLens]:
 def texts_of(
     model: FrozenModel, text: Text | Texts
 ) -> tuple[list[Int[Tensor, " positions"]], bool]:
-    """The token ids of every text, and whether it is one text rather than a list of texts.
-
-    Raises:
-        InputError: a text cannot be read.
-    """
+    """The token ids of every text, and whether it is one text rather than a list of texts."""
     if isinstance(text, (str, Tensor)):
         return [token_ids(model, text)], True
     if not isinstance(text, (list, tuple)):
@@ -71,11 +63,7 @@ def texts_of(
 
 
 def token_ids(model: FrozenModel, text: Text) -> Int[Tensor, " positions"]:
-    """The token ids of a text of any length, on the CPU.
-
-    Raises:
-        InputError: there are none, or some are not tokens of the model.
-    """
+    """The token ids of a text of any length, on the CPU."""
     if isinstance(text, str):
         return model.encode(text, is_any_length=True)[0].cpu()
     ids = torch.as_tensor(text)
@@ -92,11 +80,7 @@ def token_ids(model: FrozenModel, text: Text) -> Int[Tensor, " positions"]:
 
 
 def tracked_tokens(model: FrozenModel, tokens: Tokens) -> tuple[list[int], dict[str, int]]:
-    """The ids of tokens, and those that were given as text by their text.
-
-    Raises:
-        InputError: there is no such id, or a text is several tokens.
-    """
+    """The ids of tokens, and those that were given as text by their text."""
     several = as_list(tokens)
     ids = [_single_id(model, token) for token in several]
     names = {token: i for token, i in zip(several, ids, strict=True) if isinstance(token, str)}

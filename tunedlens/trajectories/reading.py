@@ -33,16 +33,7 @@ class Chunk(NamedTuple):
 
 
 class Reader:
-    """Reads the states of one model with lenses, at every row of some sites.
-
-    Args:
-        model: the model.
-        lenses, sites, k: as for `tunedlens.trajectory`.
-
-    Raises:
-        InputError: a lens cannot read a site or was made for another model; there is no such
-            site; k is out of range.
-    """
+    """Reads the states of one model with lenses; its arguments are those of `trajectory`."""
 
     def __init__(
         self, model: FrozenModel, lenses: Lenses, sites: str | Sequence[str], k: int
@@ -86,10 +77,7 @@ class Reader:
     ) -> Chunk:
         """The predictions of every lens, from its logits, which are overwritten.
 
-        Args:
-            logits: the result of `logits`.
-            following: the true next tokens; -1 where there is none.
-            tracked_ids: the tokens to follow at each position, padded with -1.
+        Where there is no next token, `following` is -1. The tracked tokens are padded with -1.
 
         Raises:
             InputError: a prediction is not finite.

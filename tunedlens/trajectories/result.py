@@ -179,11 +179,7 @@ class Trajectory:
         )
 
     def part_indices(self, key: PartKey) -> tuple[list[int], list[int]]:
-        """The indices of the rows and of the positions of a part.
-
-        Raises:
-            InputError: the part is empty.
-        """
+        """The indices of the rows and of the positions of a part, which must not be empty."""
         layers, positions = key if isinstance(key, tuple) and len(key) == 2 else (key, slice(None))
         wanted = selected(layers, self.n_layers + 1, "layer")
         rows = [index for index, row in enumerate(self.rows[:-1]) if row.layer in wanted]
@@ -194,22 +190,14 @@ class Trajectory:
         return selected(position, len(self.positions), "position")[0]
 
     def lens_name(self, lens: str | None = None) -> str:
-        """The name of a lens; by default the first.
-
-        Raises:
-            InputError: there is no such lens.
-        """
+        """The name of a lens, checked; by default the first."""
         lens = next(iter(self.predictions)) if lens is None else lens
         if lens not in self.predictions:
             raise InputError(f"lens must be one of {', '.join(self.predictions)}; got {lens!r}")
         return lens
 
     def token_ids(self, tokens: Tokens) -> list[int]:
-        """The ids of one or several tokens that occur, given as text or ids.
-
-        Raises:
-            InputError: there is none, or one of them does not occur.
-        """
+        """The ids of one or several tokens, checked to occur."""
         several = as_list(tokens)
         if not several:
             raise InputError("there is no token to follow; give at least one")
@@ -227,11 +215,7 @@ class Trajectory:
         return found
 
     def ids_at(self, token: str | int) -> Int[Tensor, " positions"]:
-        """One token per position: the model's best ones for `final`, else the same everywhere.
-
-        Raises:
-            InputError: the token does not occur.
-        """
+        """One token per position: the model's best ones for `final`, else the same everywhere."""
         if token == "final":
             return self.final_ids
         return torch.full_like(self.input_ids, self.token_id(token))
@@ -309,11 +293,7 @@ def as_list(tokens: Tokens) -> Sequence[str | int]:
 
 
 def as_id(token: int) -> int:
-    """A token id, which may be an integer of numpy or torch.
-
-    Raises:
-        InputError: it is not an integer.
-    """
+    """A token id, which may be an integer of numpy or torch."""
     try:
         return operator.index(token)
     except TypeError:
@@ -321,14 +301,7 @@ def as_id(token: int) -> int:
 
 
 def selected(key: int | slice, count: int, what: str) -> list[int]:
-    """The indices, of `count` items, that a number or slice selects.
-
-    Args:
-        what: the name of an item, for the message.
-
-    Raises:
-        InputError: nothing is selected.
-    """
+    """The indices, of `count` items called `what`, that a number or slice selects."""
     try:
         indices = range(count)[key]
     except (IndexError, TypeError, ValueError):

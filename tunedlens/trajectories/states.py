@@ -40,11 +40,7 @@ def next_ids(ids: Int[Tensor, " positions"]) -> Int[Tensor, " positions"]:
 
 
 def rows_of(n_layers: int, sites: str | Sequence[str]) -> list[Row]:
-    """Rows from the first layer to the last; the model's own row is the last.
-
-    Raises:
-        InputError: there is no such site.
-    """
+    """Rows from the first layer to the last; the model's own row is the last."""
     sites = [sites] if isinstance(sites, str) else sites
     unknown = [site for site in sites if site not in SITES]
     if unknown or not sites:

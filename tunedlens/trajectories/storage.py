@@ -22,6 +22,8 @@ from tunedlens.trajectories.comparison import Comparison
 from tunedlens.trajectories.result import LensPredictions, Row, Trajectory
 
 FORMAT = 1
+_DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+"""What a damaged file can raise while it is read and checked."""
 _ID_NAMES = ("input_ids", "next_ids", "tracked_ids")
 _NAMES = tuple(field.name for field in fields(LensPredictions))
 _TYPES = Trajectory.__annotations__ | LensPredictions.__annotations__
@@ -74,13 +76,13 @@ def load_comparison(path: str | Path) -> Comparison:
         _require(ours.rows == theirs.rows, "the rows of both sides differ")
         _require(shape[1] == len(theirs.positions), "the sides differ in length")
         divergences: dict[str, dict[str, Tensor]] = {}
-        keys = [key for key in tensors if key.startswith("divergence.")]
-        for key in keys:
-            _, index, name = key.split(".")
-            values, lens = tensors[key], list(ours.predictions)[int(index)]
-            is_right = name in DIVERGENCES and values.shape == shape and values.is_floating_point()
-            _require(is_right, f"{key} is {values.dtype} of shape {tuple(values.shape)}")
-            divergences.setdefault(lens, {})[name] = values
+        for index, lens in enumerate(ours.predictions):
+            for name in DIVERGENCES:
+                key = f"divergence.{index}.{name}"
+                if key in tensors:
+                    values = divergences.setdefault(lens, {})[name] = tensors[key]
+                    is_right = values.shape == shape and values.is_floating_point()
+                    _require(is_right, f"{key} is {values.dtype} of shape {tuple(values.shape)}")
         return Comparison(ours, theirs, divergences)
 
 
@@ -123,10 +125,7 @@ def _opened(path: Path, kind: str) -> Iterator[tuple[Tensors, list[JsonObject]]]
         yield tensors, records
     except FileNotFoundError:
         raise InputError(f"there is no file {path}") from None
-    except (
-        *(OSError, ValueError, KeyError, TypeError, AttributeError),
-        *(OverflowError, RecursionError, safetensors.SafetensorError),
-    ) as error:
+    except (*_DAMAGE, safetensors.SafetensorError) as error:
         reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{path} is damaged or is not a saved {kind}: {reason}") from error
 
@@ -165,6 +164,7 @@ def _trajectory(tensors: Tensors, record: JsonObject, prefix: str) -> Trajectory
         for name, value in _tensors(result, prefix).items():
             is_right = isinstance(value, _TYPES[name.rpartition(".")[2]])
             _require(is_right, f"{name} is {value.dtype} of shape {tuple(value.shape)}")
+    _require(result.predictions[lenses[0]].top_ids.shape[-1] > 0, "there are no tokens")
     missing = result.all_ids() - result.vocabulary.keys()
     _require(not missing, f"token {min(missing, default=0)} has no text")
     return result
