@@ -17,18 +17,16 @@ class TokenText(NamedTuple):
     """A token in plain text and as a reader sees it."""
 
     text: str
-    """See `as_text`."""
     shown: str
-    """See `shown`."""
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token_id: int) -> TokenText:
-    """Both forms of a token."""
+    """A token as given by `as_text` and by `shown`."""
     return TokenText(as_text(tokenizer, token_id), shown(tokenizer, token_id))
 
 
 def shown(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
-    """A token with visible white space; bytes that form no whole character are hexadecimal.
+    """A token with visible white space; incomplete characters are written as hexadecimal bytes.
 
     An id without a token becomes `#id`.
     """
@@ -44,7 +42,7 @@ def shown(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
 
 
 def visible(text: str) -> str:
-    """A text with visible white space; other unprintable characters are hexadecimal."""
+    """A text with visible white space; other unprintable characters are written as hexadecimal."""
     return "".join(
         letter if letter.isprintable() else f"⟨{letter.encode().hex(' ')}⟩"
         for letter in text.translate(_VISIBLE)
@@ -52,7 +50,7 @@ def visible(text: str) -> str:
 
 
 def as_text(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
-    """A token as plain text; bytes that form no whole character are written as by `shown`."""
+    """A token as plain text; incomplete characters are written as in `shown`."""
     text = str(tokenizer.decode([token_id]))
     return shown(tokenizer, token_id) if _REPLACED in text else text
 

@@ -1,6 +1,7 @@
-"""The states of a text: rows of the model's depth, windows of the text."""
+"""The states of texts: rows of the model's depth, windows of the text."""
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor
 
 from tunedlens.errors import InputError
 from tunedlens.model import SITES, FrozenModel
-from tunedlens.trajectories.predictions import Row
+from tunedlens.trajectories.result import Row
 
+STREAM = ("resid_pre", "resid_post")
+"""The sites between blocks, which a lens with translators reads."""
 _TOKENS_AT_A_TIME = 2**13
 """The number of tokens in one forward pass, including padding."""
 
@@ -24,17 +27,21 @@ class Piece(NamedTuple):
     """By row."""
 
 
+class _Window(NamedTuple):
+    seen: range
+    """The positions that the model reads together."""
+    kept: range
+    """The positions that no earlier window contains."""
+
+
 def next_ids(ids: Int[Tensor, " positions"]) -> Int[Tensor, " positions"]:
     """The true next tokens; -1 after the last one."""
     return torch.cat([ids[1:], ids.new_tensor([-1])])
 
 
-def rows_of(n_layers: int, sites: Sequence[str]) -> list[Row]:
-    """Rows from the first layer to the last; the model's own row is the last.
-
-    Raises:
-        InputError: there is no such site.
-    """
+def rows_of(n_layers: int, sites: str | Sequence[str]) -> list[Row]:
+    """Rows from the first layer to the last; the model's own row is the last."""
+    sites = [sites] if isinstance(sites, str) else sites
     unknown = [site for site in sites if site not in SITES]
     if unknown or not sites:
         raise InputError(f"sites must be of {', '.join(SITES)}; got {', '.join(unknown) or 'none'}")
@@ -46,29 +53,23 @@ def pieces(
     model: FrozenModel,
     texts: Sequence[Int[Tensor, " positions"]],
     rows: Sequence[Row],
-    stride: int | None = None,
+    stride: int | None,
 ) -> Iterator[Piece]:
     """The states of every position of every text, each once.
 
-    Several windows go through the model together; the shorter ones are padded at their end.
-
-    Args:
-        model: the model.
-        texts: token ids.
-        rows: the rows to read.
-        stride: the distance between the windows of a text that is longer than the context. A
-            position is read in the first window that contains it.
+    A text that is longer than the context is read in windows that start `stride` tokens apart;
+    each position is read in the first window that contains it. Several windows go through the
+    model together; the shorter ones are padded at their end.
 
     Raises:
         InputError: a text is longer than the context and there is no stride, or the model has
             no such site.
     """
+    names = ["the text"] if len(texts) == 1 else [f"text {i + 1}" for i in range(len(texts))]
     waiting = [
         (text, window)
-        for text, ids in enumerate(texts)
-        for window in _windows(
-            "the text" if len(texts) == 1 else f"text {text + 1}", len(ids), model, stride
-        )
+        for text, (name, ids) in enumerate(zip(names, texts, strict=True))
+        for window in _windows(name, len(ids), model, stride)
     ]
     while waiting:
         count, width = 0, 0
@@ -78,31 +79,10 @@ def pieces(
                 break
             count += 1
         batch, waiting = waiting[:count], waiting[count:]
-        seen = [texts[text][window.seen.start : window.seen.stop] for text, window in batch]
-        input_ids = torch.nn.utils.rnn.pad_sequence(seen, batch_first=True)
-        lengths = torch.tensor([len(ids) for ids in seen])
-        mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
-        found = _states(
-            model, input_ids.to(model.device), None if mask.all() else mask.to(model.device), rows
-        )
-        for index, (text, window) in enumerate(batch):
-            part = slice(window.kept.start - window.seen.start, len(window.seen))
-            yield Piece(text, window.kept, [states[index, part] for states in found])
-
-
-def states_of(
-    model: FrozenModel, ids: Int[Tensor, " positions"], rows: Sequence[Row], stride: int | None
-) -> list[Float[Tensor, "positions d_model"]]:
-    """The states of a whole text, by row."""
-    found = [piece.states for piece in pieces(model, [ids], rows, stride)]
-    return [torch.cat(parts) for parts in zip(*found, strict=True)]
-
-
-class _Window(NamedTuple):
-    seen: range
-    """The positions that the model reads together."""
-    kept: range
-    """The positions that no earlier window contains."""
+        states = _states(model, [texts[text][list(window.seen)] for text, window in batch], rows)
+        for index, (text, (seen, kept)) in enumerate(batch):
+            part = slice(kept.start - seen.start, len(seen))
+            yield Piece(text, kept, [state[index, part] for state in states])
 
 
 def _windows(name: str, count: int, model: FrozenModel, stride: int | None) -> list[_Window]:
@@ -117,22 +97,22 @@ def _windows(name: str, count: int, model: FrozenModel, stride: int | None) -> l
             f"or read it in windows with a stride of {context // 2}, which gives every position "
             f"at least {context - context // 2} tokens before it"
         )
-    windows = [_Window(range(context), range(context))]
-    while (end := windows[-1].seen.stop) < count:
-        start = windows[-1].seen.start + stride
-        last = min(start + context, count)
-        windows.append(_Window(range(start, last), range(end, last)))
-    return windows
+    starts = range(0, count - context + stride, stride)
+    seen = [range(start, min(start + context, count)) for start in starts]
+    ends = pairwise([0, *(window.stop for window in seen)])
+    return [_Window(one, range(*kept)) for one, kept in zip(seen, ends, strict=True)]
 
 
 def _states(
-    model: FrozenModel,
-    input_ids: Int[Tensor, "batch seq"],
-    attention_mask: Int[Tensor, "batch seq"] | None,
-    rows: Sequence[Row],
-) -> list[Float[Tensor, "batch seq d_model"]]:
+    model: FrozenModel, texts: list[Int[Tensor, " positions"]], rows: Sequence[Row]
+) -> list[Float[Tensor, "texts longest d_model"]]:
+    """One forward pass."""
+    input_ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).to(model.device)
+    lengths = torch.tensor([len(ids) for ids in texts], device=model.device)
+    mask = (torch.arange(input_ids.shape[1], device=model.device) < lengths[:, None]).long()
+    attention_mask = None if len(lengths.unique()) == 1 else mask
     sites = {row.site for row in rows}
-    if sites <= {"resid_pre", "resid_post"}:
+    if sites.issubset(STREAM):
         stream = model.residual_stream(input_ids, attention_mask)
         found = {"resid_pre": stream, "resid_post": stream[1:]}
     else:
