@@ -4,8 +4,7 @@ import pytest
 from torch import nn
 
 from tunedlens.corpus import ResolvedCorpus
-from tunedlens.training.costs import Costs, count_validations, next_validation_step
-from tunedlens.training.plan import TrainPlan
+from tunedlens.training.plan import Costs, TrainPlan, count_validations, next_validation_step
 
 
 def costs(vocab_size=49_152, sample=6144, n_layers=30, d_model=576, init_tokens=22_000):
