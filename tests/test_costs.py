@@ -26,7 +26,7 @@ def costs(vocab_size=49_152, sample=6144, n_layers=30, d_model=576, init_tokens=
         weight_decay=0.0,
         validation_tokens=1024,
     )
-    return Costs.of(plan, SimpleNamespace(blocks=blocks, identity=identity))
+    return Costs(plan, SimpleNamespace(blocks=blocks, identity=identity))
 
 
 def test_step_of_validation_doubles_with_every_second_one():

@@ -160,10 +160,9 @@ def restore(run: Run) -> TrainState:
 def _require_same_settings(run: Run) -> None:
     saved = dataclasses.asdict(checkpoint.saved_config(run.output))
     planned = dataclasses.asdict(run.plan)
-    for settings in (saved, planned):
-        for name in ("tokens", "kernel", "micro_batch_size"):
-            del settings[name]
-        del settings["model"]["device"]
+    for name in ("tokens", "kernel", "micro_batch_size"):
+        saved[name] = planned[name]
+    saved["model"]["device"] = planned["model"]["device"]
     changed = [name for name, value in planned.items() if value != saved[name]]
     if changed:
         raise InputError(

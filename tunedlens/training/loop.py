@@ -92,7 +92,7 @@ def train(
             fit_closed_form(run, state.optimizer, state.progress)
         if plan.fit != "closed-form":
             _take_steps(run, state, tracker, stop)
-        return finish(run, state, tracker, _best_lens(state))
+        return finish(run, state, tracker, state.best_lens())
 
 
 def _take_steps(run: Run, state: TrainState, tracker: Tracker, stop: threading.Event) -> None:
@@ -199,14 +199,3 @@ def _validate(run: Run, state: TrainState, tracker: Tracker) -> None:
     messages.say_validation(run, progress)
     by_layer = {f"held_out/kl_nats/{layer}": value for layer, value in enumerate(kl_nats)}
     tracker.log(by_layer, result.step)
-
-
-def _best_lens(state: TrainState) -> TunedLens:
-    """The result of the optimizer, with the closed form at layers that are worse than it."""
-    history = state.progress.history
-    if isinstance(state.optimizer, PreconditionedMuon) and history:
-        pairs = zip(history[0].kl_nats, history[-1].kl_nats, strict=True)
-        for layer, (first, last) in enumerate(pairs):
-            if last > first:
-                state.optimizer.revert(layer)
-    return state.optimizer.result()

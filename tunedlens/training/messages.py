@@ -77,18 +77,16 @@ class TimeLeft:
         if self._steps not in (1, 1 + _TIMED_STEPS):
             return
         kl.sum().item()  # waits for the device
-        now = time.monotonic()
-        if self._steps > 1:
-            self._say(progress, (now - self._started) / _TIMED_STEPS)
-        self._started = now
-
-    def _say(self, progress: Progress, seconds_per_step: float) -> None:
-        plan = self._run.plan
+        seconds_per_step = (time.monotonic() - self._started) / _TIMED_STEPS
+        self._started = time.monotonic()
+        if self._steps == 1:
+            return
+        run, plan = self._run, self._run.plan
         steps = -(-(plan.budget - progress.tokens) // plan.step_tokens)
         validations = max(0, count_validations(plan.steps) - len(progress.history))
-        seconds = steps * seconds_per_step + validations * self._run.validation_set.seconds
+        seconds = steps * seconds_per_step + validations * run.validation_set.seconds
         minutes = max(1, round(seconds / 60))
-        self._run.say(
+        run.say(
             f"{plan.step_tokens / seconds_per_step:,.0f} tokens per second: "
             f"{'at most' if plan.tokens is None else 'about'} {minutes} more "
             f"minute{'s' * (minutes > 1)}"

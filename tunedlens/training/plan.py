@@ -5,7 +5,6 @@ its plan.
 """
 
 from dataclasses import dataclass
-from typing import Self
 
 from tunedlens.config import BASELINES, ONE_PASS, Kernel, Precision, TrainConfig
 from tunedlens.corpus import ResolvedCorpus
@@ -19,8 +18,8 @@ _MIN_VALIDATION_BLOCKS, _MIN_TABLE_BLOCKS = 1, 2
 _FP32_COST = 4.0
 """Of a product in float32 relative to bfloat16, on CPUs and GPUs that multiply both."""
 _FORWARD_COST = 2.0
-"""Of a forward pass relative to its products with parameters alone: attention and elementwise
-operations take about as long."""
+"""Of a forward pass relative to its products with parameters: attention and elementwise operations
+take about as long."""
 _FIRST_VALIDATIONS = (16, 23)
 """In steps; after that, the step number doubles with every second validation."""
 
@@ -82,60 +81,43 @@ def count_validations(steps: int) -> int:
     return len(validations)
 
 
-@dataclass(frozen=True)
 class Costs:
     """Operations per token, counted as if all were in the precision of the products."""
 
-    plan: TrainPlan
-    first_pass: float
-    step: float
-    validation: float
-    table: float
-
-    @classmethod
-    def of(cls, plan: TrainPlan, model: FrozenModel) -> Self:
-        """The costs of a plan for a model."""
-        identity = model.identity
+    def __init__(self, plan: TrainPlan, model: FrozenModel) -> None:
+        self.plan, identity = plan, model.identity
         n_layers, d_model = identity.n_layers, identity.d_model
         fp32 = _FP32_COST if plan.precision == "bf16" else 1.0
         blocks = sum(parameter.numel() for parameter in model.blocks.parameters())
         forward = 2 * blocks * _FORWARD_COST
         product = 2 * d_model * identity.vocab_size
         rows = plan.vocab_sample or identity.vocab_size
-        first_pass = forward + n_layers * 4 * d_model**2 * fp32
+        self.first_pass: float = forward + n_layers * 4 * d_model**2 * fp32
         if plan.fit == "jacobian":
-            first_pass = forward * (1 + 2 * d_model)  # a backward pass for every dimension
+            self.first_pass = forward * (1 + 2 * d_model)  # a backward pass for every dimension
         optimizer = 34 * d_model**3 / plan.step_tokens
-        return cls(
-            plan,
-            first_pass=first_pass,
-            step=forward
-            + 2 * product
-            + n_layers * (4 * d_model * rows + 2 * d_model**2 * (1 + fp32) + optimizer),
-            validation=forward + (n_layers + 2) * product,
-            table=forward + 2 * n_layers * product * fp32,
-        )
+        layer = 4 * d_model * rows + 2 * d_model**2 * (1 + fp32) + optimizer
+        self.step: float = forward + 2 * product + n_layers * layer
+        self.validation: float = forward + (n_layers + 2) * product
+        self.table: float = forward + 2 * n_layers * product * fp32
 
     def validation_tokens(self, tokens: int) -> int:
         """Affordable held-out positions of one validation, if the steps take this many tokens."""
         validations = count_validations(-(-tokens // self.plan.step_tokens))
-        affordable = _VALIDATION_FRACTION * self._run(tokens) / validations / self.validation
+        affordable = _VALIDATION_FRACTION * self._total(tokens) / validations / self.validation
         affordable = min(affordable, _MAX_VALIDATION_TOKENS)
         seq_len = self.plan.corpus.seq_len
         return seq_len * max(int(affordable / seq_len), _MIN_VALIDATION_BLOCKS)
 
     def table_tokens(self, tokens: int) -> int:
-        """Held-out positions of the table, if the steps take this many tokens.
-
-        The plan's `evaluate_tokens`, or as many as are affordable.
-        """
+        """The plan's `evaluate_tokens`, or affordable positions of the table at the end."""
         if self.plan.evaluate_tokens is not None:
             return self.plan.evaluate_tokens
-        affordable = _TABLE_FRACTION * self._run(tokens) / self.table
+        affordable = _TABLE_FRACTION * self._total(tokens) / self.table
         affordable = min(affordable, _MAX_TABLE_TOKENS)
         positions = self.plan.corpus.seq_len - 1
         return positions * max(int(affordable / positions), _MIN_TABLE_BLOCKS)
 
-    def _run(self, tokens: int) -> float:
+    def _total(self, tokens: int) -> float:
         init_tokens = 0 if self.plan.fit in BASELINES else self.plan.init_tokens
         return init_tokens * self.first_pass + tokens * self.step

@@ -44,7 +44,7 @@ def resolve(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -
     if config.validation_tokens is None:
         # A run without a budget may end long before its cap.
         expected = plan.budget if plan.tokens is not None else plan.budget // 4
-        affordable = Costs.of(plan, model).validation_tokens(expected)
+        affordable = Costs(plan, model).validation_tokens(expected)
         tokens = min(affordable, plan.evaluate_tokens or affordable)
         plan = dataclasses.replace(plan, validation_tokens=tokens)
     return plan

@@ -34,7 +34,7 @@ class Run:
         self.is_main: bool = accelerator.is_main_process
         """Whether this process is the one that writes files and messages."""
         self.splits = load_splits(plan.corpus, model.tokenizer)
-        self.costs = Costs.of(plan, model)
+        self.costs = Costs(plan, model)
         self.reader = StateReader(model, plan, accelerator)
         table_tokens = self.costs.table_tokens(plan.budget)
         self.validation_set = ValidationSet(self.splits.validation, self.reader, table_tokens)
@@ -81,6 +81,16 @@ class TrainState(NamedTuple):
 
     optimizer: LensOptimizer
     progress: Progress
+
+    def best_lens(self) -> TunedLens:
+        """The result of the optimizer, with the closed form at layers that are worse than it."""
+        history = self.progress.history
+        if isinstance(self.optimizer, PreconditionedMuon) and history:
+            pairs = zip(history[0].kl_nats, history[-1].kl_nats, strict=True)
+            for layer, (first, last) in enumerate(pairs):
+                if last > first:
+                    self.optimizer.revert(layer)
+        return self.optimizer.result()
 
 
 def make_optimizer(lens: TunedLens, plan: TrainPlan) -> LensOptimizer:
