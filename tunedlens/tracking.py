@@ -109,7 +109,7 @@ def _start(mode: WandbMode, name: str, config: Mapping[str, object], folder: Pat
             project="tunedlens",
             name=name,
             config=dict(config),
-            dir=str(folder),
+            dir=folder,
             mode=mode,
             settings=settings,
         )
