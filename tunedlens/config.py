@@ -126,7 +126,7 @@ class TrainConfig(_Config):
     corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
     fit: FitName = option(
         "preconditioned",
-        "preconditioned: closed form, then preconditioned Muon; closed-form: least squares alone, "
+        "preconditioned: closed form, then preconditioned Muon; closed-form: only least squares, "
         "in one pass; jacobian: the mean Jacobian instead of a fit; sgd, muon: published baselines",
     )
     tokens: int | None = option(
