@@ -41,8 +41,9 @@ def stop_flag() -> Iterator[threading.Event]:
         flag.set()
         signal.signal(number, previous[number])
 
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in previous:
+    numbers = (int(signal.SIGINT), int(signal.SIGTERM))
+    previous = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
         signal.signal(number, ask)
     try:
         yield flag
