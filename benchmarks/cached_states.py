@@ -31,7 +31,7 @@ from tunedlens.engine.objective import LensKL
 from tunedlens.engine.vocab_sample import draw_sample
 from tunedlens.fit import LeastSquares, LensOptimizer, PreconditionedMuon, TorchOptimizer
 from tunedlens.model import ModelIdentity
-from tunedlens.training.costs import next_validation_step
+from tunedlens.training.plan import next_validation_step
 
 HERE = Path(__file__).parent
 LAYERS = (2, 10, 18, 26, 29)
