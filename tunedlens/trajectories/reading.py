@@ -124,7 +124,7 @@ def divergences_by_name(
     rows = []
     for ours, theirs in zip(logits, baseline.to(logits.device), strict=True):
         p, q = distributions.log_probs(ours), distributions.log_probs(theirs)
-        kl = distributions.kl_from_log_probs(p.exp(), p, q)
+        kl = distributions.kl_divergence(p, q)
         rows.append((kl, distributions.js_divergence(p, q), distributions.total_variation(p, q)))
     kl, js, total_variation = (torch.stack(one).cpu() for one in zip(*rows, strict=True))
     return {"kl_to_baseline_nats": kl, "js_nats": js, "total_variation": total_variation}
