@@ -56,12 +56,12 @@ class MeanJacobian:
         """Add the source positions of further blocks."""
         *states, final = model.residual_stream(input_ids, differentiable=True)
         kept = slice(min(self._skipped, input_ids.shape[1] - 1), None)
-        signs = torch.ones_like(final[:, kept, 0], dtype=torch.float32)
+        signs, cotangent = torch.ones_like(final[:, kept, 0]).float(), torch.zeros_like(final)
         for output in range(final.shape[-1]):
             if self._targets == "same":
                 random = torch.randint(0, 2, signs.shape, generator=self._generator)
                 signs = (2 * random - 1).to(signs)
-            cotangent = torch.zeros_like(final)
+            cotangent.zero_()
             cotangent[:, kept, output] = signs.to(cotangent)
             is_last = output == final.shape[-1] - 1
             gradients = torch.autograd.grad(final, states, cotangent, retain_graph=not is_last)

@@ -205,15 +205,15 @@ class TorchOptimizer(LensOptimizer):
         self.lens = lens
         weights = [translator.weight for translator in translators_of(lens)]
         biases = [translator.bias for translator in translators_of(lens)]
-        decay, nesterov = {"weight_decay": weight_decay}, momentum > 0
         self._optimizers: list[torch.optim.Optimizer]
         if name == "muon":
-            muon = torch.optim.Muon(weights, learning_rate, momentum=momentum, **decay)
-            adamw = torch.optim.AdamW(biases, _BIAS_LEARNING_RATE, (momentum, 0.999), **decay)
+            muon = torch.optim.Muon(weights, learning_rate, weight_decay, momentum)
+            betas = (momentum, 0.999)
+            adamw = torch.optim.AdamW(biases, _BIAS_LEARNING_RATE, betas, 1e-8, weight_decay)
             self._optimizers = [muon, adamw]
         else:
-            both = [*weights, *biases]
-            sgd = torch.optim.SGD(both, learning_rate, momentum, nesterov=nesterov, **decay)
+            both, nesterov = [*weights, *biases], momentum > 0
+            sgd = torch.optim.SGD(both, learning_rate, momentum, 0, weight_decay, nesterov)
             self._optimizers = [sgd]
         self._rates = [optimizer.param_groups[0]["lr"] for optimizer in self._optimizers]
 
