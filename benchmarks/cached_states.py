@@ -118,7 +118,7 @@ def fit(
     for step in range(count):
         first = start + step * STEP
         states = [state[first : first + STEP] for state in problem.train]
-        usage = torch.zeros(problem.objective.keys().rows.shape[0]) if sample else None
+        usage = torch.zeros(len(problem.objective.keys())) if sample else None
         model = problem.objective.model_side(states[-1], usage)
         drawn = None if usage is None else draw_sample(usage, sample, seed=0, step=step)
         keys = problem.objective.keys(drawn)

@@ -156,9 +156,11 @@ def _accumulate(
     if usage is not None:
         # The sample depends on all tokens of the step, and so not on how they are divided into
         # micro-batches and processes. The states are held until it is drawn.
-        micro_batches = list(micro_batches)
+        held = list(micro_batches)
         reduce_sums(run.accelerator, usage)
         keys = objective.keys(draw_sample(usage, plan.vocab_sample, plan.seed, state.progress.step))
+        # Each micro-batch is let go once its gradient is taken.
+        micro_batches = (held.pop(0) for _ in range(len(held)))
     for states, model_side in micro_batches:
         kl += accumulate_gradient(
             state.optimizer.lens,

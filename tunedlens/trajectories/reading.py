@@ -166,7 +166,7 @@ def divergences(
     rows = []
     for ours, theirs in zip(logits, baseline.to(logits.device), strict=True):
         p, q = distributions.log_probs(ours), distributions.log_probs(theirs)
-        kl = distributions.kl_from_log_probs(p.exp(), p, q)
+        kl = distributions.kl_divergence(p, q)
         js, total = distributions.js_divergence(p, q), distributions.total_variation(p, q)
         rows.append(torch.stack([kl, js, total]).cpu())
     return torch.stack(rows, 1)
