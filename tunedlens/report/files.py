@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from urllib.parse import quote
 
@@ -37,7 +38,7 @@ _NAMES = {
     *(METRICS_JSON, "metrics.csv", "differences.csv", *_GRIDS, "report.md", "report.html"),
     *(f"{name}.{kind}" for name in plots.DRAWINGS for kind in plots.KINDS),
 }
-"""All files that the report of an evaluation may have."""
+"""All files that the report of an evaluation can have."""
 _PER_PAGE = 24
 _MAX_PAGES = 4
 """The heatmaps of a long text; `page.html` has all of it."""
@@ -55,17 +56,8 @@ def write_report(evaluation: Evaluation, folder: str | Path) -> None:
     folder = Path(folder)
     write_json(folder / METRICS_JSON, evaluation.to_json())
     contents: dict[str, str | bytes] = {
-        "metrics.csv": _csv(
-            ("lens", "layer"),
-            ([r.lens, r.layer, r.metric, r.value, r.standard_error] for r in evaluation.results),
-        ),
-        "differences.csv": _csv(
-            ("lens", "other", "layer"),
-            (
-                [d.lens, d.other, d.layer, d.metric, d.value, d.standard_error]
-                for d in evaluation.differences
-            ),
-        ),
+        "metrics.csv": _csv(("lens", "layer"), map(astuple, evaluation.results)),
+        "differences.csv": _csv(("lens", "other", "layer"), map(astuple, evaluation.differences)),
     }
     grids = (evaluation.by_position, evaluation.transfer)
     for (name, axes), measured in zip(_GRIDS.items(), grids, strict=True):

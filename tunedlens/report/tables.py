@@ -260,14 +260,11 @@ def aligned(rows: Rows) -> str:
 
 def padded(rows: Rows) -> Rows:
     """Cells padded on the left to the width of their column."""
-    widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
-    return [
-        [
-            " " * (width - display_width(cell)) + cell
-            for cell, width in zip(row, widths, strict=True)
-        ]
-        for row in rows
-    ]
+    columns = []
+    for column in zip(*rows, strict=True):
+        width = max(map(display_width, column))
+        columns.append([" " * (width - display_width(cell)) + cell for cell in column])
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def markdown(rows: Rows) -> str:

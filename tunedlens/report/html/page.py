@@ -9,13 +9,7 @@ from importlib import resources
 from tunedlens.evaluation import Evaluation
 from tunedlens.metrics import METRICS
 from tunedlens.report import plots
-from tunedlens.report.tables import (
-    Rows,
-    difference_rows,
-    metric_rows,
-    scored_text,
-    summary,
-)
+from tunedlens.report.tables import Rows, difference_rows, metric_rows, scored_text, summary
 
 _WIDE = ("overview", "agreement_by_layer", "transfer", "by_position")
 """Plots that take the width of the page."""
@@ -83,7 +77,7 @@ def _plot(name: str, svg: bytes) -> str:
 def _table(rows: Rows) -> str:
     header, *body = rows
     heads = "".join(f"<th><button>{escape(cell)}</button></th>" for cell in header)
-    lines = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in body)
+    lines = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in body)
     return (
         f'<div class="scroll"><table><thead><tr>{heads}</tr></thead>'
         f"<tbody>{lines}</tbody></table></div>"

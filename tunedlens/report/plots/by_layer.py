@@ -253,10 +253,8 @@ def _line_with_band(
     """
     x, y, _ = zip(*points, strict=True)
     axes.plot(x, y, **style)
-    low = [
-        max(value - 2 * error, value / 10 if is_log else -math.inf) for _, value, error in points
-    ]
-    high = [value + 2 * error for _, value, error in points]
+    low = [max(v - 2 * e, v / 10 if is_log else -math.inf) for _, v, e in points]
+    high = [v + 2 * e for _, v, e in points]
     axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 

@@ -42,12 +42,10 @@ def heatmap(
     of its two sides, or by a divergence.
 
     Args:
-        data: a trajectory or comparison, or a part of it: `read[::2, 10:40]` draws every other
-            layer.
-        metric: one of `metrics.TRAJECTORY_METRICS`; for a comparison also one of
-            `metrics.DIVERGENCES`.
-        lens: a name; by default the first lens. Several lenses are drawn one above the other
-            with the same colours.
+        data: the whole or a part: `read[::2, 10:40]` draws every other layer.
+        metric: one of `metrics.TRAJECTORY_METRICS`, or of `DIVERGENCES` for a comparison.
+        lens: one or several names; by default the first. Several lenses are drawn one above the
+            other with the same colours.
         token: the token of a probability, log_prob, logit or rank; see `Trajectory.values`.
         width: the width of the figure in inches, to which its height and letters are scaled.
             By default the letters have 6.5 points.

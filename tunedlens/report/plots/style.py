@@ -14,16 +14,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-KINDS = ("png", "svg", "pdf")
-MODEL_COLOR = "0.35"
-
-# Okabe and Ito's colours, which most colour-blind readers can tell apart. Each lens also has
-# its own marker and dash, so that it can be recognised in grey.
 Style = dict[str, Any]
 """Keyword arguments of a matplotlib line."""
 Ends = dict[str, tuple[float, Any]]
 """The height at which every line ends, and its colour, by name."""
 
+KINDS = ("png", "svg", "pdf")
+MODEL_COLOR = "0.35"
+# Okabe and Ito's colours, which most colour-blind readers can tell apart. Each lens also has
+# its own marker and dash, so that it can be recognised in grey.
 _KNOWN: dict[str, Style] = {
     "logit": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
     "tuned": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
@@ -61,13 +60,14 @@ _RC: Any = {
 def styles(lenses: list[str]) -> dict[str, Style]:
     """A different combination of colour, marker and dash for every lens."""
     unknown = [lens for lens in lenses if lens not in _KNOWN]
-    others = (
-        {"color": color, "marker": marker, "linestyle": dash}
-        for color, marker, dash in zip(
-            *map(itertools.cycle, (_COLORS, _MARKERS, _DASHES)), strict=True
-        )
-    )
-    return _KNOWN | dict(zip(unknown, others, strict=False))
+    return _KNOWN | {
+        lens: {
+            "color": _COLORS[i % len(_COLORS)],
+            "marker": _MARKERS[i % len(_MARKERS)],
+            "linestyle": _DASHES[i % len(_DASHES)],
+        }
+        for i, lens in enumerate(unknown)
+    }
 
 
 @contextmanager
