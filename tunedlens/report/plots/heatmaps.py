@@ -124,7 +124,9 @@ def _draw(
     with new_figure(*size, has_tokens=True) as figure:
         panels = figure.subplots(len(values), squeeze=False, sharex=True)[:, 0].tolist()
         for axes, (lens, drawn) in zip(panels, values.items(), strict=True):
-            image = axes.imshow(drawn, origin="lower", aspect="auto", norm=norm, cmap=color_map)
+            image = axes.imshow(
+                drawn.numpy(), origin="lower", aspect="auto", norm=norm, cmap=color_map
+            )
             _write_cells(axes, trajectory, lens, image)
             axes.set_yticks(range(n_rows), trajectory.row_names, fontsize=7)
             axes.set_ylabel(f"layer, {lens} lens", fontsize=8)
