@@ -23,7 +23,7 @@ from real_model import real_model
 from torch import Tensor
 
 from tunedlens import CorpusConfig, FrozenModel, TunedLens, files, load_model
-from tunedlens.cli.memory import keep_freed_memory
+from tunedlens.cli.guard import keep_freed_memory
 from tunedlens.corpus import load_splits, resolve_corpus
 from tunedlens.engine import accumulate_gradient
 from tunedlens.engine.backend import DTYPES, fastest_backend

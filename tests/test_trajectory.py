@@ -621,3 +621,10 @@ def test_foreign_file_is_one_clear_error(tmp_path):
         path.write_bytes(content)
         with pytest.raises(InputError, match="is damaged or is not a saved trajectory"):
             Trajectory.load(path)
+
+
+def test_every_metric_of_the_catalogue_that_needs_no_token_is_in_a_trajectory(tiny):
+    read = trajectory(tiny, None, "import os")
+    for name, metric in TRAJECTORY_METRICS.items():
+        if not metric.has_token:
+            assert read.values(name, "logit").shape == (len(read.rows), len(read.positions)), name

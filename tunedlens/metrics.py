@@ -1,8 +1,6 @@
 """The catalogue of metrics: what each one is called, what it means and where it exists.
 
-To add a metric that has a value at every token, add an entry here with `per_token` and a property
-of the same name to `tunedlens.engine.LensStatistics`. Evaluations, tables, plots and reports take
-everything else from the entry.
+`docs/architecture.md` says how to add one.
 """
 
 from dataclasses import dataclass

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from tunedlens import checkpoint, files, report
 from tunedlens.cli.flags import add_wandb_flag, configured, make_parser, parse
+from tunedlens.cli.guard import Arguments, command
 from tunedlens.cli.prompt import show_prompts
 from tunedlens.config import EvaluateConfig, ModelConfig
 from tunedlens.errors import InputError
@@ -36,8 +37,9 @@ Without flags it evaluates the newest lens under checkpoints/ on the text it was
 """
 
 
-def evaluate_lenses(arguments: Sequence[str] | None) -> int:
-    """Evaluate lenses as the flags say. Returns the exit status."""
+@command
+def evaluate_command(arguments: Arguments = None) -> int:
+    """`python evaluate.py` and `tunedlens evaluate`. Returns the exit status."""
     flags = parse(_parser(), arguments)
     if "redraw" in flags:
         return _redraw(flags.pop("redraw"), others=list(flags))

@@ -38,7 +38,9 @@ class SavedLens(LensSpec):
         """Read the manifest in a folder."""
         manifest = checkpoint.read_manifest(folder)
         trained = checkpoint.saved_config(folder) if "config" in manifest else TrainConfig()
-        kind = "closed-form" if trained.fit == "closed-form" else manifest["lens"]
+        kind = manifest["lens"]
+        if kind == "tuned" and trained.fit == "closed-form":
+            kind = trained.fit
         return cls(name, kind, folder, manifest, trained)
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tunedlens.fit.least_squares import LeastSquares, Translators
-from tunedlens.lenses import Translator, TunedLens
+from tunedlens.lenses import AffineLens, Translator
 
 Matrices = Float[Tensor, "layers rows columns"]
 _DAMPING = 1e-4
@@ -24,7 +24,7 @@ class LensOptimizer(ABC):
     state takes the same steps as an uninterrupted one.
     """
 
-    lens: TunedLens
+    lens: AffineLens
     """The lens at which the next gradients are taken."""
 
     @abstractmethod
@@ -37,7 +37,7 @@ class LensOptimizer(ABC):
         """
 
     @abstractmethod
-    def result(self) -> TunedLens:
+    def result(self) -> AffineLens:
         """The lens as it would be if this were the last step."""
 
     @abstractmethod
@@ -85,10 +85,10 @@ class PreconditionedMuon(LensOptimizer):
     """
 
     def __init__(
-        self, lens: TunedLens, step_size: float, momentum: float, weight_decay: float
+        self, lens: AffineLens, step_size: float, momentum: float, weight_decay: float
     ) -> None:
         self.lens = lens
-        self._average = TunedLens(lens.unembedding, lens.identity)
+        self._average = type(lens)(lens.unembedding, lens.identity)
         self._step_size, self._momentum, self._weight_decay = step_size, momentum, weight_decay
         initial = _columns(lens)
         width = initial.shape[-1]
@@ -137,7 +137,7 @@ class PreconditionedMuon(LensOptimizer):
         state["average"][layers] = state["average"][layers].lerp(iterate, weight)
         self._write(self.lens, "iterate")
 
-    def result(self) -> TunedLens:
+    def result(self) -> AffineLens:
         self._write(self._average, "average")
         return self._average
 
@@ -149,7 +149,7 @@ class PreconditionedMuon(LensOptimizer):
             value.copy_(state[name])
         self._write(self.lens, "iterate")
 
-    def _write(self, lens: TunedLens, name: str) -> None:
+    def _write(self, lens: AffineLens, name: str) -> None:
         columns = torch.baddbmm(
             self._state["initial"], self._state[name], self._state["preconditioner"]
         )
@@ -200,7 +200,12 @@ class TorchOptimizer(LensOptimizer):
     """
 
     def __init__(
-        self, lens: TunedLens, name: str, learning_rate: float, momentum: float, weight_decay: float
+        self,
+        lens: AffineLens,
+        name: str,
+        learning_rate: float,
+        momentum: float,
+        weight_decay: float,
     ) -> None:
         self.lens = lens
         weights = [translator.weight for translator in translators_of(lens)]
@@ -227,7 +232,7 @@ class TorchOptimizer(LensOptimizer):
             optimizer.step()
             optimizer.zero_grad()
 
-    def result(self) -> TunedLens:
+    def result(self) -> AffineLens:
         return self.lens
 
     def state(self) -> dict[str, Tensor]:
@@ -251,18 +256,18 @@ class TorchOptimizer(LensOptimizer):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": values})
 
 
-def translators_of(lens: TunedLens) -> list[Translator]:
+def translators_of(lens: AffineLens) -> list[Translator]:
     """The translators in the order of the layers."""
     return [one.translator for one in lens.all_translators()]
 
 
-def _columns(lens: TunedLens) -> Translators:
+def _columns(lens: AffineLens) -> Translators:
     """`[A b]` of every layer."""
     parts = [torch.cat([t.weight.data, t.bias.data[:, None]], 1) for t in translators_of(lens)]
     return torch.stack(parts)
 
 
-def translator_gradients(lens: TunedLens) -> Translators:
+def translator_gradients(lens: AffineLens) -> Translators:
     """The gradient of `[A b]` of every layer, 0 for a layer without one."""
 
     def gradient(parameter: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ _GRIDS = {"by_position.csv": ("layer", "position"), "transfer.csv": ("translator
 """Tables of what is measured on request only, with the axes of each."""
 _NAMES = {
     *(METRICS_JSON, "metrics.csv", "differences.csv", *_GRIDS, "report.md", "report.html"),
-    *(f"{name}.{kind}" for name in plots.DRAWINGS for kind in plots.KINDS),
+    *(f"{name}.{kind}" for name in plots.DRAWINGS for kind in plots.FORMATS),
 }
 """All files that the report of an evaluation can have."""
 _PER_PAGE = 24
@@ -67,7 +67,7 @@ def write_report(evaluation: Evaluation, folder: str | Path) -> None:
     for name, drawing in plots.DRAWINGS.items():
         if drawing.has_data(evaluation):
             figure = drawing.draw(evaluation)
-            drawn = {kind: plots.rendered(figure, kind) for kind in plots.KINDS}
+            drawn = {kind: plots.rendered(figure, kind) for kind in plots.FORMATS}
             contents |= {f"{name}.{kind}": content for kind, content in drawn.items()}
             svgs[name] = drawn["svg"]
     contents["report.md"] = _markdown_report(evaluation)

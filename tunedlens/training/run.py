@@ -12,7 +12,7 @@ from tunedlens.corpus import load_splits
 from tunedlens.engine.objective import LensKL
 from tunedlens.files import JsonObject
 from tunedlens.fit import LensOptimizer, PreconditionedMuon, TorchOptimizer, ValidationResult
-from tunedlens.lenses import TunedLens
+from tunedlens.lenses import AffineLens
 from tunedlens.model import FrozenModel
 from tunedlens.tracking import say
 from tunedlens.training.plan import Costs, TrainPlan
@@ -82,7 +82,7 @@ class TrainState(NamedTuple):
     optimizer: LensOptimizer
     progress: Progress
 
-    def best_lens(self) -> TunedLens:
+    def best_lens(self) -> AffineLens:
         """The result of the optimizer, with the closed form at layers that are worse than it."""
         history = self.progress.history
         if isinstance(self.optimizer, PreconditionedMuon) and history:
@@ -93,7 +93,7 @@ class TrainState(NamedTuple):
         return self.optimizer.result()
 
 
-def make_optimizer(lens: TunedLens, plan: TrainPlan) -> LensOptimizer:
+def make_optimizer(lens: AffineLens, plan: TrainPlan) -> LensOptimizer:
     """The optimizer of a fit, which starts from a lens."""
     hyperparameters = (plan.lr, plan.momentum, plan.weight_decay)
     if plan.fit in BASELINES:

@@ -14,7 +14,7 @@ from tunedlens.engine.objective import LensKL, ModelSide
 from tunedlens.errors import InputError
 from tunedlens.evaluation import Evaluation, RatioSums, score_lenses
 from tunedlens.fit import LeastSquares
-from tunedlens.lenses import Lens, TunedLens
+from tunedlens.lenses import Lens, ResidualLens
 from tunedlens.training.states import StateReader
 
 _BLOCKS_AT_A_TIME = 8
@@ -52,7 +52,7 @@ class ValidationSet:
         return len(self._validation_blocks) * self._plan.positions
 
     @torch.no_grad()
-    def kl(self, lens: TunedLens, objective: LensKL) -> tuple[list[float], float | None]:
+    def kl(self, lens: ResidualLens, objective: LensKL) -> tuple[list[float], float | None]:
         """Mean KL of every layer in nats, and the standard error of their mean.
 
         Computed over the whole vocabulary, in the precision of training. The model's side is

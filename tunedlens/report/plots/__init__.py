@@ -3,11 +3,11 @@
 from tunedlens.report.plots.by_layer import DRAWINGS, by_layer, by_position, transfer
 from tunedlens.report.plots.curves import curves, draw_learning_curve, learning_curve
 from tunedlens.report.plots.heatmaps import heatmap, heatmap_pages
-from tunedlens.report.plots.style import KINDS, rendered, save
+from tunedlens.report.plots.style import FORMATS, rendered, save
 
 __all__ = [
     "DRAWINGS",
-    "KINDS",
+    "FORMATS",
     "by_layer",
     "by_position",
     "curves",

@@ -123,42 +123,53 @@ class Drawing(NamedTuple):
 
     caption: str
     draw: Callable[[Evaluation], "Figure"]
-    has_data: Callable[[Evaluation], bool] = lambda _: True
+    has_data: Callable[[Evaluation], bool]
 
 
-_OVERVIEW = ("kl_nats", "perplexity", "top1_agreement", "prediction_depth")
-_AGREEMENT = ("top1_agreement", "top10_agreement")
+def _of_metrics(
+    caption: str,
+    *metrics: str,
+    rows: int = 1,
+    size: tuple[float, float] = (5.0, 3.2),
+    limits: tuple[float, float] | None = None,
+) -> Drawing:
+    """A drawing by `by_layer`, of an evaluation that has all the metrics."""
+    draw = partial(by_layer, metrics=metrics, rows=rows, size=size, limits=limits)
+    return Drawing(caption, draw, lambda evaluation: {*metrics} <= {*evaluation.metrics})
+
+
 _BAND = "The bands are two standard errors wide on either side."
 DRAWINGS = {
-    "overview": Drawing(
+    "overview": _of_metrics(
         "KL, perplexity, top-1 agreement and prediction depth of every lens.",
-        partial(by_layer, metrics=_OVERVIEW, rows=2, size=(9.2, 6.2)),
+        *("kl_nats", "perplexity", "top1_agreement", "prediction_depth"),
+        rows=2,
+        size=(9.2, 6.2),
     ),
-    "kl_by_layer": Drawing(
-        f"KL from the model's final distribution to that of each lens. {_BAND}",
-        partial(by_layer, metrics=["kl_nats"]),
+    "kl_by_layer": _of_metrics(
+        f"KL from the model's final distribution to that of each lens. {_BAND}", "kl_nats"
     ),
-    "perplexity_by_layer": Drawing(
-        f"Perplexity of the true next token; the grey line is the model. {_BAND}",
-        partial(by_layer, metrics=["perplexity"]),
+    "perplexity_by_layer": _of_metrics(
+        f"Perplexity of the true next token; the grey line is the model. {_BAND}", "perplexity"
     ),
-    "bits_per_byte_by_layer": Drawing(
+    "bits_per_byte_by_layer": _of_metrics(
         f"Cross-entropy in bits per byte of text; the grey line is the model. {_BAND}",
-        partial(by_layer, metrics=["bits_per_byte"]),
+        "bits_per_byte",
     ),
-    "bias_by_layer": Drawing(
-        f"KL between the mean distributions of model and lens. {_BAND}",
-        partial(by_layer, metrics=["bias_nats"]),
+    "bias_by_layer": _of_metrics(
+        f"KL between the mean distributions of model and lens. {_BAND}", "bias_nats"
     ),
-    "agreement_by_layer": Drawing(
+    "agreement_by_layer": _of_metrics(
         "Fraction of tokens where the model's most probable token is the lens's most probable "
         f"one (left) or among its top ten (right). {_BAND}",
-        partial(by_layer, metrics=_AGREEMENT, size=(8.6, 3.2), limits=(0, 1.02)),
+        *("top1_agreement", "top10_agreement"),
+        size=(8.6, 3.2),
+        limits=(0, 1.02),
     ),
-    "prediction_depth": Drawing(
+    "prediction_depth": _of_metrics(
         "Fraction of tokens by the first layer from which the most probable token no longer "
         "changes. The error bars are two standard errors long on either side.",
-        partial(by_layer, metrics=["prediction_depth"]),
+        "prediction_depth",
     ),
     "transfer": Drawing(
         "KL when the translator of one layer is applied at another.",

@@ -19,7 +19,7 @@ Style = dict[str, Any]
 Ends = dict[str, tuple[float, Any]]
 """The height at which every line ends, and its colour, by name."""
 
-KINDS = ("png", "svg", "pdf")
+FORMATS = ("png", "svg", "pdf")
 MODEL_COLOR = "0.35"
 # Okabe and Ito's colours, which most colour-blind readers can tell apart. Each lens also has
 # its own marker and dash, so that it can be recognised in grey.
@@ -161,7 +161,7 @@ def save(figure: "Figure", path: str | Path) -> None:
         InputError: the folder cannot be written.
     """
     path = Path(path)
-    for kind in KINDS:
+    for kind in FORMATS:
         write(path.with_name(f"{path.name}.{kind}"), rendered(figure, kind))
 
 
