@@ -69,7 +69,7 @@ def test_both_commands_run_again_and_again(here, asked, capsys):
     assert "perplexity" in out
     names = {file.name for file in (runs[1] / "evaluation").iterdir()}
     figures = set(plots.DRAWINGS) - {"transfer", "by_position"}
-    assert names == {f"{name}.{kind}" for name in figures for kind in plots.KINDS} | {
+    assert names == {f"{name}.{kind}" for name in figures for kind in plots.FORMATS} | {
         *("metrics.json", "metrics.csv", "differences.csv", "report.md", "report.html"),
     }
 
@@ -242,7 +242,7 @@ def test_prompt_is_shown_through_the_layers_of_saved_lenses(here, capsys):
     folders = sorted(path.name for path in (here / "out").iterdir())
     assert [re.sub("-[0-9a-f]{6}$", "", name) for name in folders] == ["a-b", "def-f", "x-1"]
     drawn = {f"heatmap-{name}-1" for name in ("logit", "tuned", "rank", "kl_nats")} | {"curves"}
-    pictures = {f"{name}.{kind}" for name in drawn for kind in plots.KINDS}
+    pictures = {f"{name}.{kind}" for name in drawn for kind in plots.FORMATS}
     for name in folders:
         found = {path.name for path in (here / "out" / name).iterdir()}
         tables = {"table.csv", "words-logit.csv", "words-tuned.csv"}

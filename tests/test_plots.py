@@ -112,7 +112,7 @@ def test_what_was_not_measured_is_not_drawn():
 def test_plots_are_the_same_from_saved_results(evaluation):
     again = Evaluation.from_json(evaluation.to_json())
     for name in ("kl_by_layer", "transfer"):
-        for kind in plots.KINDS:
+        for kind in plots.FORMATS:
             one, other = (
                 plots.rendered(plots.DRAWINGS[name].draw(e), kind) for e in (evaluation, again)
             )
