@@ -2,7 +2,7 @@
 
 import sys
 
-from tunedlens.cli import evaluate_command
+from tunedlens.cli.evaluate import evaluate_command
 
 if __name__ == "__main__":
     sys.exit(evaluate_command())

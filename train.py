@@ -2,7 +2,7 @@
 
 import sys
 
-from tunedlens.cli import train_command
+from tunedlens.cli.train import train_command
 
 if __name__ == "__main__":
     sys.exit(train_command())

@@ -23,7 +23,7 @@ from real_model import real_model
 from torch import Tensor
 
 from tunedlens import CorpusConfig, FrozenModel, TunedLens, files, load_model
-from tunedlens.cli.memory import keep_freed_memory
+from tunedlens.cli.guard import keep_freed_memory
 from tunedlens.corpus import load_splits, resolve_corpus
 from tunedlens.engine import accumulate_gradient
 from tunedlens.engine.backend import DTYPES, fastest_backend
@@ -31,7 +31,7 @@ from tunedlens.engine.objective import LensKL
 from tunedlens.engine.vocab_sample import draw_sample
 from tunedlens.fit import LeastSquares, LensOptimizer, PreconditionedMuon, TorchOptimizer
 from tunedlens.model import ModelIdentity
-from tunedlens.training.costs import next_validation_step
+from tunedlens.training.plan import next_validation_step
 
 HERE = Path(__file__).parent
 LAYERS = (2, 10, 18, 26, 29)
@@ -120,7 +120,7 @@ def fit(
     for step in range(count):
         first = start + step * STEP
         states = [state[first : first + STEP] for state in problem.train]
-        usage = torch.zeros(problem.objective.keys().rows.shape[0]) if sample else None
+        usage = torch.zeros(len(problem.objective.keys())) if sample else None
         model = problem.objective.model_side(states[-1], usage)
         drawn = None if usage is None else draw_sample(usage, sample, seed=0, step=step)
         keys = problem.objective.keys(drawn)

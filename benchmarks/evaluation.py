@@ -22,7 +22,7 @@ from timing import medians
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tunedlens import CorpusConfig, FrozenModel, LogitLens, TunedLens, load_model
-from tunedlens.cli.memory import keep_freed_memory
+from tunedlens.cli.guard import keep_freed_memory
 from tunedlens.corpus import load_splits, resolve_corpus
 from tunedlens.engine.objective import chunk_tokens
 from tunedlens.evaluation import score_lenses

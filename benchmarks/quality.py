@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tunedlens import CorpusConfig, ModelConfig, TrainConfig, checkpoint, files, train
-from tunedlens.cli.memory import keep_freed_memory
+from tunedlens.cli.guard import keep_freed_memory
 
 HERE = Path(__file__).parent
 RATES = {

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from tunedlens import Evaluation, FrozenModel, TunedLens, builtin, load_model, report
-from tunedlens.engine.distributions import kl_divergence
+from tunedlens.engine.distributions import kl_divergence, log_probs
 from tunedlens.evaluation import MODEL, Difference, Grid, Result
 
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -159,9 +159,9 @@ def reference_kl(translated, final, unembedding):
 
     Holds all logits of all layers at once.
     """
-    model_logits = unembedding(final)
+    model = log_probs(unembedding(final))
     return torch.stack(
-        [kl_divergence(model_logits, unembedding(layer)).mean() for layer in translated]
+        [kl_divergence(model, log_probs(unembedding(layer))).mean() for layer in translated]
     )
 
 

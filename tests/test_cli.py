@@ -69,7 +69,7 @@ def test_both_commands_run_again_and_again(here, asked, capsys):
     assert "perplexity" in out
     names = {file.name for file in (runs[1] / "evaluation").iterdir()}
     figures = set(plots.DRAWINGS) - {"transfer", "by_position"}
-    assert names == {f"{name}.{kind}" for name in figures for kind in plots.KINDS} | {
+    assert names == {f"{name}.{kind}" for name in figures for kind in plots.FORMATS} | {
         *("metrics.json", "metrics.csv", "differences.csv", "report.md", "report.html"),
     }
 
@@ -242,7 +242,7 @@ def test_prompt_is_shown_through_the_layers_of_saved_lenses(here, capsys):
     folders = sorted(path.name for path in (here / "out").iterdir())
     assert [re.sub("-[0-9a-f]{6}$", "", name) for name in folders] == ["a-b", "def-f", "x-1"]
     drawn = {f"heatmap-{name}-1" for name in ("logit", "tuned", "rank", "kl_nats")} | {"curves"}
-    pictures = {f"{name}.{kind}" for name in drawn for kind in plots.KINDS}
+    pictures = {f"{name}.{kind}" for name in drawn for kind in plots.FORMATS}
     for name in folders:
         found = {path.name for path in (here / "out" / name).iterdir()}
         tables = {"table.csv", "words-logit.csv", "words-tuned.csv"}
@@ -275,7 +275,7 @@ def test_prompt_for_another_model_than_the_newest_lens_is_made_for(here, capsys)
     make_gpt2(n_layer=2).save_pretrained("other")
     AutoTokenizer.from_pretrained(builtin.FOLDER).save_pretrained("other")
     assert evaluate_command(["--prompt", "x = 1", "--model", "other"]) == 0
-    assert "the logit lens alone: the newest lens was made for" in capsys.readouterr().out
+    assert "only the logit lens is shown: the newest lens was made for" in capsys.readouterr().out
     assert not list((here / "prompts").glob("*/*tuned*"))
 
 
@@ -315,7 +315,7 @@ def test_bad_prompts_are_one_line_and_leave_nothing(here, capsys):
         (["--prompt-file", "nowhere.txt"], "cannot read --prompt-file nowhere.txt"),
         (["--prompt-file", "empty.txt"], "has no prompt"),
         (["--prompt", "x", "--by-position"], "needs no --by-position"),
-        (["--prompt", "x", "--lens", "unigram"], "the same of every prompt"),
+        (["--prompt", "x", "--lens", "unigram"], "the same for every prompt"),
     ]:
         fails(evaluate_command, ["--lens", "steps", *flags], capsys, *expected)
     assert not (here / "steps" / "prompts").exists()

@@ -4,8 +4,7 @@ import pytest
 from torch import nn
 
 from tunedlens.corpus import ResolvedCorpus
-from tunedlens.training.costs import Costs, count_validations, next_validation_step
-from tunedlens.training.plan import TrainPlan
+from tunedlens.training.plan import Costs, TrainPlan, count_validations, next_validation_step
 
 
 def costs(vocab_size=49_152, sample=6144, n_layers=30, d_model=576, init_tokens=22_000):
@@ -27,7 +26,7 @@ def costs(vocab_size=49_152, sample=6144, n_layers=30, d_model=576, init_tokens=
         weight_decay=0.0,
         validation_tokens=1024,
     )
-    return Costs.of(plan, SimpleNamespace(blocks=blocks, identity=identity))
+    return Costs(plan, SimpleNamespace(blocks=blocks, identity=identity))
 
 
 def test_step_of_validation_doubles_with_every_second_one():

@@ -21,6 +21,7 @@ from tunedlens import (
     evaluate,
     load_model,
     read_evaluation,
+    report,
     score_lenses,
     write_report,
 )
@@ -28,7 +29,8 @@ from tunedlens.corpus import Packer, load_splits, resolve_corpus
 from tunedlens.engine import LensStatistics
 from tunedlens.evaluation import Evaluation
 from tunedlens.metrics import METRICS, per_token_metrics
-from tunedlens.tokenizer import token_bytes
+from tunedlens.report.plots import DRAWINGS
+from tunedlens.tokenizer import TokenBytes
 
 
 @pytest.fixture
@@ -314,7 +316,7 @@ def test_two_processes_give_the_results_of_one(tiny, tiny_folder, blocks):
 
 
 def test_nothing_to_score_is_refused(tiny, blocks):
-    with pytest.raises(InputError, match="nothing to score: 0 tokens"):
+    with pytest.raises(InputError, match="nothing to score"):
         run(tiny, blocks[:0])
 
 
@@ -360,11 +362,24 @@ def test_mean_over_layers_has_an_error_of_its_own(tiny, blocks):
     assert error == pytest.approx(per_block.std(ddof=1) / 3, rel=1e-3)
 
 
-def test_tokens_beyond_the_tokenizer_count_no_bytes(tiny, blocks, monkeypatch):
-    sizes = token_bytes(tiny.tokenizer)[:4000]
-    monkeypatch.setattr("tunedlens.evaluation.scoring.token_bytes", lambda _: sizes)
-    expected = sum(int(sizes[i]) for i in blocks[:, 1:].flatten() if i < 4000)
-    assert run(tiny, blocks).text_bytes == expected
+def test_tokens_beyond_the_tokenizer_count_no_bytes(tiny):
+    known = TokenBytes.of(tiny.tokenizer, len(tiny.tokenizer))
+    padded = TokenBytes.of(tiny.tokenizer, len(tiny.tokenizer) + 3)
+    assert padded.counts.tolist() == [*known.counts.tolist(), 0, 0, 0]
+
+
+def test_bits_per_byte_are_left_out_where_bytes_are_unknown(tiny, blocks, monkeypatch):
+    expected = run(tiny, blocks, by_position=True)
+    monkeypatch.setattr(TokenBytes, "of", lambda *_: None)
+    evaluation = run(tiny, blocks, by_position=True)
+    assert evaluation.text_bytes == 0
+    assert set(expected.metrics) - set(evaluation.metrics) == {"bits_per_byte"}
+    assert evaluation.by_layer("tuned", "kl_nats") == expected.by_layer("tuned", "kl_nats")
+    assert "bits per byte are left out" in report.terminal_table(evaluation)
+    assert "bits_per_byte_by_layer.png" not in {
+        f"{name}.png" for name, one in DRAWINGS.items() if one.has_data(evaluation)
+    }
+    assert "bytes" not in report.scored_text(evaluation)
 
 
 def test_every_per_token_metric_is_a_property_of_the_statistics():

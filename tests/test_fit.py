@@ -198,7 +198,7 @@ def test_preconditioner_brings_large_and_small_inputs_closer(tiny):
     before = translators_of(optimizer.lens)[0].weight.detach().clone()
     random_gradients(optimizer.lens, 2)
     optimizer.step(ALL, 0.0)
-    sizes = (first_pass().inputs[0].diagonal()[:-1] / 400).sqrt()
+    sizes = (first_pass().sums().inputs[0].diagonal()[:-1] / 400).sqrt()
     change = (translators_of(optimizer.lens)[0].weight - before).norm(dim=0) * sizes
     assert sizes.max() / sizes.min() > 500
     # The fourth root leaves the square root of that.

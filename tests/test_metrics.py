@@ -4,14 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from tunedlens.engine import distributions
+from tunedlens.engine import LensStatistics, ModelDistribution, distributions
 from tunedlens.evaluation.estimates import (
     Estimate,
     GroupSums,
     RatioSums,
-    jackknife,
     perplexity,
-    to_estimates,
 )
 
 
@@ -24,29 +22,42 @@ def random_logits(kind):
     return torch.randn(2, 7, 11, generator=generator, dtype=torch.float64) - 70  # GPT-2's size
 
 
+def kl_divergence(model_logits, lens_logits):
+    log_probs = [distributions.log_probs(logits) for logits in (model_logits, lens_logits)]
+    return distributions.kl_divergence(*log_probs)
+
+
+def statistics(logits, model_logits=None, next_ids=None):
+    """Statistics of a lens, whose logits are left as they are."""
+    model = ModelDistribution.from_logits(logits if model_logits is None else model_logits)
+    ids = torch.zeros(len(logits), dtype=torch.long) if next_ids is None else next_ids
+    return LensStatistics(logits.clone(), model, ids)
+
+
 @pytest.mark.parametrize("kind", ["random", "peaked", "shifted"])
 def test_kl_divergence_equals_torch_distributions_in_float64(kind):
     p, q = random_logits(kind)
     expected = torch.distributions.kl_divergence(
         torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q)
     )
-    assert torch.allclose(distributions.kl_divergence(p, q), expected, rtol=1e-10, atol=1e-12)
+    assert torch.allclose(kl_divergence(p, q), expected, rtol=1e-10, atol=1e-12)
+    assert torch.allclose(statistics(q, p).kl_nats, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_kl_divergence_of_a_distribution_with_itself_is_exactly_zero():
     p, _ = random_logits("peaked")
-    assert torch.equal(distributions.kl_divergence(p.float(), p.float()), torch.zeros(7))
+    assert torch.equal(kl_divergence(p.float(), p.float()), torch.zeros(7))
 
 
 def test_kl_divergence_ignores_tokens_that_the_model_rules_out():
     p = torch.tensor([0.0, 0.0, -math.inf])
     q = torch.tensor([0.0, 0.0, 0.0])
-    assert distributions.kl_divergence(p, q).item() == pytest.approx(math.log(3 / 2))
+    assert kl_divergence(p, q).item() == pytest.approx(math.log(3 / 2))
 
 
 def test_kl_divergence_is_infinite_where_the_lens_rules_out_what_the_model_says():
     p, q = torch.tensor([0.0, 0.0]), torch.tensor([0.0, -math.inf])
-    assert distributions.kl_divergence(p, q).item() == math.inf
+    assert kl_divergence(p, q).item() == math.inf
 
 
 def test_kl_divergence_refuses_to_broadcast():
@@ -56,9 +67,9 @@ def test_kl_divergence_refuses_to_broadcast():
 
 def test_kl_divergence_of_half_precision_is_computed_in_float32():
     p, q = (logits.to(torch.bfloat16) for logits in random_logits("random"))
-    expected = distributions.kl_divergence(p.double(), q.double())
-    assert distributions.kl_divergence(p, q).dtype == torch.float32
-    assert torch.allclose(distributions.kl_divergence(p, q).double(), expected, rtol=1e-5)
+    expected = kl_divergence(p.double(), q.double())
+    assert kl_divergence(p, q).dtype == torch.float32
+    assert torch.allclose(kl_divergence(p, q).double(), expected, rtol=1e-5)
 
 
 def test_cross_entropy_equals_the_sum_by_hand():
@@ -68,13 +79,12 @@ def test_cross_entropy_equals_the_sum_by_hand():
         -math.log(math.exp(row[i]) / sum(math.exp(x) for x in row))
         for i, row in enumerate(logits.tolist())
     ]
-    actual = distributions.cross_entropy(distributions.log_probs(logits), next_ids)
+    actual = statistics(logits, next_ids=next_ids).cross_entropy_nats
     assert actual.tolist() == pytest.approx(by_hand, rel=1e-12)
 
 
 def test_perplexity_of_the_uniform_lens_is_the_size_of_the_vocabulary():
-    uniform = distributions.log_probs(torch.zeros(1, 4096))
-    nats = distributions.cross_entropy(uniform, torch.tensor([17])).item()
+    nats = statistics(torch.zeros(1, 4096), next_ids=torch.tensor([17])).cross_entropy_nats.item()
     assert perplexity(Estimate(nats, 0.0)).value == pytest.approx(4096, rel=1e-5)
 
 
@@ -95,19 +105,16 @@ def test_entropy_equals_numpy(kind):
     logits, _ = random_logits(kind)
     probs = as_numpy(logits)
     expected = -np.where(probs > 0, probs * np.log(np.where(probs > 0, probs, 1)), 0).sum(-1)
-    actual = distributions.entropy(distributions.log_probs(logits))
+    actual = statistics(logits).entropy_nats
     assert actual.numpy() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 def test_entropy_of_the_uniform_distribution_is_the_logarithm_of_the_vocabulary():
-    assert distributions.entropy(distributions.log_probs(torch.zeros(50))).item() == pytest.approx(
-        math.log(50)
-    )
+    assert statistics(torch.zeros(1, 50)).entropy_nats.item() == pytest.approx(math.log(50))
 
 
 def test_entropy_of_a_certain_distribution_is_zero():
-    certain = torch.tensor([0.0, -math.inf, -math.inf])
-    assert distributions.entropy(distributions.log_probs(certain)).item() == 0
+    assert statistics(torch.tensor([[0.0, -200.0, -200.0]])).entropy_nats.item() == 0
 
 
 @pytest.mark.parametrize("kind", ["random", "peaked", "shifted"])
@@ -142,7 +149,7 @@ def test_rank_is_the_index_in_a_stable_sort():
 def only(sums, *contrast):
     """Estimates of sums without a shape, by column or for a contrast of columns."""
     contrasts = torch.tensor([contrast], dtype=torch.float64) if contrast else None
-    return to_estimates(*sums.estimates(contrasts))
+    return sums.estimates(contrasts).to_list()
 
 
 def test_ratio_sums_give_the_ratio_of_totals_not_the_mean_of_ratios():
@@ -213,7 +220,7 @@ def test_jackknife_of_a_mean_is_its_standard_error():
     values = torch.rand(16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     sums = GroupSums(2)
     sums.sums.copy_(torch.stack([values, torch.ones_like(values)], -1))
-    value, error = jackknife(sums.replicates(lambda total: total[0] / total[1]))
+    value, error = sums.jackknife(lambda total: total[0] / total[1])
     assert value.item() == pytest.approx(values.mean().item())
     assert error.item() == pytest.approx(values.std().item() / 4)
 
@@ -223,14 +230,14 @@ def test_jackknife_survives_what_is_all_in_one_group():
     sums.sums[:] = torch.tensor([1e-18, 1.0])
     sums.sums[3, 0] = 1.2
     statistic = lambda total: (total[0] / total[1]).log()  # noqa: E731
-    _, error = jackknife(sums.replicates(statistic))
+    _, error = sums.jackknife(statistic)
     assert error.isfinite()
 
 
 def test_jackknife_of_a_single_group_knows_no_error():
     sums = GroupSums()
     sums.sums[5] = 2.0
-    value, error = jackknife(sums.replicates(lambda total: total))
+    value, error = sums.jackknife(lambda total: total)
     assert value == 2
     assert error.isnan()
 
@@ -249,7 +256,7 @@ def test_jackknife_error_of_a_divergence_agrees_with_a_bootstrap():
     sums = GroupSums(2, size)
     sums.sums.index_add_(0, torch.arange(320) % 16, torch.tensor(blocks))
     statistic = lambda total: torch.tensor(divergence(total.numpy()))  # noqa: E731
-    error = jackknife(sums.replicates(statistic))[1].item()
+    error = sums.jackknife(statistic)[1].item()
     picks = rng.integers(0, 320, (2000, 320))
     bootstrap = np.std([divergence(blocks[pick].sum(0)) for pick in picks])
     assert error == pytest.approx(bootstrap, rel=0.35)  # 15 degrees of freedom

@@ -28,14 +28,14 @@ def texts(axes):
 
 @pytest.mark.parametrize("metric", ["kl_nats", "perplexity", "bits_per_byte", "bias_nats"])
 def test_plot_by_layer_shows_every_value_it_was_given(evaluation, metric):
-    (axes,) = plots.by_layer(evaluation, metric).axes
+    (axes,) = plots.by_layer(evaluation, [metric]).axes
     for lens in ("logit", "tuned"):
         assert tuple(e.value for e in evaluation.by_layer(lens, metric)) in lines(axes)
     assert axes.get_ylabel() == METRICS[metric].title
 
 
 def test_band_is_two_standard_errors_to_either_side(evaluation):
-    (axes,) = plots.by_layer(evaluation, "bits_per_byte").axes
+    (axes,) = plots.by_layer(evaluation, ["bits_per_byte"]).axes
     band = axes.collections[0].get_paths()[0].vertices
     value, error = evaluation.by_layer("logit", "bits_per_byte")[3]
     heights = {round(y, 9) for x, y in band if x == 3}
@@ -43,41 +43,41 @@ def test_band_is_two_standard_errors_to_either_side(evaluation):
 
 
 def test_perplexity_plot_is_logarithmic_and_has_a_line_for_the_model(evaluation):
-    (axes,) = plots.by_layer(evaluation, "perplexity").axes
+    (axes,) = plots.by_layer(evaluation, ["perplexity"]).axes
     assert axes.get_yscale() == "log"
     assert (9.5, 9.5) in lines(axes)
 
 
 def test_first_layer_that_dwarfs_the_rest_is_written_instead_of_drawn():
     evaluation = make_evaluation({("logit", 0, "perplexity"): 7e11})
-    (axes,) = plots.by_layer(evaluation, "perplexity").axes
+    (axes,) = plots.by_layer(evaluation, ["perplexity"]).axes
     assert axes.get_ylim()[1] < 1e7
     assert "↑ 7e+11" in texts(axes)
 
 
 def test_first_layers_that_are_left_out_are_written_below_each_other():
     changed = {(lens, 0, "perplexity"): 7e11 for lens in ("logit", "tuned")}
-    figure = plots.by_layer(make_evaluation(changed), "perplexity")
+    figure = plots.by_layer(make_evaluation(changed), ["perplexity"])
     figure.draw_without_rendering()
     one, other = (t.get_window_extent() for t in figure.axes[0].texts if "↑" in t.get_text())
     assert not one.overlaps(other)
 
 
 def test_lenses_are_named_beside_their_lines(evaluation):
-    (axes,) = plots.by_layer(evaluation, "kl_nats").axes
+    (axes,) = plots.by_layer(evaluation, ["kl_nats"]).axes
     assert texts(axes) == {"logit", "tuned"}
 
 
 def test_names_of_lines_that_end_together_do_not_touch():
     evaluation = make_evaluation({("logit", 7, "kl_nats"): 1.0, ("tuned", 7, "kl_nats"): 1.0})
-    figure = plots.by_layer(evaluation, "kl_nats")
+    figure = plots.by_layer(evaluation, ["kl_nats"])
     figure.draw_without_rendering()
     one, other = (text.get_window_extent() for text in figure.axes[0].texts)
     assert not one.overlaps(other)
 
 
 def test_prediction_depth_bars_are_the_shares(evaluation):
-    (axes,) = plots.prediction_depth(evaluation).axes
+    (axes,) = plots.by_layer(evaluation, ["prediction_depth"]).axes
     heights = [bar.get_height() for bar in axes.patches]
     shares = [
         e.value
@@ -112,7 +112,7 @@ def test_what_was_not_measured_is_not_drawn():
 def test_plots_are_the_same_from_saved_results(evaluation):
     again = Evaluation.from_json(evaluation.to_json())
     for name in ("kl_by_layer", "transfer"):
-        for kind in plots.KINDS:
+        for kind in plots.FORMATS:
             one, other = (
                 plots.rendered(plots.DRAWINGS[name].draw(e), kind) for e in (evaluation, again)
             )
@@ -120,7 +120,7 @@ def test_plots_are_the_same_from_saved_results(evaluation):
 
 
 def test_svg_holds_its_labels_as_text(evaluation):
-    svg = plots.rendered(plots.by_layer(evaluation, "kl_nats"), "svg").decode()
+    svg = plots.rendered(plots.by_layer(evaluation, ["kl_nats"]), "svg").decode()
     assert re.search(r"<text[^>]*>[^<]*tuned", svg)
 
 

@@ -11,6 +11,7 @@ from conftest import make_evaluation
 from tunedlens import InputError, report
 from tunedlens.evaluation import Estimate
 from tunedlens.metrics import METRICS
+from tunedlens.report.html.page import page
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def test_table_gives_every_layer_and_the_mean(evaluation):
 
 
 def test_summary_says_who_is_best_and_by_how_much(evaluation):
-    text = " ".join(report.summary(evaluation))
+    text = " ".join(report.tables.summary(evaluation))
     assert "tuned 4.500 ± 0.050, logit 9.000 ± 0.050" in text
     assert "The mean KL of tuned is 4.500 ± 0.020 nats lower than that of logit" in text
     assert "by more than two standard errors at every layer" in text
@@ -94,16 +95,16 @@ class _Page(HTMLParser):
 
 def test_page_needs_no_other_file(evaluation, folder):
     text = (folder / "report.html").read_text()
-    page = _Page()
-    page.feed(text)
-    assert len(page.links) > 8
-    assert all(link.startswith("data:") for link in page.links)
+    parsed = _Page()
+    parsed.feed(text)
+    assert len(parsed.links) > 8
+    assert all(link.startswith("data:") for link in parsed.links)
     assert not re.search(r"@import|url\(|fetch\(", text)
-    assert page.rows > 2 * evaluation.n_layers
+    assert parsed.rows > 2 * evaluation.n_layers
 
 
 def test_page_explains_every_metric_that_it_shows(evaluation):
-    text = report.page(evaluation, {})
+    text = page(evaluation, {})
     for metric in evaluation.metrics:
         assert html.escape(METRICS[metric].meaning) in text
 
@@ -111,7 +112,7 @@ def test_page_explains_every_metric_that_it_shows(evaluation):
 def test_page_escapes_what_it_is_told():
     evaluation = make_evaluation()
     evaluation.provenance.update(model="<script>alert(1)</script>", command="a && b < c")
-    text = report.page(evaluation, {})
+    text = page(evaluation, {})
     assert "<script>alert" not in text
     assert "a &amp;&amp; b &lt; c" in text
 
@@ -122,7 +123,7 @@ def test_folder_with_something_else_is_not_overwritten(folder, tmp_path):
     (tmp_path / "mine").mkdir()
     report.require_own(tmp_path / "mine")
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="holds files that are no part of an evaluation"):
+    with pytest.raises(InputError, match="holds files that do not belong to an evaluation"):
         report.require_own(tmp_path / "mine")
 
 

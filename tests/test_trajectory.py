@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import make_gpt2, make_llama, random_lens
+from conftest import make_gpt2, make_llama, make_sentence_piece, random_lens
 from transformers import BloomConfig, BloomForCausalLM
 
 from tunedlens import (
@@ -27,7 +27,7 @@ from tunedlens.metrics import TRAJECTORY_METRICS
 from tunedlens.model import SITES
 from tunedlens.report import plots
 from tunedlens.trajectories import reading as reading_module
-from tunedlens.trajectories import windows
+from tunedlens.trajectories import states as states_module
 
 TEXT = "def naïve(x):\n    return x + 1\n"
 
@@ -75,7 +75,7 @@ def test_every_number_equals_a_recomputation_from_hooks(tiny, monkeypatch, name,
         monkeypatch.setattr(reading_module, "LOGITS_AT_A_TIME", 4096 * 3 * 20)
     lens = LogitLens.from_model(tiny) if name == "logit" else random_lens(tiny)
     # Texts of several lengths, and so with padding, in two forward passes.
-    monkeypatch.setattr(windows, "_TOKENS_AT_A_TIME", 40)
+    monkeypatch.setattr(states_module, "_TOKENS_AT_A_TIME", 40)
     for found in trajectory(tiny, {name: lens}, [TEXT, "x", TEXT[:-9]], sites=sites, k=4):
         assert_equals_by_hand(tiny, lens, found, found.predictions[name])
 
@@ -295,6 +295,19 @@ def test_lenses_in_a_list_are_named_by_their_kind(tiny):
         trajectory(tiny, [LogitLens.from_model(tiny)] * 2, TEXT)
 
 
+def test_every_window_begins_with_bos_if_the_text_does():
+    model = FrozenModel(make_gpt2(), make_sentence_piece(), name="tiny")
+    found = trajectory(model, None, "the quick brown fox jumps " * 6, stride=10)
+    ids, bos = found.input_ids, model.bos_id
+    assert ids[0] == bos
+    assert len(ids) > 2 * 32
+    for position in range(32, len(ids)):
+        start = next(start for start in range(10, len(ids), 10) if position < start + 32)
+        seen = torch.tensor([[bos, *ids[start + 1 : position + 1]]])
+        logits = model.model(seen).logits[0, -1]
+        assert found.predictions["logit"].top_ids[-1, position, 0] == logits.argmax()
+
+
 def test_windows_give_every_position_the_text_before_it(tiny):
     text = "a = b + c\n" * 12  # 72 tokens, the context is 32
     found = trajectory(tiny, None, text, stride=10, sites=["resid_mid", "resid_post"])
@@ -466,7 +479,7 @@ def test_lens_of_another_model_is_refused(tiny, model):
 
 def test_constant_lens_reads_no_text(tiny):
     lens = ConstantLens(torch.zeros(4096), tiny.identity)
-    with pytest.raises(InputError, match="is a ConstantLens, which reads no state"):
+    with pytest.raises(InputError, match="is a ConstantLens, which does not read the states"):
         trajectory(tiny, {"unigram": lens}, TEXT)
 
 
@@ -582,14 +595,14 @@ def resaved(path, change):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda about, _: about.update(kind="comparison"), "holds a comparison, no trajectory"),
+        (lambda about, _: about.update(kind="comparison"), "trajectory: it holds a comparison"),
         (lambda about, _: about.update(format=9), "format 9; this version reads format 1"),
         (lambda about, _: about.update(records=[]), "no description of its content"),
         (lambda about, _: about.update(records=[1]), "damaged"),
-        (lambda about, _: about["records"][0].pop("rows"), "damaged: rows is missing"),
+        (lambda about, _: about["records"][0].pop("rows"), "damaged.*: rows is missing"),
         (lambda about, _: about["records"][0].update(rows=[["attic", 0]]), "the rows are wrong"),
         (lambda about, _: about["records"][0].update(rows=3), "damaged"),
-        (lambda about, _: about["records"][0].update(positions="all"), "a list of integers"),
+        (lambda about, _: about["records"][0].update(positions="all"), "a list of int values"),
         (lambda about, _: about["records"][0].update(vocabulary={}), "has no text"),
         (lambda about, _: about["records"][0].update(vocabulary={"x": ["a", "b"]}), "damaged"),
         (lambda about, _: about["records"][0].update(lenses=["a", "a"]), "the lenses are wrong"),
@@ -610,7 +623,7 @@ def test_foreign_file_is_one_clear_error(tmp_path):
     path = tmp_path / "file"
     with pytest.raises(InputError, match="there is no file"):
         Trajectory.load(path)
-    with pytest.raises(InputError, match="is no saved trajectory, or is damaged"):
+    with pytest.raises(InputError, match="is damaged or is not a saved trajectory"):
         Trajectory.load(tmp_path)
     for content in (
         b"",
@@ -619,5 +632,12 @@ def test_foreign_file_is_one_clear_error(tmp_path):
         safetensors.torch.save({"a": torch.ones(1)}),
     ):
         path.write_bytes(content)
-        with pytest.raises(InputError, match=r"is no saved trajectory|holds something else"):
+        with pytest.raises(InputError, match="is damaged or is not a saved trajectory"):
             Trajectory.load(path)
+
+
+def test_every_metric_of_the_catalogue_that_needs_no_token_is_in_a_trajectory(tiny):
+    read = trajectory(tiny, None, "import os")
+    for name, metric in TRAJECTORY_METRICS.items():
+        if not metric.has_token:
+            assert read.values(name, "logit").shape == (len(read.rows), len(read.positions)), name

@@ -26,19 +26,14 @@ from tunedlens.report.plots import curves, heatmap
 from tunedlens.training import train
 from tunedlens.trajectories import Comparison, Trajectory, compare, difference, trajectory
 from tunedlens.trajectories.frames import probabilities, scores, to_dataframe, words
-from tunedlens.trajectories.storage import (
-    load_comparison,
-    load_trajectory,
-    save_comparison,
-    save_trajectory,
-)
+from tunedlens.trajectories.storage import load_comparison, load_trajectory, save
 
 # Methods whose code lives in a later module than their class. This is the one module that may
 # import everything, so the modules themselves need no circle.
 AffineLens.save = save_lens
 AffineLens.load = classmethod(load_lens_of_kind)  # type: ignore[assignment]
 ResidualLens.generate = generate
-Trajectory.save = save_trajectory
+Trajectory.save = save
 Trajectory.load = staticmethod(load_trajectory)
 Trajectory.to_dataframe = to_dataframe
 Trajectory.words = words
@@ -48,7 +43,7 @@ Trajectory.top_k = top_k
 Trajectory.heatmap = heatmap
 Trajectory.curves = curves
 Trajectory.to_html = explorer
-Comparison.save = save_comparison
+Comparison.save = save
 Comparison.load = staticmethod(load_comparison)
 Comparison.scores = scores
 Comparison.heatmap = heatmap

@@ -6,9 +6,11 @@ as `--config` uses the same names.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any, Literal, Self, get_args
+from types import NoneType
+from typing import Any, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
 
 from tunedlens.errors import InputError
 
@@ -18,7 +20,8 @@ Kernel = Literal["products", "attention"]
 FitName = Literal["preconditioned", "closed-form", "jacobian", "sgd", "muon"]
 ONE_PASS: tuple[FitName, ...] = ("closed-form", "jacobian")
 """Fits that take no steps."""
-LEAST_VOCAB_SAMPLE = 64
+BASELINES: tuple[FitName, ...] = ("sgd", "muon")
+"""Published fits, which do not start from the closed form."""
 JacobianTargets = Literal["later", "same"]
 MetricSet = Literal["standard", "all"]
 Split = Literal["train", "validation", "all"]
@@ -30,23 +33,55 @@ def option(default: Any, meaning: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": meaning})
 
 
-def _require_positive(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} must be at least 1, got {value}")
+class _Range(NamedTuple):
+    description: str
+    contains: Callable[[float], bool]
 
 
-def _require_choice(config: object, name: str, choices: tuple[str, ...]) -> None:
-    value = getattr(config, name)
-    if value not in choices:
-        flag = "--" + name.replace("_", "-")
-        raise InputError(f"{flag} must be one of {', '.join(choices)}; got {value!r}")
+_AT_LEAST_1 = _Range("at least 1", lambda value: value >= 1)
+_ABOVE_0 = _Range("above 0", lambda value: 0 < value < math.inf)
+_0_OR_MORE = _Range("0 or more", lambda value: 0 <= value < math.inf)
+_ACCEPTED = {
+    "seq_len": _Range("at least 2", lambda value: value >= 2),
+    "tokens": _AT_LEAST_1,
+    "max_tokens": _AT_LEAST_1,
+    "init_tokens": _AT_LEAST_1,
+    "batch_size": _AT_LEAST_1,
+    "micro_batch_size": _AT_LEAST_1,
+    "validation_tokens": _AT_LEAST_1,
+    "evaluate_tokens": _AT_LEAST_1,
+    "skip_first": _0_OR_MORE,
+    "vocab_sample": _Range("0 (all of it) or at least 64", lambda value: value == 0 or value >= 64),
+    "ridge": _ABOVE_0,
+    "lr": _ABOVE_0,
+    "momentum": _Range("in [0, 1)", lambda value: 0 <= value < 1),
+    "weight_decay": _0_OR_MORE,
+    "seed": _Range("in [0, 2^32)", lambda value: 0 <= value < 2**32),
+}
+"""The values that a field of this name accepts, in any config."""
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class _Config:
+    """Checks every field against the choices of its type and the range of its name."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            flag, value = "--" + field.name.replace("_", "-"), getattr(self, field.name)
+            types = (hints[field.name], *get_args(hints[field.name]))
+            if value is None and NoneType in types:
+                continue
+            choices = next((get_args(part) for part in types if get_origin(part) is Literal), ())
+            if choices and value not in choices:
+                raise InputError(f"{flag} must be one of {', '.join(choices)}; got {value!r}")
+            accepted = _ACCEPTED.get(field.name)
+            if accepted and not accepted.contains(value):
+                raise InputError(f"{flag} must be {accepted.description}, got {value}")
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Config):
     """Which model is examined, and where it runs."""
 
     model: str | None = option(
@@ -65,12 +100,9 @@ class ModelConfig:
         None, "path of the final norm, such as model.norm, if it is not found; none for no norm"
     )
 
-    def __post_init__(self) -> None:
-        _require_choice(self, "dtype", get_args(Dtype))
-
 
 @dataclass(frozen=True)
-class CorpusConfig:
+class CorpusConfig(_Config):
     """Which text is read, and how it is divided into blocks."""
 
     dataset: str | None = option(
@@ -99,20 +131,16 @@ class CorpusConfig:
         "puts one before a text",
     )
 
-    def __post_init__(self) -> None:
-        if self.seq_len is not None and self.seq_len < 2:
-            raise InputError(f"--seq-len must be at least 2, got {self.seq_len}")
-
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(_Config):
     """Everything that a trained lens depends on. None leaves a choice to the run."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
     fit: FitName = option(
         "preconditioned",
-        "preconditioned: closed form, then preconditioned Muon; closed-form: least squares alone, "
+        "preconditioned: closed form, then preconditioned Muon; closed-form: only least squares, "
         "in one pass; jacobian: the mean Jacobian instead of a fit; sgd, muon: published baselines",
     )
     tokens: int | None = option(
@@ -187,38 +215,9 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        _require_choice(self, "fit", get_args(FitName))
-        _require_choice(self, "jacobian_targets", get_args(JacobianTargets))
-        _require_positive(
-            self,
-            *("tokens", "max_tokens", "init_tokens", "batch_size", "micro_batch_size"),
-            *("validation_tokens", "evaluate_tokens"),
-        )
-        if self.precision is not None:
-            _require_choice(self, "precision", get_args(Precision))
-        if self.kernel is not None:
-            _require_choice(self, "kernel", get_args(Kernel))
-        if self.vocab_sample is not None and not (
-            self.vocab_sample == 0 or self.vocab_sample >= LEAST_VOCAB_SAMPLE
-        ):
-            raise InputError(
-                f"--vocab-sample must be 0 (all of it) or at least {LEAST_VOCAB_SAMPLE}, got "
-                f"{self.vocab_sample}"
-            )
+        super().__post_init__()
         if self.fit in ONE_PASS and self.tokens is not None:
             raise InputError(f"--fit {self.fit} takes no steps; give --init-tokens, not --tokens")
-        if self.skip_first < 0:
-            raise InputError(f"--skip-first must be 0 or more, got {self.skip_first}")
-        if self.ridge is not None and not 0 < self.ridge < math.inf:
-            raise InputError(f"--ridge must be above 0, got {self.ridge}")
-        if self.lr is not None and not 0 < self.lr < math.inf:
-            raise InputError(f"--lr must be above 0, got {self.lr}")
-        if self.momentum is not None and not 0 <= self.momentum < 1:
-            raise InputError(f"--momentum must be in [0, 1), got {self.momentum}")
-        if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
-            raise InputError(f"--weight-decay must be 0 or more, got {self.weight_decay}")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"--seed must be in [0, 2^32), got {self.seed}")
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
@@ -232,7 +231,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class ScoringConfig:
+class ScoringConfig(_Config):
     """How many positions are scored, and which metrics are computed."""
 
     tokens: int | None = option(
@@ -249,10 +248,6 @@ class ScoringConfig:
         "the number of layers",
     )
     batch_size: int = option(8, "blocks in one forward pass; changes memory, not results")
-
-    def __post_init__(self) -> None:
-        _require_positive(self, "tokens", "batch_size")
-        _require_choice(self, "metrics", get_args(MetricSet))
 
 
 @dataclass(frozen=True)
@@ -279,5 +274,3 @@ class EvaluateConfig(ScoringConfig):
         if isinstance(self.lenses, (str, PurePath)):
             raise InputError(f"lenses must be a tuple, got {self.lenses!r}")
         object.__setattr__(self, "lenses", tuple(map(str, self.lenses)))
-        if self.split is not None:
-            _require_choice(self, "split", get_args(Split))

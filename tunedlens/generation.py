@@ -27,13 +27,11 @@ def generate(
 ) -> str | list[str]:
     """Continue a text; every new token comes from the lens's distribution at one layer.
 
-    At the last layer the model itself generates, in its own dtype. Of the model's generation
-    config only the tokens that end a text are used.
+    At the last layer the model itself generates, in its own dtype. The model's generation config
+    only decides which tokens end a text.
 
     Args:
         prompt: text, or several texts that are continued together.
-        layer: the layer that the lens decodes.
-        max_new_tokens: the largest number of new tokens for each prompt.
         do_sample: whether to sample; otherwise the best token is taken.
         temperature: divides the logits of the distribution sampled from.
         top_k: sample from this number of best tokens; 0 means all.
@@ -48,14 +46,20 @@ def generate(
         InputError: the lens was made for another model, there is no such layer, a setting is
             out of range, or a prompt is empty or leaves no room for the new tokens.
     """
-    samples = _sampling(do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p)
+    require_made_for(model, {type(lens).__name__: lens})
+    layer = lens.resolve(layer)
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    samples = _sampling(do_sample, temperature, top_k, top_p)
+    ends = _ends(model, eos_token_id)
     try:
         config = GenerationConfig(
-            max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, **samples
+            max_new_tokens=max_new_tokens,
+            eos_token_id=ends or None,
+            pad_token_id=ends[0] if ends else 0,
+            **samples,
         )
     except ValueError as error:
         raise InputError(str(error)) from error
-    prompts = [prompt] if isinstance(prompt, str) else prompt
     texts = _continue(lens, model, prompts, layer, config, seed)
     return texts[0] if isinstance(prompt, str) else texts
 
@@ -69,8 +73,6 @@ def _continue(
     seed: int,
 ) -> list[str]:
     """The texts after the prompts; see `generate`."""
-    require_made_for(model, {type(lens).__name__: lens})
-    layer = lens.resolve(layer)
     if not prompts:
         raise InputError("there is no prompt; give at least one")
     ids = [model.encode(prompt)[0] for prompt in prompts]
@@ -80,20 +82,14 @@ def _continue(
             f"a prompt of {longest} tokens and {config.max_new_tokens} new ones are more than the "
             f"{model.context} that {model.name} reads; shorten it or lower max_new_tokens"
         )
-    ends = _ends(model, config.eos_token_id)
-    config.eos_token_id = ends or None
-    config.pad_token_id = ends[0] if ends else 0
     pad = torch.nn.utils.rnn.pad_sequence
     input_ids = pad(ids, batch_first=True, padding_side="left")
     mask = pad([torch.ones_like(i) for i in ids], batch_first=True, padding_side="left")
     devices = [model.device] if model.device.type == "cuda" else []
-    with (
-        torch.random.fork_rng(devices),
-        _writer(lens, model, layer, config) as writer,
-    ):
+    with torch.random.fork_rng(devices), _writer(lens, model, layer, config) as writer:
         torch.manual_seed(seed)
         written = writer.generate(input_ids, attention_mask=mask)  # type: ignore[operator]
-    texts = []
+    ends, texts = config.eos_token_id or [], []
     for line in written[:, longest:].tolist():
         end = next((index for index, token in enumerate(line) if token in ends), None)
         texts.append(str(model.tokenizer.decode(line[:end])))
@@ -118,13 +114,9 @@ def _writer(
 
 
 def _sampling(
-    *, do_sample: bool, temperature: float, top_k: int, top_p: float
+    do_sample: bool, temperature: float, top_k: int, top_p: float
 ) -> dict[str, bool | int | float]:
-    """The settings of sampling, which transformers warns about if `do_sample` is off.
-
-    Raises:
-        InputError: a setting is out of range.
-    """
+    """The settings of sampling, which transformers warns about if `do_sample` is off."""
     if not do_sample:
         if (temperature, top_k, top_p) != (1.0, 0, 1.0):
             raise InputError("temperature, top_k and top_p need do_sample=True")
@@ -145,14 +137,13 @@ def _sampling(
 def _ends(model: FrozenModel, asked: int | list[int] | None) -> list[int]:
     """The tokens that end a text: `asked`, or by default those of the model's generation config."""
     vocab_size = model.identity.vocab_size
+    ends = model.model.generation_config.eos_token_id if asked is None else asked
+    ends = [ends] if isinstance(ends, int) else ends or []
+    wrong = [end for end in ends if not 0 <= end < vocab_size]
     if asked is None:
-        default = model.model.generation_config.eos_token_id
-        default = [default] if isinstance(default, int) else default or []
-        return [end for end in default if 0 <= end < vocab_size]
-    ends = [asked] if isinstance(asked, int) else asked
+        return [end for end in ends if end not in wrong]
     if not ends:
         raise InputError("eos_token_id is empty; leave it out for the model's own")
-    for end in ends:
-        if not 0 <= end < vocab_size:
-            raise InputError(f"eos_token_id must be between 0 and {vocab_size - 1}, got {end}")
+    if wrong:
+        raise InputError(f"eos_token_id must be between 0 and {vocab_size - 1}, got {wrong[0]}")
     return ends

@@ -1,8 +1,6 @@
 """The catalogue of metrics: what each one is called, what it means and where it exists.
 
-To add a metric that has a value at every token, add an entry here with `per_token` and a property
-of the same name to `tunedlens.engine.LensStatistics`. Evaluations, tables, plots and reports take
-everything else from the entry.
+`docs/architecture.md` says how to add one.
 """
 
 from dataclasses import dataclass
@@ -14,10 +12,10 @@ from tunedlens.config import MetricSet
 class Metric(NamedTuple):
     """How a metric is shown, and when it exists."""
 
-    label: str
-    unit: str
+    title: str
+    """With the unit, if there is one."""
     meaning: str
-    """A sentence without its subject, for the glossary of a report."""
+    """A line in the glossary of a report."""
     is_log: bool = False
     """Whether plots use a log scale."""
     for_model: bool = False
@@ -28,105 +26,84 @@ class Metric(NamedTuple):
     """The smallest set that includes it, if it is measured at every token; None if it is computed
     from other metrics or from sums over a corpus."""
 
-    @property
-    def title(self) -> str:
-        """Label and unit."""
-        return f"{self.label}, {self.unit}" if self.unit else self.label
-
 
 METRICS = {
     "kl_nats": Metric(
-        "KL(model ‖ lens)",
-        "nats",
+        "KL(model ‖ lens), nats",
         "divergence of the lens's distribution from the model's final one",
         is_log=True,
         where_lens_is_model=0,
         per_token="standard",
     ),
     "cross_entropy_nats": Metric(
-        "cross-entropy",
-        "nats",
+        "cross-entropy, nats",
         "negative log-probability of the true next token",
         for_model=True,
         per_token="standard",
     ),
     "perplexity": Metric(
-        "perplexity", "", "exp of the mean cross-entropy", is_log=True, for_model=True
+        "perplexity", "exp of the mean cross-entropy", is_log=True, for_model=True
     ),
     "bits_per_byte": Metric(
         "bits per byte",
-        "",
         "total cross-entropy in bits, divided by the bytes of the predicted text",
         is_log=True,
         for_model=True,
     ),
     "entropy_nats": Metric(
-        "entropy",
-        "nats",
-        "entropy of the lens's distribution",
-        for_model=True,
-        per_token="standard",
+        "entropy, nats", "entropy of the lens's distribution", for_model=True, per_token="standard"
     ),
     "top1_agreement": Metric(
         "top-1 agreement",
-        "",
         "fraction of tokens where lens and model have the same most probable token",
         where_lens_is_model=1,
         per_token="standard",
     ),
     "top10_agreement": Metric(
         "top-10 agreement",
-        "",
         "fraction of tokens where the model's most probable token is among the lens's top ten",
         where_lens_is_model=1,
         per_token="standard",
     ),
     "accuracy": Metric(
         "accuracy",
-        "",
         "fraction of tokens where the true next token is the lens's most probable one",
         for_model=True,
         per_token="standard",
     ),
     "bias_nats": Metric(
-        "bias",
-        "nats",
+        "bias, nats",
         "KL between the mean distributions of model and lens over the text",
         is_log=True,
         where_lens_is_model=0,
     ),
     "kl_nats_position_0": Metric(
-        "KL at position 0",
-        "nats",
+        "KL at position 0, nats",
         "KL(model ‖ lens) at the first position of each block alone",
         is_log=True,
         where_lens_is_model=0,
     ),
     "reverse_kl_nats": Metric(
-        "KL(lens ‖ model)",
-        "nats",
+        "KL(lens ‖ model), nats",
         "KL in the other direction",
         is_log=True,
         where_lens_is_model=0,
         per_token="all",
     ),
     "js_nats": Metric(
-        "Jensen–Shannon",
-        "nats",
+        "Jensen–Shannon, nats",
         "Jensen–Shannon divergence from the model, at most ln 2",
         where_lens_is_model=0,
         per_token="all",
     ),
     "reciprocal_rank": Metric(
         "reciprocal rank",
-        "",
         "mean of 1 / rank of the true next token",
         for_model=True,
         per_token="all",
     ),
     "model_top1_rank": Metric(
         "rank of the model's top token",
-        "",
         "mean rank, from 1, of the model's most probable token",
         is_log=True,
         where_lens_is_model=1,
@@ -134,26 +111,22 @@ METRICS = {
     ),
     "confidence": Metric(
         "confidence",
-        "",
         "mean probability of the lens's most probable token",
         for_model=True,
         per_token="all",
     ),
     "calibration_error": Metric(
         "calibration error",
-        "",
         "mean gap between confidence and accuracy, in 15 bins of confidence",
         for_model=True,
     ),
     "prediction_depth": Metric(
         "fraction of tokens",
-        "",
         "fraction of tokens whose prediction depth is this layer: the first layer from which the "
         "most probable token no longer changes",
     ),
     "mean_prediction_depth": Metric(
-        "mean prediction depth",
-        "layers",
+        "mean prediction depth, layers",
         "mean over tokens of the first layer from which the most probable token no longer changes",
     ),
 }

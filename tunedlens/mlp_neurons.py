@@ -42,18 +42,12 @@ def neurons(
 
     ids = model.encode(text)
     count, n_layers = ids.shape[1], model.identity.n_layers
-    if not -n_layers <= layer < n_layers:
-        raise InputError(f"layer must be between {-n_layers} and {n_layers - 1}, got {layer}")
-    if not -count <= position < count:
-        raise InputError(f"position must be between {-count} and {count - 1}, got {position}")
+    _require_between("layer", layer, -n_layers, n_layers - 1)
+    _require_between("position", position, -count, count - 1)
     coefficients, vectors = model.mlp_neurons(ids, layer % n_layers)
     here = coefficients[0, position].float()
-    if not 1 <= k <= len(here):
-        raise InputError(f"k must be between 1 and {len(here)}, the MLP's neurons; got {k}")
-    if not 1 <= promoted <= model.identity.vocab_size:
-        raise InputError(
-            f"promoted must be between 1 and {model.identity.vocab_size}, got {promoted}"
-        )
+    _require_between("k", k, 1, len(here))
+    _require_between("promoted", promoted, 1, model.identity.vocab_size)
     chosen = here.abs().topk(k).indices
     added = here[chosen, None] * vectors[chosen].float()
     logits = added @ model.unembedding.weight.float().mT
@@ -71,3 +65,8 @@ def neurons(
         index=pd.Index(chosen.tolist(), name="neuron"),
         columns=places.insert(0, ("coefficient", "")),
     )
+
+
+def _require_between(name: str, value: int, least: int, largest: int) -> None:
+    if not least <= value <= largest:
+        raise InputError(f"{name} must be between {least} and {largest}, got {value}")

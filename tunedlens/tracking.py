@@ -3,13 +3,16 @@
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Self
 
 from tqdm import tqdm
 
 from tunedlens.config import WandbMode
 from tunedlens.errors import first_line
 from tunedlens.evaluation import Evaluation
+
+if TYPE_CHECKING:
+    from wandb import Run
 
 WANDB_PATIENCE_SECONDS = 5
 
@@ -35,34 +38,11 @@ def progress_bar(total_tokens: int, description: str, done: int = 0, show: bool 
     )
 
 
-class WandbSummary(Protocol):
-    """The summary of a Weights & Biases run."""
-
-    def update(self, d: dict[str, float]) -> None: ...
-
-
-class WandbRun(Protocol):
-    """What is used of a Weights & Biases run."""
-
-    @property
-    def summary(self) -> WandbSummary: ...
-
-    def log(self, data: dict[str, object], step: int | None = None) -> None: ...
-
-    def finish(self) -> None: ...
-
-
 class Tracker:
     """Sends the metrics of a run to Weights & Biases, or nowhere.
 
     Tracking never stops a run. If there is no key, or no connection within a few seconds, an
-    online run becomes an offline one, with a message of one line.
-
-    Args:
-        mode: online, offline or disabled.
-        name: the name of the run.
-        config: the run's settings.
-        folder: where an offline run is kept.
+    online run becomes an offline one in `folder`, with a message of one line.
     """
 
     def __init__(
@@ -81,19 +61,18 @@ class Tracker:
     def report(self, evaluation: Evaluation, pictures: Mapping[str, Path]) -> None:
         """Send an evaluation as a summary, a table and pictures."""
 
-        def send(run: WandbRun) -> None:
+        def send(run: "Run") -> None:
             import wandb
 
-            results = evaluation.results
-            table = wandb.Table(
-                columns=["lens", "layer", "metric", "value", "standard_error"],
-                data=[[r.lens, r.layer, r.metric, r.value, r.standard_error] for r in results],
-            )
+            columns: list[str | int] = ["lens", "layer", "metric", "value", "standard_error"]
+            rows = [[getattr(result, str(c)) for c in columns] for result in evaluation.results]
             images = {f"figures/{name}": wandb.Image(str(path)) for name, path in pictures.items()}
-            run.log({"metrics": table, **images})
-            layers = ["" if r.layer is None else f"/{r.layer}" for r in results]
-            names = [f"{r.metric}/{r.lens}{at}" for r, at in zip(results, layers, strict=True)]
-            run.summary.update({n: r.value for n, r in zip(names, results, strict=True)})
+            run.log({"metrics": wandb.Table(columns=columns, data=rows), **images})
+            summary = {}
+            for result in evaluation.results:
+                layer = "" if result.layer is None else f"/{result.layer}"
+                summary[f"{result.metric}/{result.lens}{layer}"] = result.value
+            run.summary.update(summary)
 
         self._try(send)
 
@@ -104,7 +83,7 @@ class Tracker:
         """Send the rest, as far as a few seconds allow."""
         self._try(lambda run: run.finish())
 
-    def _try(self, send: Callable[[WandbRun], object]) -> None:
+    def _try(self, send: Callable[["Run"], object]) -> None:
         if self._run is None:
             return
         try:
@@ -114,9 +93,7 @@ class Tracker:
             self._run = None
 
 
-def _start(
-    mode: WandbMode, name: str, config: Mapping[str, object], folder: Path
-) -> WandbRun | None:
+def _start(mode: WandbMode, name: str, config: Mapping[str, object], folder: Path) -> "Run | None":
     import wandb
 
     settings = wandb.Settings(
@@ -132,7 +109,7 @@ def _start(
             project="tunedlens",
             name=name,
             config=dict(config),
-            dir=str(folder),
+            dir=folder,
             mode=mode,
             settings=settings,
         )

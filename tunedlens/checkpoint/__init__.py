@@ -19,8 +19,8 @@ from tunedlens.checkpoint.run_state import (
     newest_state,
     remove_state,
     save_state,
+    saved_config,
 )
-from tunedlens.checkpoint.saved_config import saved_config
 
 __all__ = [
     "KINDS",

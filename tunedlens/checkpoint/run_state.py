@@ -1,9 +1,7 @@
-"""Interrupted runs on disk: what a run needs to be resumed, as one safetensors file."""
+"""Runs on disk: the state of an interrupted one, as one safetensors file, and the config of any."""
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +10,8 @@ import safetensors.torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tunedlens.checkpoint.lens_files import read_manifest
+from tunedlens.config import TrainConfig
 from tunedlens.errors import InputError
 from tunedlens.files import JsonObject, newest_folder, now, write
 
@@ -37,38 +37,40 @@ def save_state(folder: Path, state: State) -> None:
     write(folder / STATE, safetensors.torch.save(tensors, metadata))
 
 
-def load_state(folder: Path) -> State:
-    """Read what `save_state` wrote.
+def load_state(folder: Path, *, with_tensors: bool = True) -> State:
+    """Read what `save_state` wrote, or only its metadata.
 
     Raises:
         InputError: there is no interrupted run, or its state is damaged.
     """
-    with _opened(folder) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return State(tensors, json.loads(file.metadata()["about"]))
-
-
-def load_metadata(folder: Path) -> JsonObject:
-    """Read the metadata of what `save_state` wrote, without its tensors.
-
-    Raises:
-        InputError: there is no interrupted run, or its state is damaged.
-    """
-    with _opened(folder) as file:
-        metadata: JsonObject = json.loads(file.metadata()["about"])
-        return metadata
-
-
-@contextmanager
-def _opened(folder: Path) -> Iterator[safetensors.safe_open]:
     path = folder / STATE
     if not path.is_file():
         raise InputError(f"{folder} holds no interrupted run: expected {path}")
     try:
         with safetensors.safe_open(path, "pt") as file:
-            yield file
+            names = file.keys() if with_tensors else ()
+            tensors = {name: file.get_tensor(name) for name in names}
+            return State(tensors, json.loads(file.metadata()["about"]))
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise InputError(f"{path} is damaged: {error}") from error
+
+
+def saved_config(folder: Path) -> TrainConfig:
+    """The config of the interrupted or finished run in a folder.
+
+    Raises:
+        InputError: there is no run, or its files are damaged.
+    """
+    if (folder / STATE).is_file():
+        metadata = load_state(folder, with_tensors=False).metadata
+    else:
+        metadata = read_manifest(folder)
+    if "config" not in metadata:
+        raise InputError(f"the lens in {folder} was not saved by a training run")
+    try:
+        return TrainConfig.from_json(metadata["config"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"the config saved in {folder} is damaged: {error}") from error
 
 
 def newest_state(root: Path) -> Path:
@@ -78,7 +80,9 @@ def newest_state(root: Path) -> Path:
         InputError: there is none.
     """
     folders = [path.parent.parent for path in root.glob(f"*/{STATE}")]
-    found = newest_folder(folders, lambda folder: load_metadata(folder)["created"])
+    found = newest_folder(
+        folders, lambda folder: load_state(folder, with_tensors=False).metadata["created"]
+    )
     if found is None:
         raise InputError(f"there is no interrupted run under {root}; give --resume its folder")
     return found

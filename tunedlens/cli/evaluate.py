@@ -10,11 +10,18 @@ from accelerate import Accelerator
 
 from tunedlens import checkpoint, files, report
 from tunedlens.cli.flags import add_wandb_flag, configured, make_parser, parse
+from tunedlens.cli.guard import Arguments, command
 from tunedlens.cli.prompt import show_prompts
-from tunedlens.config import EvaluateConfig
+from tunedlens.config import EvaluateConfig, ModelConfig
 from tunedlens.errors import InputError
 from tunedlens.evaluation import evaluate
-from tunedlens.evaluation.lens_specs import LensSpec, lens_specs, trained_model, trained_on
+from tunedlens.evaluation.lens_specs import (
+    SavedLens,
+    lens_specs,
+    model_as_trained,
+    saved_lenses,
+    trained_on,
+)
 from tunedlens.evaluation.text import require_as_trained
 from tunedlens.tracking import Tracker, progress_bar, say
 
@@ -30,8 +37,9 @@ Without flags it evaluates the newest lens under checkpoints/ on the text it was
 """
 
 
-def evaluate_lenses(arguments: Sequence[str] | None) -> int:
-    """Evaluate lenses as the flags say. Returns the exit status."""
+@command
+def evaluate_command(arguments: Arguments = None) -> int:
+    """`python evaluate.py` and `tunedlens evaluate`. Returns the exit status."""
     flags = parse(_parser(), arguments)
     if "redraw" in flags:
         return _redraw(flags.pop("redraw"), others=list(flags))
@@ -45,10 +53,9 @@ def evaluate_lenses(arguments: Sequence[str] | None) -> int:
     if lenses is None:
         lenses = [str(checkpoint.newest_lens(checkpoint.ROOT))]
         command += ["--lens", *lenses]
-
-    saved = [spec for spec in lens_specs(lenses) if spec.folder is not None]
-    base = EvaluateConfig(lenses=tuple(lenses), model=trained_model(saved))
-    config = configured(EvaluateConfig, base, flags)
+    saved = saved_lenses(lens_specs(lenses))
+    base = EvaluateConfig(lenses=tuple(lenses), model=model_as_trained(ModelConfig(), saved))
+    config = configured(base, flags)
     same_text = trained_on(saved, config.corpus.dataset)
     if same_text:  # the config cannot tell an explicit default from an open setting
         require_as_trained(flags, same_text[0].trained.corpus)
@@ -94,27 +101,19 @@ def _parser() -> argparse.ArgumentParser:
         help="folder of a saved lens, unigram or mean; give it several times for several lenses "
         "(default: the newest saved lens)",
     )
-    group.add_argument(
-        "--output", type=Path, help="folder for the results (default: evaluation/ beside the lens)"
-    )
-    group.add_argument(
-        "--redraw",
-        type=Path,
-        metavar="DIR",
-        help="write tables and plots again from saved results",
-    )
+    texts = {
+        "output": "folder for the results (default: evaluation/ beside the lens)",
+        "redraw": "write tables and plots again from the results saved in this folder",
+        "prompt-file": r"file with one prompt per line; \n in a line stands for a line break",
+    }
+    for name, text in texts.items():
+        group.add_argument(f"--{name}", type=Path, metavar="PATH", help=text)
     group.add_argument(
         "--prompt",
         action="append",
         metavar="TEXT",
         help="instead of scoring a corpus, show one text through the layers; give it several times "
         "for several texts",
-    )
-    group.add_argument(
-        "--prompt-file",
-        type=Path,
-        metavar="FILE",
-        help=r"a file with one prompt per line; \n in a line stands for a line break",
     )
     group.add_argument(
         "--stride",
@@ -129,20 +128,21 @@ def _parser() -> argparse.ArgumentParser:
 
 def _redraw(folder: Path, others: list[str]) -> int:
     if others:
-        raise InputError(
-            f"--redraw needs no --{others[0].replace('_', '-')}: it reads {folder} and no model"
-        )
+        other = f"--{others[0].replace('_', '-')}"
+        raise InputError(f"--redraw needs no {other}: it reads {folder} and no model")
     report.write_report(report.read_evaluation(folder), folder)
-    say(f"tables, plots and report.html in {folder} are written again")
+    say(f"the tables, plots and report.html in {folder} are written again")
     return 0
 
 
-def _default_output(saved: Sequence[LensSpec], config: EvaluateConfig, is_other_text: bool) -> Path:
+def _default_output(
+    saved: Sequence[SavedLens], config: EvaluateConfig, is_other_text: bool
+) -> Path:
     """A folder beside the first lens, other than that of an evaluation of more tokens."""
     name = "evaluation"
     if is_other_text and config.corpus.dataset is not None:
         name += f"-{Path(config.corpus.dataset).stem}"
-    folder = saved[0].folder / name if saved and saved[0].folder else Path(name)
+    folder = (saved[0].folder if saved else Path()) / name
     with suppress(InputError):
         if config.tokens is not None and config.tokens < report.read_evaluation(folder).tokens:
             return folder.with_name(f"{name}-{config.tokens}-tokens")

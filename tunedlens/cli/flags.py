@@ -10,10 +10,10 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 import yaml
 
-from tunedlens.config import EvaluateConfig, TrainConfig, WandbMode
+from tunedlens.config import CorpusConfig, EvaluateConfig, ModelConfig, TrainConfig, WandbMode
 from tunedlens.errors import InputError
 
-Config = TypeVar("Config", TrainConfig, EvaluateConfig)
+Config = TypeVar("Config", bound=TrainConfig | EvaluateConfig | ModelConfig | CorpusConfig)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,28 +59,23 @@ def add_wandb_flag(group: argparse._ArgumentGroup) -> None:
 def _add_flags(group: argparse._ArgumentGroup, config: type) -> None:
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
-        if "help" in field.metadata:
-            _add_flag(group, field, hints[field.name])
-
-
-def _add_flag(
-    group: argparse._ArgumentGroup, field: dataclasses.Field[object], hint: object
-) -> None:
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        hint = next(part for part in typing.get_args(hint) if part is not type(None))
-    flag = "--" + field.name.replace("_", "-")
-    default = "" if field.default in (None, False) else f" (default: {field.default})"
-    text = field.metadata["help"].replace("%", "%%") + default
-    if hint is bool:
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-    elif typing.get_origin(hint) is Literal:
-        group.add_argument(flag, choices=typing.get_args(hint), help=text)
-    elif hint is int:
-        group.add_argument(flag, type=_count, metavar="N", help=text)
-    elif hint is float:
-        group.add_argument(flag, type=float, metavar="X", help=text)
-    else:
-        group.add_argument(flag, metavar="NAME", help=text)
+        if "help" not in field.metadata:
+            continue
+        hint = hints[field.name]
+        if typing.get_origin(hint) in (types.UnionType, typing.Union):
+            hint = next(part for part in typing.get_args(hint) if part is not type(None))
+        default = "" if field.default in (None, False) else f" (default: {field.default})"
+        settings: dict[str, Any] = {"metavar": "NAME"}
+        if hint is bool:
+            settings = {"action": argparse.BooleanOptionalAction}
+        elif typing.get_origin(hint) is Literal:
+            settings = {"choices": typing.get_args(hint)}
+        elif hint is int:
+            settings = {"type": _count, "metavar": "N"}
+        elif hint is float:
+            settings = {"type": float, "metavar": "X"}
+        text = field.metadata["help"].replace("%", "%%") + default
+        group.add_argument("--" + field.name.replace("_", "-"), help=text, **settings)
 
 
 def _count(text: str) -> int:
@@ -105,30 +100,27 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> d
         raise InputError(f"cannot read --config {path}: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise InputError(f"--config {path}: expected lines like `tokens: 1000000`")
-    arguments_of_file = []
+    arguments_of_file: list[str] = []
     for name, value in settings.items():
         flag = "--" + str(name).replace("_", "-")
-        if isinstance(value, bool):
-            negative = "--no-" + flag[2:]
-            has_negative = negative in parser.format_usage()
-            arguments_of_file += [flag] if value else [negative] * has_negative
+        negative = "--no-" + flag[2:]
+        if value is True:
+            arguments_of_file.append(flag)
+        elif value is False:
+            arguments_of_file += [negative] * (negative in parser.format_usage())
         else:
             values = value if isinstance(value, list) else [value]
-            arguments_of_file += [text for one in values if one is not None
-                                  for text in (flag, str(one))]  # fmt: skip
+            arguments_of_file += [f"{flag}={one}" for one in values if one is not None]
     return vars(parser.parse_args(arguments_of_file)) | given
 
 
-def configured(kind: type[Config], base: Config, flags: dict[str, Any]) -> Config:
-    """The base with the flags in place, validated."""
-    parts: dict[str, Any] = {}
-    for field in dataclasses.fields(kind):
+def configured(base: Config, flags: dict[str, Any]) -> Config:
+    """The base, and its parts, with the flags in place, validated."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(base):
         value = getattr(base, field.name)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            names = {part.name for part in dataclasses.fields(value)}
-            parts[field.name] = dataclasses.replace(
-                value, **{name: flags[name] for name in names & flags.keys()}
-            )
+        if isinstance(value, (ModelConfig, CorpusConfig)):
+            changes[field.name] = configured(value, flags)
         elif field.name in flags:
-            parts[field.name] = flags[field.name]
-    return dataclasses.replace(base, **parts)
+            changes[field.name] = flags[field.name]
+    return dataclasses.replace(base, **changes)

@@ -5,14 +5,15 @@ import hashlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tunedlens import checkpoint, files, report
 from tunedlens.cli.flags import configured
-from tunedlens.config import EvaluateConfig, ModelConfig, TrainConfig
+from tunedlens.config import ModelConfig
 from tunedlens.errors import InputError
-from tunedlens.evaluation.lens_specs import BASELINE_TOKENS, LensSpec, lens_specs
+from tunedlens.evaluation.lens_specs import BASELINES, LensSpec, lens_specs, saved_lenses
 from tunedlens.lenses import LogitLens, ResidualLens
 from tunedlens.model import FrozenModel, load_configured
 from tunedlens.tracking import say
@@ -20,10 +21,9 @@ from tunedlens.trajectories import Trajectory, trajectory
 
 
 def show_prompts(flags: dict[str, Any]) -> int:
-    """Show texts through the layers of saved lenses, or of the logit lens alone.
+    """Show texts through the layers of the logit lens and of saved lenses.
 
-    Returns:
-        The exit status.
+    Returns the exit status.
     """
     prompts = flags.pop("prompt", [])
     if "prompt_file" in flags:
@@ -35,19 +35,16 @@ def show_prompts(flags: dict[str, Any]) -> int:
         flag = f"--{others[0].replace('_', '-')}"
         raise InputError(f"--prompt scores no corpus, so it needs no {flag}")
     specs = lens_specs(asked) if asked else _newest(flags.get("model"))
-    saved = [spec for spec in specs if spec.folder is not None]
-    if any(spec.kind in BASELINE_TOKENS for spec in specs):
-        raise InputError("unigram and mean say the same of every prompt; leave them out")
-    trained = saved[0].trained if saved and "model" not in flags else TrainConfig()
-    base = EvaluateConfig(model=dataclasses.replace(trained.model, device=None))
-    config = configured(EvaluateConfig, base, flags)
-    output = output or (
-        saved[0].folder / "prompts" if saved and saved[0].folder else Path("prompts")
-    )
+    saved = saved_lenses(specs)
+    if any(spec.kind in BASELINES for spec in specs):
+        raise InputError("unigram and mean are the same for every prompt; leave them out")
+    base = saved[0].trained.model if saved and "model" not in flags else ModelConfig()
+    config = configured(dataclasses.replace(base, device=None), flags)
+    output = output or (saved[0].folder if saved else Path()) / "prompts"
     files.require_writable(output)
-    model = load_configured(config.model, None)
+    model = load_configured(config, None)
     lenses: dict[str, ResidualLens] = {
-        spec.name: checkpoint.load_lens(spec.folder, model) for spec in saved if spec.folder
+        spec.name: checkpoint.load_lens(spec.folder, model) for spec in saved
     }
     lenses["logit"] = LogitLens.from_model(model)
     _write_prompts(model, lenses, prompts, stride, output)
@@ -57,23 +54,19 @@ def show_prompts(flags: dict[str, Any]) -> int:
 def _newest(model: str | None) -> list[LensSpec]:
     """The newest lens if it was made for the model; else the logit lens, with a message."""
     try:
-        specs = lens_specs(None)
+        specs = lens_specs([str(checkpoint.newest_lens(checkpoint.ROOT))])
+        made_for = saved_lenses(specs)[0].manifest["model"]["name"]
+        if model in (None, made_for):
+            return specs
+        reason = f"the newest lens was made for {made_for}; choose another with --lens"
     except InputError as error:
-        say(f"the logit lens alone: {error}")
-        return [LensSpec("logit", "logit")]
-    made_for = next(s.manifest["model"]["name"] for s in specs if s.folder is not None)
-    if model is None or model == made_for:
-        return specs
-    say(f"the logit lens alone: the newest lens was made for {made_for}; --lens names another")
-    return [LensSpec("logit", "logit")]
+        reason = str(error)
+    say(f"only the logit lens is shown: {reason}")
+    return lens_specs([])
 
 
 def _read_file(path: Path) -> list[str]:
-    r"""The prompts of a file, one per line; `\n` in a line stands for a line break.
-
-    Raises:
-        InputError: the file cannot be read, or has no prompt.
-    """
+    r"""The prompts of a file, one per line; `\n` in a line stands for a line break."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -98,14 +91,13 @@ def _write_prompts(
     stride: int | None,
     folder: Path,
 ) -> None:
-    """Read every prompt, write its report and print the best tokens at its end.
-
-    Raises:
-        InputError: a prompt is empty or beyond the context, or the folder cannot be written.
-    """
+    """Read every prompt, write its report and print the best tokens at its end."""
     # A bad prompt is noticed before anything is written.
     found = trajectory(model, lenses, list(prompts), stride=stride)
-    within = _within_blocks(model, prompts, stride)
+    within: list[Trajectory] = []
+    with suppress(InputError):  # attention and MLP of a block may run in parallel
+        sites = ["resid_mid", "resid_post"]
+        within = trajectory(model, None, list(prompts), sites=sites, stride=stride)
     for index, (prompt, read) in enumerate(zip(prompts, found, strict=True)):
         written = folder / _folder_name(prompt)
         report.write_one_text(read, written, within[index] if within else None)
@@ -115,14 +107,3 @@ def _write_prompts(
             table = report.top_k(read, lens=lens, k=3).to_text(is_coloured=sys.stdout.isatty())
             say(f"\n{lens} lens\n{table}")
         say(f"\nreport.md, with heatmaps, curves, tables and a page to explore, is in {written}")
-
-
-def _within_blocks(
-    model: FrozenModel, prompts: Sequence[str], stride: int | None
-) -> list[Trajectory]:
-    """The logit lens after attention and after the MLP; empty where they run in parallel."""
-    try:
-        sites = ["resid_mid", "resid_post"]
-        return trajectory(model, None, list(prompts), sites=sites, stride=stride)
-    except InputError:
-        return []

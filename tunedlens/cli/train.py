@@ -1,6 +1,5 @@
 """`train.py`: trains a lens as the flags say."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import PartialState
@@ -8,13 +7,11 @@ from accelerate import PartialState
 from tunedlens import checkpoint, report
 from tunedlens.checkpoint import saved_config
 from tunedlens.cli.flags import add_wandb_flag, configured, make_parser, parse
+from tunedlens.cli.guard import INTERRUPTED, Arguments, command
 from tunedlens.config import TrainConfig
 from tunedlens.errors import InputError
 from tunedlens.tracking import say
 from tunedlens.training import Interrupted, new_folder, train
-
-INTERRUPTED = 130
-"""Exit status."""
 
 TRAIN = """Train a tuned lens: one affine translator per layer of a frozen language model.
 
@@ -26,12 +23,13 @@ Without flags it trains on the GPT-2 and the text that ship with the package.
 """
 
 
-def train_lens(arguments: Sequence[str] | None) -> int:
-    """Train a lens as the flags say. Returns the exit status."""
+@command
+def train_command(arguments: Arguments = None) -> int:
+    """`python train.py` and `tunedlens train`. Returns the exit status."""
     parser = make_parser("train.py", TRAIN, TrainConfig)
     group = parser.add_argument_group("the run")
     group.add_argument(
-        "--output", type=Path, help="the run's folder; checkpoints/<model>-<time> by default"
+        "--output", type=Path, help="folder of the run (default: checkpoints/<model>-<time>)"
     )
     group.add_argument(
         "--resume",
@@ -50,11 +48,11 @@ def train_lens(arguments: Sequence[str] | None) -> int:
     if resume is not None and output is not None:
         raise InputError("--resume already names the folder of the run; leave out --output")
     if resume is None:
-        config = configured(TrainConfig, TrainConfig(), flags)
+        config = configured(TrainConfig(), flags)
         output = output or new_folder(config)
     else:
         output = checkpoint.newest_state(checkpoint.ROOT) if resume == checkpoint.ROOT else resume
-        config = configured(TrainConfig, saved_config(output), flags)
+        config = configured(saved_config(output), flags)
     try:
         evaluation = train(config, output, resume=resume is not None, wandb=wandb)
     except Interrupted as interrupted:

@@ -12,8 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tunedlens.config import Kernel
-from tunedlens.engine.keys import Keys
-from tunedlens.engine.objective import LensKL, ModelSide
+from tunedlens.engine.objective import Keys, LensKL, ModelSide, PerToken, States
 from tunedlens.model import Unembedding
 
 
@@ -31,7 +30,7 @@ class CappedLensKL(LensKL):
     @torch.no_grad()
     def model_side(
         self,
-        final: Float[Tensor, "tokens d_model"],
+        final: States,
         usage: Float[Tensor, " vocab"] | None = None,
     ) -> ModelSide:
         """The model's normed states in place of mean rows, and its negative entropies."""
@@ -47,9 +46,7 @@ class CappedLensKL(LensKL):
         return ModelSide(normed, offset)
 
     @torch.no_grad()
-    def kl(
-        self, translated: Float[Tensor, "tokens d_model"], model: ModelSide
-    ) -> Float[Tensor, " tokens"]:
+    def kl(self, translated: States, model: ModelSide) -> PerToken:
         kl = torch.empty_like(model.offset)
 
         def measure(tokens: slice) -> None:
@@ -63,12 +60,12 @@ class CappedLensKL(LensKL):
     @torch.no_grad()
     def gradient(
         self,
-        translated: Float[Tensor, "tokens d_model"],
+        translated: States,
         model: ModelSide,
         keys: Keys | None = None,  # noqa: ARG002 - always those of the whole vocabulary
-    ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, "tokens d_model"]]:
+    ) -> tuple[PerToken, States]:
         kl, gradient = torch.empty_like(model.offset), torch.empty_like(translated)
-        rows = self._all_keys.rows[:, : self._all_keys.d_model]
+        rows = self._all_keys[:, : self._d_model]
 
         def measure(tokens: slice) -> None:
             with torch.enable_grad():
@@ -85,8 +82,8 @@ class CappedLensKL(LensKL):
 
     def _log_probs(self, normed: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities, and the slope of the cap at every logit."""
-        query = self._all_keys.query(normed, None)
-        bounded = torch.tanh((query @ self._all_keys.rows.T).div_(self._cap))
+        query = self._query(normed, self._all_keys)
+        bounded = torch.tanh((query @ self._all_keys.T).div_(self._cap))
         return (self._cap * bounded).log_softmax(-1), 1 - bounded.square()
 
 

@@ -8,33 +8,11 @@ from tunedlens.lenses import Lens, ResidualLens
 from tunedlens.model import Unembedding
 
 
-class Workspace:
-    """One buffer for matrices that are computed, used and discarded.
-
-    On a CPU, allocating the result of every product costs as much as the softmax.
-
-    Args:
-        like: a tensor with the dtype and device of the matrices.
-    """
-
-    def __init__(self, like: Tensor) -> None:
-        self._memory = like.new_empty(0)
-
-    def matrix(self, rows: int, columns: int) -> Float[Tensor, "rows columns"]:
-        """A matrix with unspecified values, valid until the next call."""
-        if self._memory.numel() < rows * columns:
-            self._memory = self._memory.new_empty(rows * columns)
-        return self._memory[: rows * columns].view(rows, columns)
-
-    def release(self) -> None:
-        """Free the memory."""
-        self._memory = self._memory.new_empty(0)
-
-
 class Decoder:
     """Decodes states with a lens, or with the model's own final norm and unembedding.
 
-    Every result is a view of the same memory and is valid until the next one is computed.
+    All results share one tensor, so each is valid until the next one is computed. On a CPU,
+    allocating the result of every product costs as much as the softmax.
 
     Args:
         unembedding: pass `Unembedding.centred()` if only the softmax matters, which keeps the
@@ -42,9 +20,8 @@ class Decoder:
     """
 
     def __init__(self, unembedding: Unembedding) -> None:
-        self._norm, self._weight = unembedding.norm, unembedding.weight
-        self._bias, self._cap = unembedding.bias, unembedding.cap
-        self._workspace = Workspace(unembedding.weight)
+        self._unembedding = unembedding
+        self._logits = unembedding.weight.new_empty(0)
 
     @torch.no_grad()
     def lens_logits(
@@ -53,19 +30,22 @@ class Decoder:
         """Logits of a lens, computed with this decoder's unembedding."""
         if isinstance(lens, ResidualLens):
             return self.model_logits(lens.transform_hidden(hidden, layer))
-        logits = self._workspace.matrix(len(hidden), len(self._weight))
-        return logits.copy_(lens(hidden, layer))
+        logits = lens(hidden, layer)
+        return self._logits.resize_(logits.shape).copy_(logits)
 
     @torch.no_grad()
     def model_logits(
         self, hidden: Float[Tensor, "tokens d_model"]
     ) -> Float[Tensor, "tokens vocab"]:
         """Logits of states that the final norm reads."""
-        logits = self._workspace.matrix(len(hidden), len(self._weight))
-        torch.mm(self._norm(hidden.to(self._weight.dtype)), self._weight.T, out=logits)
-        if self._bias is not None:
-            logits.add_(self._bias)
-        return logits if self._cap is None else logits.div_(self._cap).tanh_().mul_(self._cap)
+        weight, bias = self._unembedding.weight, self._unembedding.bias
+        normed = self._unembedding.norm(hidden.to(weight.dtype))
+        logits = self._logits.resize_(len(hidden), len(weight))
+        torch.mm(normed, weight.T, out=logits)
+        if bias is not None:
+            logits.add_(bias)
+        cap = self._unembedding.cap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
 def chunk_tokens(rows: int, device: torch.device) -> int:

@@ -15,41 +15,41 @@ over the whole vocabulary or over a sample of it (`tunedlens.engine.vocab_sample
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tunedlens.config import Kernel
-from tunedlens.engine.decoding import Workspace, chunk_tokens, max_chunk_tokens
-from tunedlens.engine.keys import Keys, make_keys, upcast
+from tunedlens.engine.decoding import chunk_tokens, max_chunk_tokens
 from tunedlens.engine.vocab_sample import VocabSample
 from tunedlens.lenses import AffineLens
 from tunedlens.model import Unembedding
 
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed, on any device."""
-    # The CPU allocator raises a plain RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+States = Float[Tensor, "tokens d_model"]
+PerToken = Float[Tensor, " tokens"]
+Keys = Float[Tensor, "rows width"]
+"""The rows that a softmax runs over. Each is a row of the unembedding, then a 1 for the shift of
+the query, then two columns for the row's offset if rows have offsets, then zeros up to a multiple
+of 8, which GPUs multiply faster."""
 
 
 class ModelSide(NamedTuple):
     """The terms of the KL that depend on the model's distribution p only, for every token."""
 
-    mean_row: Float[Tensor, "tokens d_model"]
+    mean_row: States
     """E_p[W]: the mean row of the unembedding under p."""
-    offset: Float[Tensor, " tokens"]
+    offset: PerToken
     """A(m) − ⟨E_p[W], m⟩, in nats. KL(p ‖ q) is A(n) − ⟨E_p[W], n⟩ minus this offset."""
 
 
 class LensKL:
     """KL(model ‖ lens) of every layer, in nats, and its gradient.
 
-    A call returns one mean per layer that is differentiable in the translated states, so any
-    optimizer can use it. Training calls the parts instead: `keys` once per step, `model_side`
-    once per token and `gradient` once per layer.
+    All states are given before the final norm. A call returns one mean per layer that is
+    differentiable in the translated states, so any optimizer can use it. Training calls the
+    parts instead: `keys` once per step, `model_side` once per token, `gradient` once per layer.
 
     The instance holds one copy of the unembedding in `dtype`. When memory runs out, it halves
     the chunk, warns and goes on.
@@ -77,72 +77,64 @@ class LensKL:
         weight = unembedding.weight
         self.chunk = chunk or chunk_tokens(len(weight), weight.device)
         self.dtype = dtype
-        self._attend = _attention if kernel == "attention" else self._two_products
-        self._norm, self._bias = unembedding.norm, unembedding.bias
-        self._all_keys = make_keys(weight.to(dtype), self._bias)
-        self._workspace = Workspace(self._all_keys.rows)
+        self._attend = self._attention if kernel == "attention" else self._two_products
+        self._norm, self._bias, self._d_model = unembedding.norm, unembedding.bias, weight.shape[1]
+        self._all_keys = _make_keys(weight.to(dtype), self._bias)
+        # One tensor for all logits: on a CPU, allocating them costs as much as the softmax.
+        self._logits = self._all_keys.new_empty(0)
 
     def __call__(
-        self,
-        translated: Float[Tensor, "layers tokens d_model"],
-        final: Float[Tensor, "tokens d_model"],
+        self, translated: Float[Tensor, "layers tokens d_model"], final: States
     ) -> Float[Tensor, " layers"]:
-        """Mean KL of every layer, in nats.
-
-        Args:
-            translated: the translated states of each layer, before the final norm.
-            final: the model's last state, before the final norm.
-        """
-        result: Tensor = _Function.apply(translated, self.model_side(final), self)
-        return result
+        """Mean KL of every layer, in nats, for the model's last state `final`."""
+        model, means = self.model_side(final), []
+        for states in translated:
+            kl, gradient = self.gradient(states.detach(), model)
+            # The second term is 0 and carries the gradient.
+            carrier = ((states - states.detach()) * gradient).sum()
+            means.append(kl.mean() + carrier / len(kl))
+        return torch.stack(means)
 
     def keys(self, sample: VocabSample | None = None) -> Keys:
-        """The rows that the lens's softmax runs over: all of them, or a sample."""
+        """The keys of the whole vocabulary, or those of a sample."""
         if sample is None:
             return self._all_keys
         offsets = -sample.log_inclusion
         if self._bias is not None:
             offsets = offsets + self._bias[sample.ids]
-        rows = self._all_keys.rows[sample.ids, : self._all_keys.d_model]
-        return make_keys(rows, offsets)
+        return _make_keys(self._all_keys[sample.ids, : self._d_model], offsets)
 
     @torch.no_grad()
-    def model_side(
-        self,
-        final: Float[Tensor, "tokens d_model"],
-        usage: Float[Tensor, " vocab"] | None = None,
-    ) -> ModelSide:
+    def model_side(self, final: States, usage: Float[Tensor, " vocab"] | None = None) -> ModelSide:
         """The terms of the KL that depend on the model, over the whole vocabulary.
 
         Args:
-            final: the model's last state, before the final norm.
+            final: the model's last state.
             usage: if given, the squares of the model's probabilities, summed over tokens, are
                 added to it. `draw_sample` computes its proposal from them.
         """
-        keys, found = self._all_keys, []
+        keys, dtype = self._all_keys, torch.promote_types(self.dtype, torch.float32)
+        mean_rows = final.new_empty(len(final), self._d_model, dtype=dtype)
+        offsets = final.new_empty(len(final), dtype=dtype)
 
         def measure(tokens: slice) -> None:
             normed = self._norm(final[tokens])
-            query = keys.query(normed, None)
+            query = self._query(normed, keys)
             if self.dtype.itemsize < 4:
-                query = keys.query(normed, self._products(query, keys).amax(-1))
+                query = self._query(normed, keys, shift=self._products(query, keys).amax(-1))
             mean_row, log_normaliser = self._two_products(query, keys)
-            offset = log_normaliser + keys.shift_of(query) - _inner(mean_row, query)
+            mean_rows[tokens] = mean_row
+            offsets[tokens] = log_normaliser - _inner(mean_row, query[:, : self._d_model])
             if usage is not None:
-                probs = self._logits(len(query), keys)  # the softmax was taken in place
-                squares = torch.mul(probs, probs, out=probs)
-                usage.add_(squares.sum(0, dtype=usage.dtype))
-            # The append comes last, so that a chunk that is repeated when memory runs out
-            # counts once.
-            found.append(ModelSide(mean_row, offset))
+                # The softmax was taken in place. The sum comes last, so that a chunk that is
+                # repeated when memory runs out counts once.
+                usage.add_(self._logits.mul_(self._logits).sum(0, dtype=usage.dtype))
 
         self._in_chunks(len(final), keys, measure)
-        return ModelSide(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        return ModelSide(mean_rows, offsets)
 
     @torch.no_grad()
-    def kl(
-        self, translated: Float[Tensor, "tokens d_model"], model: ModelSide
-    ) -> Float[Tensor, " tokens"]:
+    def kl(self, translated: States, model: ModelSide) -> PerToken:
         """KL of one layer at every token, in nats, at half the cost of the gradient.
 
         It is computed over the whole vocabulary, never estimated from a sample.
@@ -150,94 +142,113 @@ class LensKL:
         keys, kl = self._all_keys, torch.empty_like(model.offset)
 
         def measure(tokens: slice) -> None:
-            part = ModelSide(*(value[tokens] for value in model))
-            query, inner = _shifted_query(keys, self._norm(translated[tokens]), part)
-            log_normaliser = self._softmax(query, keys)[1] + keys.shift_of(query)
-            kl[tokens] = log_normaliser - inner - part.offset
+            normed = self._norm(translated[tokens]).to(keys.dtype)
+            inner = _inner(model.mean_row[tokens], normed)
+            log_normaliser = self._softmax(self._query(normed, keys, inner), keys)[1]
+            kl[tokens] = log_normaliser - inner - model.offset[tokens]
 
         self._in_chunks(len(kl), keys, measure)
         return kl
 
     @torch.no_grad()
     def gradient(
-        self,
-        translated: Float[Tensor, "tokens d_model"],
-        model: ModelSide,
-        keys: Keys | None = None,
-    ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, "tokens d_model"]]:
+        self, translated: States, model: ModelSide, keys: Keys | None = None
+    ) -> tuple[PerToken, States]:
         """KL of one layer at every token, in nats, and its gradient in the translated states.
 
         Args:
-            translated: the translated states of the layer, before the final norm.
+            translated: the translated states of the layer.
             model: from `model_side`, for the same tokens.
             keys: the keys of a sample, which make both results estimates; by default those of
                 the whole vocabulary.
         """
-        keys = keys or self._all_keys
+        rows = self._all_keys if keys is None else keys
         kl, gradient = torch.empty_like(model.offset), torch.empty_like(translated)
 
         def measure(tokens: slice) -> None:
             with torch.enable_grad():
                 x = translated[tokens].detach().requires_grad_()
                 normed = self._norm(x)
-            part = ModelSide(*(value[tokens] for value in model))
-            query, inner = _shifted_query(keys, normed.detach(), part)
-            mean_row, log_normaliser = self._attend(query, keys)
-            kl[tokens] = log_normaliser + keys.shift_of(query) - inner - part.offset
-            grad_normed = (mean_row - part.mean_row).to(normed.dtype)
+            rounded = normed.detach().to(rows.dtype)
+            inner = _inner(model.mean_row[tokens], rounded)
+            mean_row, log_normaliser = self._attend(self._query(rounded, rows, inner), rows)
+            kl[tokens] = log_normaliser - inner - model.offset[tokens]
+            grad_normed = (mean_row - model.mean_row[tokens]).to(normed.dtype)
             (gradient[tokens],) = torch.autograd.grad(normed, x, grad_normed)
 
-        self._in_chunks(len(kl), keys, measure)
+        self._in_chunks(len(kl), rows, measure)
         return kl, gradient
+
+    def _query(
+        self, normed: States, keys: Keys, shift: PerToken | None = None
+    ) -> Float[Tensor, "tokens width"]:
+        """Queries whose products with the keys are the logits minus the shift.
+
+        A shift near the largest logit, such as ⟨E_p[W], n⟩, keeps the largest logits near 0,
+        where half precision is accurate. The shift itself is rounded to that precision.
+        """
+        query = normed.new_ones(len(normed), keys.shape[1], dtype=keys.dtype)
+        query[:, : self._d_model] = normed
+        query[:, self._d_model] = 0 if shift is None else -shift
+        return query
+
+    def _attention(self, query: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
+        """E_q[W] and A(n) from torch's flash attention for CPUs, which holds no logits."""
+        rows = keys[None, None]
+        # The public function does not return the log-sum-exp.
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        output, log_normaliser = attend(query[None, None], rows, rows, scale=1.0)
+        mean_row, shift = output[0, 0, :, : self._d_model], -query[:, self._d_model]
+        return _upcast(mean_row), _upcast(log_normaliser.flatten()) + _upcast(shift)
 
     def _two_products(self, query: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
         """E_q[W] and A(n), with the logits of a chunk in memory."""
         probs, log_normaliser = self._softmax(query, keys)
-        return upcast(probs @ keys.rows[:, : keys.d_model]), log_normaliser
+        return _upcast(probs @ keys[:, : self._d_model]), log_normaliser
 
     def _softmax(self, query: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
-        """Probabilities, in the workspace, and A(n)."""
-        logits = self._products(query, keys)
-        largest = upcast(logits.amax(-1))
-        torch.softmax(logits, -1, out=logits)
-        return logits, largest - upcast(logits.amax(-1)).log()
+        """Probabilities, which are valid until the next products, and A(n)."""
+        logits, shift = self._products(query, keys), -query[:, self._d_model]
+        largest = _upcast(logits.amax(-1))
+        probs = torch.softmax(logits, -1, out=logits)
+        return probs, largest - _upcast(probs.amax(-1)).log() + _upcast(shift)
 
     def _products(self, query: Tensor, keys: Keys) -> Float[Tensor, "tokens rows"]:
-        return torch.mm(query, keys.rows.T, out=self._logits(len(query), keys))
-
-    def _logits(self, tokens: int, keys: Keys) -> Float[Tensor, "tokens rows"]:
-        """The workspace that holds the logits of this many tokens."""
-        return self._workspace.matrix(tokens, len(keys.rows))
+        return torch.mm(query, keys.T, out=self._logits.resize_(len(query), len(keys)))
 
     def _in_chunks(self, tokens: int, keys: Keys, measure: Callable[[slice], None]) -> None:
-        device, rows = keys.rows.device, len(self._all_keys.rows)
         start = 0
         while start < tokens:
             # With the keys of a sample, a chunk of the same memory holds more tokens.
-            count = max(1, min(self.chunk * rows // len(keys.rows), max_chunk_tokens(device)))
+            count = self.chunk * len(self._all_keys) // len(keys)
+            count = max(1, min(count, max_chunk_tokens(keys.device)))
             try:
                 measure(slice(start, start + count))
                 start += count
                 continue
             except RuntimeError as error:
-                if self.chunk == 1 or not is_out_of_memory(error):
+                # The CPU allocator raises a plain RuntimeError.
+                is_out_of_memory = isinstance(error, torch.OutOfMemoryError) or (
+                    "can't allocate memory" in str(error)
+                )
+                if self.chunk == 1 or not is_out_of_memory:
                     raise
             # Outside the except clause the exception no longer holds the chunk's tensors.
             self.chunk //= 2
-            self._workspace.release()
+            self._logits = self._all_keys.new_empty(0)
             warnings.warn(
                 f"out of memory: continuing with chunks of {self.chunk} tokens (longer ones for a "
                 "sample of the vocabulary)",
                 stacklevel=2,
             )
-            if device.type == "cuda":
+            if keys.device.type == "cuda":
                 torch.cuda.empty_cache()
 
 
 @torch.no_grad()
 def accumulate_gradient(
     lens: AffineLens,
-    states: Sequence[Float[Tensor, "tokens d_model"]],
+    states: Sequence[States],
     objective: LensKL,
     *,
     model: ModelSide | None = None,
@@ -261,57 +272,39 @@ def accumulate_gradient(
         layers that take no part.
     """
     model = model or objective.model_side(states[-1])
-    kl = states[-1].new_zeros(lens.n_layers)
+    kl, dtype = states[-1].new_zeros(lens.n_layers), objective.dtype
+    factor = fraction / len(states[-1])
     for layer in range(lens.n_layers) if layers is None else layers:
         hidden, translator = states[layer], lens.translator(layer)
         nats, gradient = objective.gradient(lens.transform_hidden(hidden, layer), model, keys)
-        factor = fraction / len(nats)
         kl[layer] = nats.sum() * factor
-        dtype = objective.dtype
         weight_gradient = (gradient.T.to(dtype) @ hidden.to(dtype)).to(gradient.dtype)
-        for parameter, value in (
-            (translator.weight, weight_gradient),
-            (translator.bias, gradient.sum(0)),
-        ):
+        values = (weight_gradient, gradient.sum(0))
+        for parameter, value in zip(translator.parameters(), values, strict=True):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad.add_(value, alpha=factor)
     return kl
 
 
-class _Function(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, translated: Tensor, model: ModelSide, objective: LensKL) -> Tensor:
-        if not ctx.needs_input_grad[0]:
-            return torch.stack([objective.kl(layer, model).mean() for layer in translated])
-        found = [objective.gradient(layer, model) for layer in translated]
-        ctx.save_for_backward(torch.stack([gradient for _, gradient in found]))
-        return torch.stack([kl.mean() for kl, _ in found])
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return grad_outputs[0][:, None, None] * gradient / gradient.shape[1], None, None
+def _make_keys(
+    weight: Float[Tensor, "rows d_model"], offsets: Float[Tensor, " rows"] | None
+) -> Keys:
+    """Append the column of ones and the offsets, each as its rounded value and the remainder."""
+    columns = [weight, weight.new_ones(len(weight), 1)]
+    if offsets is not None:
+        rounded = offsets.to(weight.dtype)
+        columns += [rounded[:, None], (offsets - rounded).to(weight.dtype)[:, None]]
+    width = weight.shape[1] + len(columns) - 1
+    columns.append(weight.new_zeros(len(weight), -width % 8))
+    return torch.cat(columns, 1)
 
 
-def _attention(query: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
-    """E_q[W] and A(n) from torch's flash attention for CPUs, which holds no logits."""
-    rows = keys.rows[None, None]
-    # The public function does not return the log-sum-exp.
-    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    output, log_normaliser = attend(query[None, None], rows, rows, scale=1.0)
-    return upcast(output[0, 0, :, : keys.d_model]), upcast(log_normaliser.flatten())
-
-
-def _shifted_query(
-    keys: Keys, normed: Float[Tensor, "tokens d_model"], model: ModelSide
-) -> tuple[Float[Tensor, "tokens width"], Float[Tensor, " tokens"]]:
-    """The query of a lens shifted by ⟨E_p[W], n⟩, which is near its largest logits, and that."""
-    normed = normed.to(keys.rows.dtype)
-    inner = _inner(model.mean_row, normed)
-    return keys.query(normed, inner), inner
-
-
-def _inner(mean_row: Tensor, query: Tensor) -> Float[Tensor, " tokens"]:
+def _inner(mean_row: States, rounded: States) -> PerToken:
     """⟨E_p[W], n⟩ with the state rounded as in the products."""
-    return torch.linalg.vecdot(mean_row, query[:, : mean_row.shape[1]].to(mean_row.dtype))
+    return torch.linalg.vecdot(mean_row, rounded.to(mean_row.dtype))
+
+
+def _upcast(values: Tensor) -> Tensor:
+    """To the dtype of accumulation: float32, or float64 where the values are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from tunedlens.engine import distributions
 
+OverVocab = Float[Tensor, "tokens vocab"]
+PerToken = Float[Tensor, " tokens"]
+Ids = Int[Tensor, " tokens"]
 _CACHED_LOGITS = 2**20
 """A few arrays of this many logits fit into the cache of a CPU."""
 
@@ -20,22 +23,18 @@ _CACHED_LOGITS = 2**20
 class ModelDistribution(NamedTuple):
     """The model's distribution at some tokens, computed once for all lenses and layers."""
 
-    probs: Float[Tensor, "tokens vocab"]
-    log_probs: Float[Tensor, "tokens vocab"]
-    negative_entropy: Float[Tensor, " tokens"]
-    top1_ids: Int[Tensor, " tokens"]
+    probs: OverVocab
+    log_probs: OverVocab
+    negative_entropy: PerToken
+    top1_ids: Ids
 
     @classmethod
-    def from_logits(cls, logits: Float[Tensor, "tokens vocab"]) -> Self:
+    def from_logits(cls, logits: OverVocab) -> Self:
         """From logits, which may differ from the model's by a constant per token."""
         log_probs = distributions.log_probs(logits)
         probs = log_probs.exp()
         negative_entropy = torch.linalg.vecdot(probs, log_probs)
         return cls(probs, log_probs, negative_entropy, log_probs.argmax(-1))
-
-    def at(self, tokens: slice) -> "ModelDistribution":
-        """The distributions at some of the tokens."""
-        return ModelDistribution(*(value[tokens] for value in self))
 
 
 class LensStatistics:
@@ -52,38 +51,33 @@ class LensStatistics:
             that depend on it.
     """
 
-    def __init__(
-        self,
-        logits: Float[Tensor, "tokens vocab"],
-        model: ModelDistribution,
-        next_ids: Int[Tensor, " tokens"],
-    ) -> None:
+    def __init__(self, logits: OverVocab, model: ModelDistribution, next_ids: Ids) -> None:
         self._largest = logits.amax(-1)
         self._logits = logits.sub_(self._largest[:, None])
         self._model, self._next_ids = model, next_ids
 
     @cached_property
-    def probs(self) -> Float[Tensor, "tokens vocab"]:
+    def probs(self) -> OverVocab:
         return self._logits.softmax(-1)
 
     @cached_property
-    def _log_z(self) -> Float[Tensor, " tokens"]:
+    def _log_z(self) -> PerToken:
         return -self.confidence.log()
 
     @property
-    def log_sum_exp(self) -> Float[Tensor, " tokens"]:
+    def log_sum_exp(self) -> PerToken:
         """Log Σ exp(logit): added to a log-probability, it gives the logit."""
         return self._largest + self._log_z
 
     @cached_property
-    def log_probs(self) -> Float[Tensor, "tokens vocab"]:
+    def log_probs(self) -> OverVocab:
         return self._logits - self._log_z[:, None]
 
     def log_prob(self, ids: Int[Tensor, "tokens n"]) -> Float[Tensor, "tokens n"]:
         """Log-probabilities of chosen tokens, in nats."""
         return self._logits.gather(-1, ids) - self._log_z[:, None]
 
-    def rank(self, ids: Int[Tensor, " tokens"]) -> Int[Tensor, " tokens"]:
+    def rank(self, ids: Ids) -> Ids:
         """Ranks of chosen tokens from 1; see `distributions.rank`."""
         return distributions.rank(self._logits, ids)
 
@@ -95,28 +89,28 @@ class LensStatistics:
     # The metrics of a token, under the names of `tunedlens.metrics.METRICS`.
 
     @property
-    def kl_nats(self) -> Float[Tensor, " tokens"]:
+    def kl_nats(self) -> PerToken:
         expected = torch.linalg.vecdot(self._model.probs, self._logits)
         return self._model.negative_entropy - expected + self._log_z
 
     @property
-    def cross_entropy_nats(self) -> Float[Tensor, " tokens"]:
+    def cross_entropy_nats(self) -> PerToken:
         return self._log_z - self._next_logits
 
     @property
-    def entropy_nats(self) -> Float[Tensor, " tokens"]:
+    def entropy_nats(self) -> PerToken:
         return self._log_z - torch.linalg.vecdot(self.probs, self._logits)
 
     @property
-    def top1_agreement(self) -> Float[Tensor, " tokens"]:
+    def top1_agreement(self) -> PerToken:
         return (self._model_top1_rank == 1).float()
 
     @property
-    def top10_agreement(self) -> Float[Tensor, " tokens"]:
+    def top10_agreement(self) -> PerToken:
         return (self._model_top1_rank <= 10).float()
 
     @property
-    def accuracy(self) -> Float[Tensor, " tokens"]:
+    def accuracy(self) -> PerToken:
         is_model_top1 = self._next_ids == self._model.top1_ids
         is_correct = is_model_top1 & (self._model_top1_rank == 1)
         # Few other tokens have the largest logit, so only these few are ranked.
@@ -127,52 +121,49 @@ class LensStatistics:
         return is_correct.float()
 
     @property
-    def reverse_kl_nats(self) -> Float[Tensor, " tokens"]:
-        return distributions.kl_from_log_probs(self.probs, self.log_probs, self._model.log_probs)
+    def reverse_kl_nats(self) -> PerToken:
+        return distributions.expectation(self.probs, self.log_probs - self._model.log_probs)
 
     @property
-    def js_nats(self) -> Float[Tensor, " tokens"]:
+    def js_nats(self) -> PerToken:
         return distributions.js_divergence(self.log_probs, self._model.log_probs)
 
     @property
-    def reciprocal_rank(self) -> Float[Tensor, " tokens"]:
+    def reciprocal_rank(self) -> PerToken:
         return 1 / self.rank(self._next_ids).float()
 
     @property
-    def model_top1_rank(self) -> Float[Tensor, " tokens"]:
+    def model_top1_rank(self) -> PerToken:
         return self._model_top1_rank.float()
 
     @cached_property
-    def confidence(self) -> Float[Tensor, " tokens"]:
+    def confidence(self) -> PerToken:
         return self.probs.amax(-1)
 
     @cached_property
-    def _next_logits(self) -> Float[Tensor, " tokens"]:
+    def _next_logits(self) -> PerToken:
         return self._logits.gather(-1, self._next_ids[:, None])[:, 0]
 
     @cached_property
-    def _model_top1_rank(self) -> Int[Tensor, " tokens"]:
+    def _model_top1_rank(self) -> Ids:
         return self.rank(self._model.top1_ids)
 
 
 def measure(
-    metrics: Sequence[str],
-    logits: Float[Tensor, "tokens vocab"],
-    model: ModelDistribution,
-    next_ids: Int[Tensor, " tokens"],
+    metrics: Sequence[str], logits: OverVocab, model: ModelDistribution, next_ids: Ids
 ) -> Float[Tensor, "metrics tokens"]:
     """Metrics of every token, by their names in `LensStatistics`.
 
     The logits are overwritten with the probabilities. On a CPU the tokens are processed a few at
     a time, so that they stay in the cache from one pass over the vocabulary to the next.
     """
-    count = len(logits)
-    if logits.device.type == "cpu":
-        count = max(1, _CACHED_LOGITS // logits.shape[1])
+    on_cpu = logits.device.type == "cpu"
+    count = max(1, _CACHED_LOGITS // logits.shape[1]) if on_cpu else len(logits)
     parts = []
     for start in range(0, len(logits), count):
         tokens = slice(start, start + count)
-        statistics = LensStatistics(logits[tokens], model.at(tokens), next_ids[tokens])
+        part = ModelDistribution(*(value[tokens] for value in model))
+        statistics = LensStatistics(logits[tokens], part, next_ids[tokens])
         parts.append(torch.stack([getattr(statistics, metric) for metric in metrics]))
         logits[tokens] = statistics.probs
     return torch.cat(parts, 1)

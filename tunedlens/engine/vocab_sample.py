@@ -13,20 +13,20 @@ from torch import Tensor
 
 from tunedlens.errors import InputError
 
+OverVocab = Float[Tensor, " vocab"]
 _FLOOR = 0.02
 """Uniform fraction of the proposal, so that no token has π_v = 0."""
 _FIXED_POINT_STEPS = 32
 
 
 class VocabSample(NamedTuple):
-    """The sampled tokens and their inclusion probabilities."""
+    """The sampled tokens and log π_v of each."""
 
     ids: Int[Tensor, " size"]
     log_inclusion: Float[Tensor, " size"]
-    """log π_v, at most 0."""
 
 
-def inclusion_probabilities(usage: Float[Tensor, " vocab"], size: int) -> Float[Tensor, " vocab"]:
+def inclusion_probabilities(usage: OverVocab, size: int) -> OverVocab:
     """π_v of every token: proportional to the square root of its usage, at most 1, sum `size`.
 
     If the usage is the sum of p_v² over the tokens of a step, these probabilities minimise the
@@ -38,26 +38,25 @@ def inclusion_probabilities(usage: Float[Tensor, " vocab"], size: int) -> Float[
     """
     if not usage.isfinite().all():
         raise InputError("the model's probabilities are not finite; try --dtype float32")
-    proposal = usage.cpu().double().sqrt()
-    proposal = proposal / proposal.sum().clamp_min(torch.finfo(torch.float64).tiny)
-    proposal = (1 - _FLOOR) * proposal + _FLOOR / len(usage)
+    roots, tiny = usage.cpu().double().sqrt(), torch.finfo(torch.float64).tiny
+    proposal = (1 - _FLOOR) * (roots / roots.sum().clamp_min(tiny)) + _FLOOR / len(usage)
     probabilities = proposal * size
     for _ in range(_FIXED_POINT_STEPS):
         capped = probabilities >= 1
         if not (probabilities > 1).any():
             break
         rest = proposal.masked_fill(capped, 0)
-        scale = (size - capped.sum()) / rest.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        scale = (size - capped.sum()) / rest.sum().clamp_min(tiny)
         probabilities = torch.where(capped, 1.0, scale * proposal)
     return probabilities.clamp(max=1)
 
 
-def draw_sample(usage: Float[Tensor, " vocab"], size: int, seed: int, step: int) -> VocabSample:
+def draw_sample(usage: OverVocab, size: int, seed: int, step: int) -> VocabSample:
     """Draw the sample of one step as a function of usage, seed and step alone.
 
-    Tokens are drawn independently, so their number varies around `size`. Each token has its
-    own uniform number, so a difference in the last digits of the usage, which another number of
-    processes makes, hardly ever changes the sample.
+    Each token is compared with a uniform number of its own. Tokens are thus independent, their
+    number varies around `size`, and a difference in the last digits of the usage, which another
+    number of processes makes, hardly ever changes the sample.
 
     Args:
         usage: squares of the model's probabilities, summed over the tokens of the step.

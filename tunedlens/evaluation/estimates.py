@@ -7,6 +7,7 @@ or spread over processes.
 
 import math
 from collections.abc import Callable
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -39,11 +40,9 @@ class Estimates(NamedTuple):
         value, error = (float(part[index]) for part in self)
         return Estimate(value, error if math.isfinite(error) else None)
 
-
-def to_estimates(values: Float[Tensor, "..."], errors: Float[Tensor, "..."]) -> list[Estimate]:
-    """The estimates of two arrays as a flat list."""
-    flat = Estimates(values.flatten(), errors.flatten())
-    return [flat.at(index) for index in range(len(flat.values))]
+    def to_list(self) -> list[Estimate]:
+        """All of them, in the order of the flattened arrays."""
+        return [self.at(*index) for index in product(*map(range, self.values.shape))]
 
 
 def perplexity(cross_entropy_nats: Estimate) -> Estimate:
@@ -125,7 +124,7 @@ GROUPS = 16
 
 
 class GroupSums:
-    """Sums by group of blocks, for statistics that are no ratio, such as a mean distribution.
+    """Sums by group of blocks, for statistics that are not ratios, such as a mean distribution.
 
     Args:
         shape: shape of the sums of one group.
@@ -139,23 +138,19 @@ class GroupSums:
         """Add up the sums of all processes, in each of them."""
         reduce_sums(accelerator, self.sums)
 
-    def replicates(self, statistic: Callable[[Tensor], Tensor]) -> Float[Tensor, "replicates ..."]:
-        """The statistic of all groups, then of all groups but one, for each that has a sum."""
+    def jackknife(self, statistic: Callable[[Tensor], Tensor]) -> Estimates:
+        """A statistic of the sums of all blocks, with its standard error.
+
+        Source:
+            Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 11.
+        """
         used = [group for group in range(GROUPS) if self.sums[group].any()]
+        value = statistic(self.sums[used].sum(0)).cpu()
+        if len(used) < 2:
+            return Estimates(value, torch.full_like(value, math.nan))
         # The sums are added up anew. If all of a token's probability is in one group, then
         # subtracting that group from the total would leave nothing but rounding errors.
-        parts = [used, *([other for other in used if other != group] for group in used)]
-        return torch.stack([statistic(self.sums[part].sum(0)).cpu() for part in parts if part])
-
-
-def jackknife(replicates: Float[Tensor, "replicates ..."]) -> Estimates:
-    """Estimates from the replicates that `GroupSums` gives.
-
-    Source:
-        Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 11.
-    """
-    value, without_one = replicates[0], replicates[1:]
-    if len(without_one) < 2:
-        return Estimates(value, torch.full_like(value, math.nan))
-    spread = (without_one - without_one.mean(0)).square().mean(0) * (len(without_one) - 1)
-    return Estimates(value, spread.sqrt())
+        others = [[other for other in used if other != group] for group in used]
+        without_one = torch.stack([statistic(self.sums[part].sum(0)).cpu() for part in others])
+        spread = (without_one - without_one.mean(0)).square().mean(0) * (len(used) - 1)
+        return Estimates(value, spread.sqrt())

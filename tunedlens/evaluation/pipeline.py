@@ -1,24 +1,34 @@
-"""An evaluation from its config to its results."""
+"""An evaluation: from its config to the text and the lenses, and over the text to its results."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 
 from accelerate import Accelerator
+from jaxtyping import Int
+from torch import Tensor
 
 from tunedlens import checkpoint
-from tunedlens.config import EvaluateConfig
+from tunedlens.config import EvaluateConfig, ScoringConfig
 from tunedlens.corpus import CorpusSplits
+from tunedlens.errors import InputError
 from tunedlens.evaluation.lens_specs import (
-    BASELINE_TOKENS,
+    BASELINES,
     LensSpec,
+    SavedLens,
     lens_specs,
     model_as_trained,
+    saved_lenses,
 )
-from tunedlens.evaluation.results import Evaluation, LensSource
-from tunedlens.evaluation.scoring import score_lenses
+from tunedlens.evaluation.results import Evaluation
+from tunedlens.evaluation.scoring import Block, Layout, Scorer
+from tunedlens.evaluation.tally import Tally
 from tunedlens.evaluation.text import load_text
-from tunedlens.fit import mean_lens, unigram_lens
-from tunedlens.lenses import Lens, LogitLens
+from tunedlens.files import JsonObject
+from tunedlens.lenses import Lens, LogitLens, require_made_for
+from tunedlens.metrics import per_token_metrics
 from tunedlens.model import FrozenModel, load_configured
 from tunedlens.provenance import describe_run
 
@@ -54,18 +64,18 @@ def evaluate(
     if not config.lenses and not lenses:
         newest = checkpoint.newest_lens(checkpoint.ROOT)
         config = dataclasses.replace(config, lenses=(str(newest),))
-    specs = lens_specs(config.lenses, list(lenses or {}))
-    saved = [spec for spec in specs if spec.folder is not None]
+    specs = lens_specs(config.lenses, lenses or {})
+    saved = saved_lenses(specs)
     if model is None:
         config = dataclasses.replace(config, model=model_as_trained(config.model, saved))
         model = load_configured(config.model, accelerator.device)
-    ready = {spec.name: checkpoint.load_lens(spec.folder, model) for spec in saved if spec.folder}
+    loaded = {spec.name: checkpoint.load_lens(spec.folder, model) for spec in saved}
     text = load_text(config, specs, model)
     model_config = dataclasses.replace(config.model, model=model.name)
     config = dataclasses.replace(text.config, model=model_config)
     evaluation = score_lenses(
         model,
-        _in_order(specs, {**ready, **(lenses or {})}, model, text.training),
+        _in_order(specs, {**loaded, **(lenses or {})}, model, text.training),
         text.blocks,
         config,
         accelerator=accelerator,
@@ -90,24 +100,88 @@ def _in_order(
     training: CorpusSplits,
 ) -> dict[str, Lens]:
     """The lenses by name, with the logit lens and the baselines made."""
-    lenses: dict[str, Lens] = {}
+    found = {"logit": LogitLens.from_model(model), **ready}
     for spec in specs:
-        if spec.kind == "logit":
-            lenses[spec.name] = LogitLens.from_model(model)
-        elif spec.kind in BASELINE_TOKENS:
-            make = {"unigram": unigram_lens, "mean": mean_lens}[spec.kind]
-            tokens = BASELINE_TOKENS[spec.kind]
-            lenses[spec.name] = make(model, training.train.shuffled(), tokens)
-        else:
-            lenses[spec.name] = ready[spec.name]
-    return lenses
+        if spec.kind in BASELINES:
+            make, tokens = BASELINES[spec.kind]
+            found[spec.name] = make(model, training.train.shuffled(), tokens)
+    return {spec.name: found[spec.name] for spec in specs}
 
 
-def _source(spec: LensSpec, training: CorpusSplits) -> LensSource:
+def _source(spec: LensSpec, training: CorpusSplits) -> JsonObject:
     """The origin of a lens."""
-    if spec.folder is not None:
+    if isinstance(spec, SavedLens):
         return {"folder": str(spec.folder), "sha256": spec.manifest["lens_sha256"]}
-    if spec.kind not in BASELINE_TOKENS:
+    if spec.kind not in BASELINES:
         return {"kind": spec.kind}
-    tokens = BASELINE_TOKENS[spec.kind]
+    _, tokens = BASELINES[spec.kind]
     return {"kind": spec.kind, "text": training.train.about, "tokens_at_most": tokens}
+
+
+def score_lenses(
+    model: FrozenModel,
+    lenses: Mapping[str, Lens],
+    blocks: Iterable[Int[Tensor, " seq"]],
+    config: ScoringConfig | None = None,
+    *,
+    accelerator: Accelerator | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Score lenses on blocks of text, at every position whose next token is in the same block.
+
+    Args:
+        model: the model that the lenses belong to.
+        lenses: the lenses by name.
+        blocks: token ids, in blocks of one length. Each process scores its part of them.
+        config: how many positions are scored (by default all) and which metrics.
+        accelerator: adds up the sums of several processes.
+        progress: called with the number of positions that were just scored.
+
+    Raises:
+        InputError: there is nothing to score, blocks differ in length, a lens belongs to
+            another model, or a value is not finite.
+    """
+    require_made_for(model, lenses)
+    config = config or ScoringConfig()
+    blocks = iter(blocks)
+    first = list(islice(blocks, 1))
+    layout = Layout.of(model, lenses, transfer=config.transfer)
+    scorer = Scorer(model, layout, per_token_metrics(config.metrics))
+    tally = Tally(layout, config, positions=len(first[0]) - 1 if first else 0)
+    digest = hashlib.sha256()
+    own = _blocks_of_this_process(chain(first, blocks), config.tokens, accelerator, digest.update)
+    while batch := list(islice(own, config.batch_size)):
+        scored = scorer.score(batch)
+        tally.add(scored)
+        if progress is not None:
+            progress(int(scored.is_scored.sum()))
+    if accelerator is not None:
+        tally.reduce(accelerator)
+    return tally.evaluation(digest.hexdigest())
+
+
+def _blocks_of_this_process(
+    blocks: Iterable[Int[Tensor, " seq"]],
+    tokens: int | None,
+    accelerator: Accelerator | None,
+    digest: Callable[[bytes], object],
+) -> Iterator[Block]:
+    """Every n-th block for n processes; the digest is given the scored tokens of all blocks."""
+    process, processes = 0, 1
+    if accelerator is not None:
+        process, processes = accelerator.process_index, accelerator.num_processes
+    left, length = math.inf if tokens is None else tokens, None
+    for number, ids in enumerate(blocks):
+        if left <= 0:
+            return
+        length = length or len(ids)
+        if len(ids) != length:
+            raise InputError(
+                f"all blocks must have the same length: block {number} has {len(ids)} tokens, "
+                f"the first one {length}"
+            )
+        scored = int(min(len(ids) - 1, left))
+        left -= scored
+        digest(ids[: scored + 1].int().cpu().numpy().tobytes())
+        if number % processes == process:
+            yield Block(ids, scored, number)

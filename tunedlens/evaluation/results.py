@@ -1,11 +1,12 @@
-"""What an evaluation says, in memory and in `metrics.json`."""
+"""The results of an evaluation, in memory and in `metrics.json`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self, TypedDict
+from typing import Self
 
 from tunedlens.errors import InputError
 from tunedlens.evaluation.estimates import Estimate
+from tunedlens.files import JsonObject
 from tunedlens.metrics import METRICS
 from tunedlens.provenance import Provenance
 
@@ -56,23 +57,14 @@ Grids = dict[str, dict[str, Grid]]
 """Grids by lens and metric."""
 
 
-class LensSource(TypedDict, total=False):
-    """What a lens was made from: a saved file, or a text for a baseline."""
-
-    folder: str
-    sha256: str
-    kind: str
-    text: Mapping[str, object]
-    tokens_at_most: int
-
-
 class EvaluationProvenance(Provenance, total=False):
     """What produced an evaluation."""
 
-    lenses: dict[str, LensSource]
+    lenses: dict[str, JsonObject]
+    """What each lens was made from: a saved file, or a text for a baseline."""
     corpus: Mapping[str, object]
     """The description of the scored text, or of each side of the split if both are scored."""
-    config: Mapping[str, Any]
+    config: JsonObject
     """The `EvaluateConfig` with all defaults filled in."""
     processes: int
 
@@ -114,47 +106,41 @@ class Evaluation:
 
     def by_layer(self, lens: str, metric: str) -> list[Estimate]:
         """A metric at every layer from 0 to n - 1 (to n for prediction depth)."""
-        found = {r.layer: r for r in self._results(lens, metric) if r.layer is not None}
-        if not found:
-            raise InputError(f"these results have no {metric} of {lens}")
-        return [_estimate(found[layer]) for layer in sorted(found)]
+        return self._results(lens, metric, range(self.n_layers + 1))
 
     def of_model(self, metric: str) -> Estimate:
         """A metric of the model itself."""
-        return self._single(MODEL, metric, self.n_layers)
+        return self._results(MODEL, metric, [self.n_layers])[0]
 
     def of_lens(self, lens: str, metric: str) -> Estimate:
         """The mean of a metric over layers, or a metric of the lens as a whole."""
-        return self._single(lens, metric, None)
+        return self._results(lens, metric, [None])[0]
 
     def difference(self, lens: str, other: str, metric: str) -> list[Estimate]:
         """A metric of one lens minus that of another, at every layer."""
-        found = self._differences(lens, other, metric)
-        return [found[layer] for layer in found if layer is not None]
+        return self._differences(lens, other, metric, range(self.n_layers))
 
     def mean_difference(self, lens: str, other: str, metric: str) -> Estimate:
         """The mean over layers of a metric of one lens minus that of another."""
-        return self._differences(lens, other, metric)[None]
+        return self._differences(lens, other, metric, [None])[0]
 
-    def _differences(self, lens: str, other: str, metric: str) -> dict[int | None, Estimate]:
-        for sign, pair in ((1.0, (lens, other)), (-1.0, (other, lens))):
-            found = {
-                d.layer: Estimate(sign * d.value, d.standard_error)
-                for d in self.differences
-                if (d.lens, d.other, d.metric) == (*pair, metric)
-            }
-            if found:
-                return found
-        raise InputError(f"these results have no difference of {lens} and {other} in {metric}")
+    def _results(self, lens: str, metric: str, layers: Iterable[int | None]) -> list[Estimate]:
+        found = {
+            r.layer: Estimate(r.value, r.standard_error)
+            for r in self.results
+            if (r.lens, r.metric) == (lens, metric)
+        }
+        return _at(layers, found, f"{metric} of {lens}")
 
-    def _results(self, lens: str, metric: str) -> list[Result]:
-        return [r for r in self.results if (r.lens, r.metric) == (lens, metric)]
-
-    def _single(self, lens: str, metric: str, layer: int | None) -> Estimate:
-        for result in self._results(lens, metric):
-            if result.layer == layer:
-                return _estimate(result)
-        raise InputError(f"these results have no {metric} of {lens}")
+    def _differences(
+        self, lens: str, other: str, metric: str, layers: Iterable[int | None]
+    ) -> list[Estimate]:
+        found = {
+            d.layer: Estimate(d.value if d.lens == lens else -d.value, d.standard_error)
+            for d in self.differences
+            if d.metric == metric and (d.lens, d.other) in ((lens, other), (other, lens))
+        }
+        return _at(layers, found, f"difference of {lens} and {other} in {metric}")
 
     def to_json(self) -> dict[str, object]:
         """The content of `metrics.json`."""
@@ -165,16 +151,16 @@ class Evaluation:
         """The inverse of `to_json`.
 
         Raises:
-            InputError: it is no evaluation, or one of another schema.
+            InputError: the data is not an evaluation of this schema.
         """
-        schema = data.get("schema") if isinstance(data, dict) else None
-        if not isinstance(data, dict) or schema != SCHEMA:
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            schema = data.get("schema") if isinstance(data, dict) else None
             raise InputError(
                 f"expected an evaluation of schema {SCHEMA}, got {schema}; run evaluate.py again"
             )
         try:
             fields = {name: value for name, value in data.items() if name != "schema"}
-            fields["results"] = [Result(**result) for result in data["results"]]
+            fields["results"] = [Result(**one) for one in data["results"]]
             fields["differences"] = [Difference(**one) for one in data["differences"]]
             for part in ("by_position", "transfer"):
                 fields[part] = {
@@ -199,5 +185,11 @@ class Evaluation:
                     raise ValueError(f"{metric} of {lens} has {count} layers")
 
 
-def _estimate(result: Result) -> Estimate:
-    return Estimate(result.value, result.standard_error)
+def _at(
+    layers: Iterable[int | None], found: Mapping[int | None, Estimate], what: str
+) -> list[Estimate]:
+    """The estimates at these layers, as far as they exist."""
+    selected = [found[layer] for layer in layers if layer in found]
+    if not selected:
+        raise InputError(f"these results have no {what}")
+    return selected

@@ -1,79 +1,64 @@
-"""One pass over a corpus: the model runs once, and every lens is decoded at every layer."""
+"""Metrics of every lens at every layer, at the positions of one batch."""
 
-import hashlib
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain, islice
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tunedlens.config import ScoringConfig
 from tunedlens.engine import Decoder, ModelDistribution, chunk_tokens, measure
-from tunedlens.errors import InputError
-from tunedlens.evaluation.batches import TRANSFER_METRICS, Layout, ScoredBatch
 from tunedlens.evaluation.estimates import GROUPS
-from tunedlens.evaluation.results import Evaluation
-from tunedlens.evaluation.tally import Tally
-from tunedlens.lenses import Lens, require_made_for
-from tunedlens.metrics import per_token_metrics
+from tunedlens.lenses import AffineLens, ConstantLens, Lens
 from tunedlens.model import FrozenModel
 from tunedlens.tokenizer import TokenBytes
 
+TRANSFER_METRICS = ("kl_nats", "cross_entropy_nats")
+"""Metrics of a translator that is applied at another layer."""
 
-def score_lenses(
-    model: FrozenModel,
-    lenses: Mapping[str, Lens],
-    blocks: Iterable[Int[Tensor, " seq"]],
-    config: ScoringConfig | None = None,
-    *,
-    accelerator: Accelerator | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> Evaluation:
-    """Score lenses on blocks of text, at every position whose next token is in the same block.
 
-    Args:
-        model: the model that the lenses belong to.
-        lenses: the lenses by name.
-        blocks: token ids, in blocks of one length. Each process scores its part of them.
-        config: how many positions are scored (by default all) and which metrics.
-        accelerator: adds up the sums of several processes.
-        progress: called with the number of positions that were just scored.
+class Layout(NamedTuple):
+    """The distributions that are computed at every token.
 
-    Raises:
-        InputError: there is nothing to score, blocks differ in length, a lens belongs to
-            another model, or a value is not finite.
+    A column is a lens, in the order given, or last the model. A row is one distribution: a lens at
+    a layer, a constant lens (once for all layers), or last the model.
     """
-    require_made_for(model, lenses)
-    config = config or ScoringConfig()
-    blocks = iter(blocks)
-    first = list(islice(blocks, 1))
-    layout = Layout.of(lenses, model.identity.n_layers, transfer=config.transfer)
-    scorer = _Scorer(model, layout, per_token_metrics(config.metrics))
-    tally = Tally(
-        layout,
-        config,
-        vocab_size=model.identity.vocab_size,
-        positions=len(first[0]) - 1 if first else 0,
-        device=scorer.sums_device,
-    )
-    digest = hashlib.sha256()
-    own = _blocks_of_this_process(chain(first, blocks), config.tokens, accelerator, digest.update)
-    while batch := list(islice(own, config.batch_size)):
-        scored = scorer.score(batch)
-        tally.add(scored)
-        if progress is not None:
-            progress(int(scored.is_scored.sum()))
-    if accelerator is not None:
-        tally.reduce(accelerator)
-    return tally.evaluation(digest.hexdigest())
+
+    lenses: Mapping[str, Lens]
+    decodings: list[tuple[Lens | None, int]]
+    """Lens and layer of every row; None is the model, at the layer after the last block."""
+    rows: Int[Tensor, "layers columns"]
+    """The row of every column at every layer."""
+    transfer_lenses: list[str]
+    """Names of the lenses whose translators are applied at every layer."""
+    vocab_size: int
+    sums_device: torch.device
+    """Where sums of distributions are kept."""
+
+    @classmethod
+    def of(cls, model: FrozenModel, lenses: Mapping[str, Lens], *, transfer: bool) -> Self:
+        """The layout for lenses of a model."""
+        n_layers, vocab_size = model.identity.n_layers, model.identity.vocab_size
+        decodings: list[tuple[Lens | None, int]] = []
+        columns = []
+        for lens in lenses.values():
+            layers = range(1 if isinstance(lens, ConstantLens) else n_layers)
+            first = len(decodings)
+            columns.append([first + min(layer, layers[-1]) for layer in range(n_layers)])
+            decodings += [(lens, layer) for layer in layers]
+        columns.append([len(decodings)] * n_layers)
+        decodings.append((None, n_layers))
+        affine = [name for name, lens in lenses.items() if isinstance(lens, AffineLens)]
+        # Apple's GPUs have no float64.
+        device = torch.device("cpu") if model.device.type == "mps" else model.device
+        rows, transfer_lenses = torch.tensor(columns).T, affine if transfer else []
+        return cls(lenses, decodings, rows, transfer_lenses, vocab_size, device)
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
+    """A block of text."""
+
     ids: Int[Tensor, " seq"]
     scored: int
     """The number of scored positions, from the first on."""
@@ -81,66 +66,83 @@ class _Block(NamedTuple):
     """Counts the blocks of all processes from 0."""
 
 
-def _blocks_of_this_process(
-    blocks: Iterable[Int[Tensor, " seq"]],
-    tokens: int | None,
-    accelerator: Accelerator | None,
-    digest: Callable[[bytes], object],
-) -> Iterator[_Block]:
-    """Every n-th block for n processes; the digest is given the scored tokens of all blocks.
+class ScoredBatch(NamedTuple):
+    """Measurements of a batch of blocks. All but `probability_sums` are on the CPU."""
 
-    Raises:
-        InputError: blocks differ in length.
-    """
-    process, processes = (
-        (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    )
-    left, length = math.inf if tokens is None else tokens, None
-    for number, ids in enumerate(blocks):
-        if left <= 0:
-            return
-        length = length or len(ids)
-        if len(ids) != length:
-            raise InputError(
-                f"blocks must have one length: block {number} has {len(ids)} tokens, the first "
-                f"one {length}"
-            )
-        scored = int(min(len(ids) - 1, left))
-        left -= scored
-        digest(ids[: scored + 1].int().cpu().numpy().tobytes())
-        if number % processes == process:
-            yield _Block(ids, scored, number)
+    values: dict[str, Float[Tensor, "layers columns batch positions"]]
+    """Per-token metrics by name; 0 at positions that are not scored."""
+    is_scored: Bool[Tensor, "batch positions"]
+    text_bytes: Int[Tensor, "batch positions"]
+    """Bytes that each predicted token stands for; 0 at positions that are not scored."""
+    groups: Int[Tensor, " batch"]
+    """The jackknife's group of every block."""
+    probability_sums: Float[Tensor, "groups rows vocab"]
+    """Sums over scored positions, for every group of the batch in ascending order."""
+    transfer: dict[str, Float[Tensor, "translators layers lenses batch"]]
+    """Sums of `TRANSFER_METRICS` over scored positions, by name."""
 
 
-class _Scorer:
+class Scorer:
     """Measures every distribution of a layout at every position of a batch, in float32."""
 
     def __init__(self, model: FrozenModel, layout: Layout, metrics: tuple[str, ...]) -> None:
         self._model, self._layout, self._metrics = model, layout, metrics
         self._decoder = Decoder(model.unembedding.centred())
-        self._token_bytes = TokenBytes.of(model.tokenizer, model.identity.vocab_size)
-        # Apple's GPUs have no float64.
-        self.sums_device = torch.device("cpu") if model.device.type == "mps" else model.device
+        self._token_bytes = TokenBytes.of(model.tokenizer, layout.vocab_size)
 
     @torch.no_grad()
-    def score(self, blocks: list[_Block]) -> ScoredBatch:
+    def score(self, blocks: Sequence[Block]) -> ScoredBatch:
         """Run the model on the blocks and measure every lens."""
+        layout, device = self._layout, self._model.device
         ids = torch.stack([block.ids for block in blocks])
         counts = torch.tensor([block.scored for block in blocks])
         groups = torch.tensor([block.number % GROUPS for block in blocks])
         is_scored = torch.arange(ids.shape[1] - 1) < counts[:, None]
-        tokens = self._tokens(ids.to(self._model.device), is_scored.to(self._model.device), groups)
-        values, probability_sums = self._measure(tokens)
+        mask = is_scored.to(device)
+        states = [state[:, :-1][mask] for state in self._model.residual_stream(ids.to(device))]
+        next_ids = ids[:, 1:][is_scored].to(device)
+        block_of = is_scored.nonzero()[:, 0]
+        in_block = (torch.arange(len(ids))[:, None] == block_of).double()
+        in_group = (groups.unique()[:, None] == groups[block_of]).float().to(device)
+
+        n_rows, n_layers = len(layout.decodings), len(layout.rows)
+        values = torch.empty(len(self._metrics), n_rows, len(next_ids), device=device)
+        probability_sums = torch.zeros(
+            *(len(in_group), n_rows, layout.vocab_size),
+            dtype=torch.float64,
+            device=layout.sums_device,
+        )
+        transfer = torch.zeros(
+            *(len(TRANSFER_METRICS), n_layers, n_layers, len(layout.transfer_lenses), len(ids)),
+            dtype=torch.float64,
+        )
+        size = chunk_tokens(layout.vocab_size, device)
+        for part in (slice(start, start + size) for start in range(0, len(next_ids), size)):
+            logits = self._decoder.model_logits(states[-1][part])
+            model = ModelDistribution.from_logits(logits)
+            for row, (lens, layer) in enumerate(layout.decodings):
+                logits = self._logits(lens, states[layer][part], layer)
+                values[:, row, part] = measure(self._metrics, logits, model, next_ids[part])
+                probs = logits  # `measure` overwrites the logits
+                probability_sums[:, row] += (in_group[:, part] @ probs).to(probability_sums)
+            for column, name in enumerate(layout.transfer_lenses):
+                lens = layout.lenses[name]
+                for translator, layer in product(range(n_layers), repeat=2):
+                    logits = self._logits(lens, states[layer][part], translator)
+                    measured = measure(TRANSFER_METRICS, logits, model, next_ids[part])
+                    sums = measured.cpu().double() @ in_block[:, part].mT
+                    transfer[:, translator, layer, column] += sums
+
         everywhere = torch.zeros(*values.shape[:2], *is_scored.shape, dtype=torch.float64)
         everywhere[:, :, is_scored] = values.cpu().double()
-        by_layer = everywhere[:, self._layout.rows]
+        by_layer = everywhere[:, layout.rows]
         return ScoredBatch(
             dict(zip(self._metrics, by_layer, strict=True)),
             is_scored,
             self._next_bytes(ids) * is_scored,
             groups,
             probability_sums,
-            self._measure_transfer(tokens),
+            dict(zip(TRANSFER_METRICS, transfer, strict=True)),
         )
 
     def _next_bytes(self, ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch positions"]:
@@ -149,87 +151,9 @@ class _Scorer:
             return torch.zeros_like(ids[:, 1:])
         return self._token_bytes.next_bytes(ids)
 
-    def _tokens(
-        self,
-        ids: Int[Tensor, "batch seq"],
-        is_scored: Bool[Tensor, "batch positions"],
-        groups: Int[Tensor, " batch"],
-    ) -> "_Tokens":
-        *states, final = (state[:, :-1][is_scored] for state in self._model.residual_stream(ids))
-        block_of = torch.arange(len(ids), device=ids.device)[:, None].expand_as(is_scored)
-        group_of = groups.to(ids.device).unique(return_inverse=True)[1]
-        return _Tokens(
-            states,
-            final,
-            ids[:, 1:][is_scored],
-            F.one_hot(block_of[is_scored], len(ids)).T.float(),
-            F.one_hot(group_of[block_of[is_scored]], int(group_of.max()) + 1).T.float(),
-        )
-
-    def _chunks(self, tokens: "_Tokens") -> Iterator[tuple[slice, ModelDistribution]]:
-        """Slices of tokens whose logits fit into memory, with the model's distribution there."""
-        size = chunk_tokens(self._model.identity.vocab_size, tokens.final.device)
-        for start in range(0, len(tokens.final), size):
-            part = slice(start, start + size)
-            logits = self._decoder.model_logits(tokens.final[part])
-            yield part, ModelDistribution.from_logits(logits)
-
-    def _measure(
-        self, tokens: "_Tokens"
-    ) -> tuple[Float[Tensor, "metrics rows tokens"], Float[Tensor, "groups rows vocab"]]:
-        """Metrics of every row at every token, and sums of its probabilities."""
-        n_rows, vocab_size = self._layout.n_rows, self._model.identity.vocab_size
-        values = tokens.final.new_empty(
-            len(self._metrics), n_rows, len(tokens.final), dtype=torch.float32
-        )
-        sums = torch.zeros(
-            *(len(tokens.in_group), n_rows, vocab_size),
-            dtype=torch.float64,
-            device=self.sums_device,
-        )
-        for part, model in self._chunks(tokens):
-            for row in range(n_rows):
-                if row < len(self._layout.decodings):
-                    lens, layer = self._layout.decodings[row]
-                    logits = self._decoder.lens_logits(lens, tokens.states[layer][part], layer)
-                else:
-                    logits = self._decoder.model_logits(tokens.final[part])
-                values[:, row, part] = measure(self._metrics, logits, model, tokens.next_ids[part])
-                probs = logits  # `measure` overwrites the logits
-                sums[:, row] += (tokens.in_group[:, part] @ probs).to(sums)
-        return values, sums
-
-    def _measure_transfer(
-        self, tokens: "_Tokens"
-    ) -> Float[Tensor, "metrics translators layers lenses batch"]:
-        """Sums of every translator's metrics at every layer."""
-        names, n_layers = self._layout.transfer_lenses, len(tokens.states)
-        shape = (len(TRANSFER_METRICS), n_layers, n_layers, len(names), len(tokens.in_block))
-        sums = torch.zeros(shape, dtype=torch.float64)
-        if not names:
-            return sums
-        in_block = tokens.in_block.cpu().double()
-        for part, model in self._chunks(tokens):
-            for column, name in enumerate(names):
-                for translator in range(n_layers):
-                    for layer, hidden in enumerate(tokens.states):
-                        lens = self._layout.lenses[name]
-                        logits = self._decoder.lens_logits(lens, hidden[part], translator)
-                        values = measure(TRANSFER_METRICS, logits, model, tokens.next_ids[part])
-                        by_block = values.cpu().double() @ in_block[:, part].mT
-                        sums[:, translator, layer, column] += by_block
-        return sums
-
-
-class _Tokens(NamedTuple):
-    """The scored positions of a batch, on the model's device."""
-
-    states: list[Float[Tensor, "tokens d_model"]]
-    """States of layers 0 to n - 1."""
-    final: Float[Tensor, "tokens d_model"]
-    """States before the final norm."""
-    next_ids: Int[Tensor, " tokens"]
-    in_block: Float[Tensor, "batch tokens"]
-    """1 where a token belongs to a block."""
-    in_group: Float[Tensor, "groups tokens"]
-    """1 where a token belongs to a group of the jackknife."""
+    def _logits(
+        self, lens: Lens | None, hidden: Float[Tensor, "tokens d_model"], layer: int
+    ) -> Float[Tensor, "tokens vocab"]:
+        if lens is None:
+            return self._decoder.model_logits(hidden)
+        return self._decoder.lens_logits(lens, hidden, layer)

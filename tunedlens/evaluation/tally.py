@@ -1,187 +1,234 @@
 """All that is summed during an evaluation, and the results from these sums."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tunedlens.config import ScoringConfig
 from tunedlens.errors import InputError
-from tunedlens.evaluation.accumulators import (
-    Accumulator,
-    Bias,
-    ByLayer,
-    ByPosition,
-    Calibration,
-    PredictionDepth,
-    Ratios,
-    Transfer,
-)
-from tunedlens.evaluation.batches import TRANSFER_METRICS, Layout, ScoredBatch
-from tunedlens.evaluation.estimates import Estimates, perplexity
+from tunedlens.evaluation.estimates import Estimates, GroupSums, RatioSums, perplexity
 from tunedlens.evaluation.results import MODEL, Difference, Evaluation, Grid, Grids, Result
+from tunedlens.evaluation.scoring import TRANSFER_METRICS, Layout, ScoredBatch
 from tunedlens.lenses import ConstantLens
 from tunedlens.metrics import METRICS, per_token_metrics
+
+BINS = 15
+"""Bins of confidence, of equal width."""
 
 
 class Tally:
     """Accumulates every kind of result that a config asks for.
 
+    Sums by layer have n + 1 entries: layers 0 to n - 1, and last their mean.
+
     Args:
-        layout: the lenses.
-        config: says which results.
-        vocab_size: size of the model's vocabulary.
         positions: scored positions in a block.
-        device: where sums of whole distributions are kept.
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        config: ScoringConfig,
-        *,
-        vocab_size: int,
-        positions: int,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, layout: Layout, config: ScoringConfig, positions: int) -> None:
         self._layout, self._names = layout, list(layout.lenses)
-        metrics = per_token_metrics(config.metrics)
-        self._ratios = Ratios(layout, metrics)
-        self._by_layer: list[ByLayer] = [self._ratios, Bias(layout, vocab_size, device)]
-        if "confidence" in metrics:
-            self._by_layer.append(Calibration(layout))
-        self._depth = PredictionDepth(layout)
-        self._by_position = ByPosition(layout, metrics, positions) if config.by_position else None
-        self._transfer = Transfer(layout) if layout.transfer_lenses else None
-
-    @property
-    def _parts(self) -> list[Accumulator]:
-        parts = (*self._by_layer, self._depth, self._by_position, self._transfer)
-        return [part for part in parts if part is not None]
+        n_layers, columns = layout.rows.shape
+        metrics = (*per_token_metrics(config.metrics), "bits_per_byte")
+        self._by_layer = {
+            metric: RatioSums(n_layers + 1, columns=columns)
+            for metric in (*metrics, "kl_nats_position_0")
+        }
+        self._by_position = {
+            metric: RatioSums(n_layers, positions, columns=columns)
+            for metric in (metrics if config.by_position else ())
+        }
+        self._transfer = {
+            metric: RatioSums(n_layers, n_layers, columns=len(layout.transfer_lenses))
+            for metric in (TRANSFER_METRICS if layout.transfer_lenses else ())
+        }
+        self._depths = RatioSums(n_layers + 1, columns=columns)
+        self._mean_depth = RatioSums(columns=columns)
+        self._probabilities = GroupSums(
+            len(layout.decodings), layout.vocab_size, device=layout.sums_device
+        )
+        self._calibration = GroupSums(n_layers, columns, BINS, 3)
 
     def add(self, batch: ScoredBatch) -> None:
         """Add the blocks of a batch."""
-        for part in self._parts:
-            part.add(batch)
+        counts, terms = batch.is_scored.sum(-1), _terms(batch)
+        for metric, sums in self._by_layer.items():
+            values, weights = terms[metric]
+            sums.add(_with_mean(values.sum(-1)), weights.sum(-1))
+        for metric, sums in self._by_position.items():
+            values, weights = terms[metric]
+            sums.add(values.movedim(-1, 1), weights.T)
+        for metric, sums in self._transfer.items():
+            sums.add(batch.transfer[metric], counts)
+        n_layers, agrees = len(self._layout.rows), batch.values["top1_agreement"] > 0
+        # From the prediction depth on, the most probable token is the model's.
+        depth = n_layers - agrees.flip(0).long().cumprod(0).sum(0)
+        has_depth = torch.arange(n_layers + 1)[:, None, None, None] == depth
+        self._depths.add((has_depth & batch.is_scored).sum(-1), counts)
+        self._mean_depth.add((depth * batch.is_scored).sum(-1), counts)
+        groups = batch.groups.unique().to(self._probabilities.sums.device)
+        self._probabilities.sums.index_add_(0, groups, batch.probability_sums)
+        if "confidence" in batch.values:
+            self._add_calibration(batch)
+
+    def _add_calibration(self, batch: ScoredBatch) -> None:
+        """Add confidence, accuracy and tokens to the bin of each confidence."""
+        confidence, correct = batch.values["confidence"], batch.values["accuracy"]
+        count = batch.is_scored.double().expand_as(correct)
+        # A confidence that is NaN is reported as such elsewhere.
+        bins = (confidence.nan_to_num() * BINS).long().clamp(0, BINS - 1)
+        layers, columns = (torch.arange(n) for n in bins.shape[:2])
+        index = (batch.groups[:, None], layers[:, None, None, None], columns[:, None, None], bins)
+        sums = torch.stack([confidence, correct, count], -1)
+        self._calibration.sums.index_put_(index, sums, accumulate=True)
 
     def reduce(self, accelerator: Accelerator) -> None:
         """Add up the sums of all processes, in each of them."""
-        for part in self._parts:
-            part.sums.reduce(accelerator)
+        for ratios in (self._by_layer, self._by_position, self._transfer):
+            for sums in ratios.values():
+                sums.reduce(accelerator)
+        for part in (self._depths, self._mean_depth, self._probabilities, self._calibration):
+            part.reduce(accelerator)
 
     def evaluation(self, tokens_sha256: str) -> Evaluation:
         """The results.
 
-        Args:
-            tokens_sha256: hash of the scored token ids.
-
         Raises:
             InputError: nothing was scored, or a value is not finite.
         """
-        tokens, text_bytes = self._ratios.tokens, self._ratios.text_bytes
-        if not tokens or not text_bytes:
+        kl, bits = self._by_layer["kl_nats"], self._by_layer["bits_per_byte"]
+        tokens, text_bytes = (round(float(sums.denominator[0])) for sums in (kl, bits))
+        if not tokens:
             raise InputError(
-                f"there is nothing to score: {tokens} tokens for {text_bytes} bytes of text; "
-                "give more text or --tokens, or a smaller --seq-len"
+                "there is nothing to score: no block has two tokens; give more text or --tokens"
             )
-        results, differences = list(self._results()), list(self._differences())
+        if not text_bytes:  # the bytes of the tokenizer's tokens are not known
+            self._by_layer.pop("bits_per_byte")
+            self._by_position.pop("bits_per_byte", None)
+        names, lenses = self._names, self._layout.lenses.items()
+        columns = torch.eye(len(names) + 1, dtype=torch.float64)
+        pairs = [(i, j) for i in range(len(names)) for j in range(i)]
+        contrasts = torch.stack([*columns, *(columns[i] - columns[j] for i, j in pairs)])
+        estimates, mean_depths = self._estimates(contrasts), self._mean_depth.estimates(contrasts)
+        results = list(self._results(estimates, mean_depths))
+        differences = list(self._differences(pairs, estimates, mean_depths))
         _require_finite([*results, *differences])
-        lenses = self._layout.lenses.items()
         return Evaluation(
             results=results,
             n_layers=len(self._layout.rows),
             tokens=tokens,
             text_bytes=text_bytes,
-            blocks=self._ratios.blocks,
+            blocks=round(float(kl.blocks[0])),
             tokens_sha256=tokens_sha256,
             constant=[name for name, lens in lenses if isinstance(lens, ConstantLens)],
             differences=differences,
             by_position=self._position_grids(),
-            transfer=self._transfer_grids(),
+            transfer=_grids(self._transfer, self._layout.transfer_lenses),
         )
 
     def _estimates(self, contrasts: Float[Tensor, "contrasts columns"]) -> dict[str, Estimates]:
         """Estimates of shape [layers + 1, contrasts], by metric; the last layer is the mean."""
-        parts = [part.estimates(contrasts) for part in self._by_layer]
-        return {metric: found for part in parts for metric, found in part.items()}
+        rows = self._layout.rows
+        found = {metric: sums.estimates(contrasts) for metric, sums in self._by_layer.items()}
+        found["bias_nats"] = self._probabilities.jackknife(
+            lambda sums: _with_mean(_bias_nats(sums).cpu()[rows]) @ contrasts.mT
+        )
+        if "confidence" in found:
+            found["calibration_error"] = self._calibration.jackknife(
+                lambda sums: _with_mean(_calibration_error(sums)) @ contrasts.mT
+            )
+        return found
 
-    def _layers(self) -> tuple[int | None, ...]:
-        """The layers in the order of the estimates; None is the mean over layers."""
-        return (*range(len(self._layout.rows)), None)
-
-    def _results(self) -> Iterator[Result]:
-        n_layers, n_columns = self._layout.rows.shape
-        columns = torch.eye(n_columns, dtype=torch.float64)
-        estimates = self._estimates(columns)
-        fractions, mean_depths = self._depth.fractions(), self._depth.mean(columns)
+    def _results(
+        self, estimates: Mapping[str, Estimates], mean_depths: Estimates
+    ) -> Iterator[Result]:
+        """Results of every lens and of the model, whose contrasts are the first ones."""
+        n_layers, depths = len(self._layout.rows), self._depths.estimates()
         for column, lens in enumerate(self._names):
-            for row, layer in enumerate(self._layers()):
+            for layer in (*range(n_layers), None):
                 for metric, found in estimates.items():
-                    estimate = found.at(row, column)
+                    estimate = found.at(-1 if layer is None else layer, column)
                     yield Result(lens, layer, metric, *estimate)
                     if metric == "cross_entropy_nats" and layer is not None:
                         yield Result(lens, layer, "perplexity", *perplexity(estimate))
             for depth in range(n_layers + 1):
-                yield Result(lens, depth, "prediction_depth", *fractions.at(depth, column))
+                yield Result(lens, depth, "prediction_depth", *depths.at(depth, column))
             yield Result(lens, None, "mean_prediction_depth", *mean_depths.at(column))
         for metric, found in estimates.items():
             if METRICS[metric].for_model:
-                estimate = found.at(0, -1)
+                estimate = found.at(0, len(self._names))
                 yield Result(MODEL, n_layers, metric, *estimate)
                 if metric == "cross_entropy_nats":
                     yield Result(MODEL, n_layers, "perplexity", *perplexity(estimate))
 
-    def _differences(self) -> Iterator[Difference]:
-        """Every lens minus each one before it."""
-        pairs = [(i, j) for i in range(len(self._names)) for j in range(i)]
-        if not pairs:
-            return
-        columns = torch.eye(len(self._names) + 1, dtype=torch.float64)
-        contrasts = torch.stack([columns[i] - columns[j] for i, j in pairs])
-        estimates, mean_depths = self._estimates(contrasts), self._depth.mean(contrasts)
-        for index, (i, j) in enumerate(pairs):
+    def _differences(
+        self,
+        pairs: Sequence[tuple[int, int]],
+        estimates: Mapping[str, Estimates],
+        mean_depths: Estimates,
+    ) -> Iterator[Difference]:
+        """Every lens minus each one before it; their contrasts follow the model's."""
+        for index, (i, j) in enumerate(pairs, start=len(self._names) + 1):
             lens, other = self._names[i], self._names[j]
-            for row, layer in enumerate(self._layers()):
+            for layer in (*range(len(self._layout.rows)), None):
                 for metric, found in estimates.items():
-                    yield Difference(lens, other, layer, metric, *found.at(row, index))
+                    estimate = found.at(-1 if layer is None else layer, index)
+                    yield Difference(lens, other, layer, metric, *estimate)
             depth = mean_depths.at(index)
             yield Difference(lens, other, None, "mean_prediction_depth", *depth)
 
     def _position_grids(self) -> Grids:
-        if self._by_position is None:
+        if not self._by_position:
             return {}
-        metrics, estimates = self._by_position.metrics, self._by_position.estimates()
-        grids: Grids = {
-            lens: {
-                metric: _grid(*(part[index, ..., column] for part in estimates))
-                for index, metric in enumerate(metrics)
-            }
-            for column, lens in enumerate(self._names)
-        }
+        grids = _grids(self._by_position, [*self._names, MODEL])
         grids[MODEL] = {
-            metric: _grid(*(part[index, :1, :, -1] for part in estimates))
-            for index, metric in enumerate(metrics)
+            metric: Grid(grid.values[:1], grid.standard_errors[:1])
+            for metric, grid in grids[MODEL].items()
             if METRICS[metric].for_model
         }
         return grids
 
-    def _transfer_grids(self) -> Grids:
-        if self._transfer is None:
-            return {}
-        estimates = self._transfer.estimates()
-        return {
-            lens: {
-                metric: _grid(*(part[index, ..., column] for part in estimates))
-                for index, metric in enumerate(TRANSFER_METRICS)
-            }
-            for column, lens in enumerate(self._layout.transfer_lenses)
-        }
+
+def _terms(
+    batch: ScoredBatch,
+) -> dict[str, tuple[Float[Tensor, "layers columns batch _"], Int[Tensor, "batch _"]]]:
+    """For every ratio of two totals, the values of each position and the weights."""
+    terms = {metric: (values, batch.is_scored) for metric, values in batch.values.items()}
+    bits = batch.values["cross_entropy_nats"] / math.log(2)
+    terms["bits_per_byte"] = (bits, batch.text_bytes)
+    terms["kl_nats_position_0"] = (batch.values["kl_nats"][..., :1], batch.is_scored[:, :1])
+    return terms
 
 
-def _require_finite(results: list[Result | Difference]) -> None:
+def _with_mean(by_layer: Float[Tensor, "layers ..."]) -> Float[Tensor, "layers+1 ..."]:
+    """The values by layer, and last the mean over layers."""
+    return torch.cat([by_layer, by_layer.mean(0, keepdim=True)])
+
+
+def _bias_nats(sums: Float[Tensor, "rows vocab"]) -> Float[Tensor, " rows"]:
+    """KL of the model's mean distribution, in the last row, to each row's."""
+    means = sums / sums.sum(-1, keepdim=True)
+    # A probability below the smallest normal float counts as that.
+    nats = means[-1].log() - means.clamp_min(torch.finfo(torch.float32).tiny).log()
+    return torch.where(means[-1] > 0, means[-1] * nats, 0.0).sum(-1)
+
+
+def _calibration_error(
+    sums: Float[Tensor, "layers columns bins 3"],
+) -> Float[Tensor, "layers columns"]:
+    """The expected calibration error.
+
+    Source:
+        Guo et al. 2017, arXiv:1706.04599, section 2.
+    """
+    confidence, correct, tokens = sums.unbind(-1)
+    return (confidence - correct).abs().sum(-1) / tokens.sum(-1)
+
+
+def _require_finite(results: Sequence[Result | Difference]) -> None:
     for result in results:
         if not math.isfinite(result.value):
             layer = "" if result.layer is None else f" at layer {result.layer}"
@@ -191,11 +238,21 @@ def _require_finite(results: list[Result | Difference]) -> None:
             )
 
 
-def _grid(values: Float[Tensor, "rows columns"], errors: Float[Tensor, "rows columns"]) -> Grid:
-    rows = [[[_rounded(x) for x in row] for row in part.tolist()] for part in (values, errors)]
-    return Grid(*rows)
+def _grids(sums: Mapping[str, RatioSums], columns: Sequence[str]) -> Grids:
+    """The grids of every column by metric."""
+    estimates = {metric: part.estimates() for metric, part in sums.items()}
+    return {
+        name: {
+            metric: Grid(*(_rounded(part[..., column]) for part in found))
+            for metric, found in estimates.items()
+        }
+        for column, name in enumerate(columns)
+    }
 
 
-def _rounded(value: float) -> float | None:
+def _rounded(values: Float[Tensor, "rows columns"]) -> list[list[float | None]]:
     """To seven digits, since grids hold many numbers; None for NaN."""
-    return float(f"{value:.7g}") if math.isfinite(value) else None
+    return [
+        [float(f"{value:.7g}") if math.isfinite(value) else None for value in row]
+        for row in values.tolist()
+    ]

@@ -6,7 +6,6 @@ from tunedlens.fit.jacobian import SKIPPED_POSITIONS, MeanJacobian
 from tunedlens.fit.least_squares import LeastSquares
 from tunedlens.fit.optimizer import (
     DEFAULT_HYPERPARAMETERS,
-    Hyperparameters,
     LensOptimizer,
     PreconditionedMuon,
     TorchOptimizer,
@@ -16,7 +15,6 @@ from tunedlens.fit.optimizer import (
 __all__ = [
     "DEFAULT_HYPERPARAMETERS",
     "SKIPPED_POSITIONS",
-    "Hyperparameters",
     "LeastSquares",
     "LensOptimizer",
     "MeanJacobian",

@@ -1,6 +1,7 @@
 """Lenses that ignore the state. Their KL gives the KL of other lenses a scale."""
 
 from collections.abc import Iterable, Iterator
+from itertools import groupby, islice
 
 import torch
 from jaxtyping import Int
@@ -11,12 +12,11 @@ from tunedlens.errors import InputError
 from tunedlens.lenses import ConstantLens
 from tunedlens.model import FrozenModel
 
+Block = Int[Tensor, " seq"]
 _BLOCKS_AT_A_TIME = 8
 
 
-def unigram_lens(
-    model: FrozenModel, blocks: Iterable[Int[Tensor, " seq"]], tokens: int
-) -> ConstantLens:
+def unigram_lens(model: FrozenModel, blocks: Iterable[Block], tokens: int) -> ConstantLens:
     """The token frequencies of a text, with one added to every count.
 
     Args:
@@ -26,18 +26,14 @@ def unigram_lens(
     Raises:
         InputError: the text is empty.
     """
-    vocab_size = model.identity.vocab_size
-    counts = torch.zeros(vocab_size, dtype=torch.float64)
+    counts = torch.zeros(model.identity.vocab_size, dtype=torch.float64)
     for block in _first(blocks, tokens):
-        counts += torch.bincount(block, minlength=vocab_size)
-    _require_text(counts)
-    return _constant((counts + 1) / (counts + 1).sum(), model)
+        counts += torch.bincount(block, minlength=len(counts))
+    return _constant_lens(counts, model, added=1)
 
 
 @torch.no_grad()
-def mean_lens(
-    model: FrozenModel, blocks: Iterable[Int[Tensor, " seq"]], tokens: int
-) -> ConstantLens:
+def mean_lens(model: FrozenModel, blocks: Iterable[Block], tokens: int) -> ConstantLens:
     """The model's own distribution, averaged over the positions of a text.
 
     Args:
@@ -46,29 +42,17 @@ def mean_lens(
     Raises:
         InputError: the text is empty.
     """
-    vocab_size = model.identity.vocab_size
-    sums = torch.zeros(vocab_size, dtype=torch.float64)
-    chunk = chunk_tokens(vocab_size, model.device)
-    decoder = Decoder(model.unembedding.centred())
-    batch: list[Tensor] = []
-
-    def flush() -> None:
-        final = model.residual_stream(torch.stack(batch).to(model.device))[-1].flatten(0, 1)
-        for part in final.split(chunk):
-            sums.add_(decoder.model_logits(part).softmax(-1).sum(0).double().cpu())
-        batch.clear()
-
-    for block in _first(blocks, tokens):
-        if batch and (len(batch) == _BLOCKS_AT_A_TIME or len(block) != len(batch[0])):
-            flush()
-        batch.append(block)
-    if batch:
-        flush()
-    _require_text(sums)
-    return _constant(sums / sums.sum(), model)
+    sums = torch.zeros(model.identity.vocab_size, dtype=torch.float64)
+    chunk, decoder = chunk_tokens(len(sums), model.device), Decoder(model.unembedding.centred())
+    for _, same_length in groupby(_first(blocks, tokens), key=len):
+        while batch := list(islice(same_length, _BLOCKS_AT_A_TIME)):
+            final = model.residual_stream(torch.stack(batch).to(model.device))[-1]
+            for part in final.flatten(0, 1).split(chunk):
+                sums += decoder.model_logits(part).softmax(-1).sum(0).double().cpu()
+    return _constant_lens(sums, model, added=0)
 
 
-def _first(blocks: Iterable[Int[Tensor, " seq"]], tokens: int) -> Iterator[Int[Tensor, " seq"]]:
+def _first(blocks: Iterable[Block], tokens: int) -> Iterator[Block]:
     for block in blocks:
         if tokens <= 0:
             return
@@ -76,12 +60,11 @@ def _first(blocks: Iterable[Int[Tensor, " seq"]], tokens: int) -> Iterator[Int[T
         tokens -= len(block)
 
 
-def _require_text(sums: Tensor) -> None:
+def _constant_lens(sums: Tensor, model: FrozenModel, *, added: int) -> ConstantLens:
+    """The lens with the probabilities that are in proportion to the sums plus what is added."""
     if not sums.sum():
         raise InputError("a baseline needs text with at least one token; got none")
-
-
-def _constant(probs: Tensor, model: FrozenModel) -> ConstantLens:
+    probs = (sums + added) / (sums + added).sum()
     # A probability that underflows in float32 is raised to the smallest normal number.
     least = torch.finfo(torch.float32).tiny
     return ConstantLens(probs.clamp_min(least).log(), model.identity).to(model.device)

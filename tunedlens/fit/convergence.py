@@ -4,19 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MIN_GAIN = 0.02
-"""A layer has converged when doubling its tokens lowers its held-out KL by less than this
-fraction."""
+"""The fraction of its held-out KL that a layer gains at least from twice the tokens."""
 
 
 @dataclass
 class ValidationResult:
-    """Held-out KL of every layer at one step."""
+    """Held-out KL at one step, which is `seconds` after the run began."""
 
     step: int
     tokens: int
     """Positions that the steps have trained on."""
     seconds: float
-    """Since the run began, validation included."""
     kl_nats: list[float]
     """One value per layer."""
     standard_error: float | None = None
@@ -24,7 +22,6 @@ class ValidationResult:
 
     @property
     def mean_kl_nats(self) -> float:
-        """Mean over layers."""
         return sum(self.kl_nats) / len(self.kl_nats)
 
 

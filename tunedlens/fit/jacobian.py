@@ -18,10 +18,9 @@ class MeanJacobian:
     """Streaming mean over source positions p of d final / d state[p] for every layer.
 
     Every output dimension takes one backward pass per batch, with cotangents at all target
-    positions at once.
-
-    With targets `later`, as published, all cotangents are 1. A source position p then gets the
-    sum over p' ≥ p of d final[p'] / d state[p]: the effect of the state on all later outputs.
+    positions at once. With targets `later`, as published, all cotangents are 1. A source position
+    p then gets the sum over p' ≥ p of d final[p'] / d state[p]: the effect of the state on all
+    later outputs.
 
     With targets `same`, the cotangents are random signs, and the gradient at a position is
     multiplied by the sign of that position. Contributions of other positions then have mean 0,
@@ -57,17 +56,18 @@ class MeanJacobian:
         """Add the source positions of further blocks."""
         *states, final = model.residual_stream(input_ids, differentiable=True)
         kept = slice(min(self._skipped, input_ids.shape[1] - 1), None)
-        signs = torch.ones_like(final[:, kept, :1], dtype=torch.float32)
-        cotangent = torch.zeros_like(final)
+        signs, cotangent = torch.ones_like(final[:, kept, 0]).float(), torch.zeros_like(final)
         for output in range(final.shape[-1]):
             if self._targets == "same":
                 random = torch.randint(0, 2, signs.shape, generator=self._generator)
                 signs = (2 * random - 1).to(signs)
             cotangent.zero_()
-            cotangent[:, kept, output] = signs[..., 0].to(cotangent)
+            cotangent[:, kept, output] = signs.to(cotangent)
             is_last = output == final.shape[-1] - 1
             gradients = torch.autograd.grad(final, states, cotangent, retain_graph=not is_last)
-            rows = [(gradient[:, kept].float() * signs).sum((0, 1)) for gradient in gradients]
+            rows = [
+                (gradient[:, kept].float() * signs[..., None]).sum((0, 1)) for gradient in gradients
+            ]
             self.sums[:, output] += torch.stack(rows).double().cpu()
         self.positions += signs.numel()
 

@@ -6,6 +6,7 @@ which also takes its preconditioner from the sums.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -14,14 +15,29 @@ from torch import Tensor
 
 from tunedlens.distributed import reduce_sums
 
+PerLayer = Float[Tensor, " layers"]
+Translators = Float[Tensor, "layers d_model d_model_plus_1"]
+"""`[A b]` of h + A h + b for every layer."""
+
 RIDGES = tuple(10.0**exponent for exponent in range(-8, 1))
 """Candidates for the ridge, relative to the mean square of the inputs."""
 _FLOAT32_TOKENS = 4096
 """Tokens that are summed in float32 before the sum is added to the one in float64."""
 
 
+class Sums(NamedTuple):
+    """Sums over tokens, for every layer, with the inputs x = [h, 1]."""
+
+    inputs: Float[Tensor, "layers d_model_plus_1 d_model_plus_1"]
+    """Sum of x xᵀ."""
+    products: Float[Tensor, "layers d_model_plus_1 d_model"]
+    """Sum of x (final − h)ᵀ."""
+    squares: PerLayer
+    """Sum of |final − h|²."""
+
+
 class LeastSquares:
-    """Streaming sums, in float64, of the regression of `final - h` on `h` and a constant.
+    """Streaming sums of the regression of `final - h` on `h` and a constant.
 
     The sums over two parts of a text add up to those over the whole. A few thousand tokens at
     a time are summed in float32 on the device of the states; the totals are float64 on the CPU.
@@ -31,12 +47,11 @@ class LeastSquares:
     """
 
     def __init__(self, n_layers: int, d_model: int) -> None:
-        self._d_model, width = d_model, d_model + 1
         # The last input is always 1, so the bias is the last column of the solution.
-        self._inputs = torch.zeros(n_layers, width, width, dtype=torch.float64)
-        self._products = torch.zeros(n_layers, width, d_model, dtype=torch.float64)
-        self._squares = torch.zeros(n_layers, dtype=torch.float64)
-        self._pending: list[Tensor] = []
+        width = d_model + 1
+        shapes = ((n_layers, width, width), (n_layers, width, d_model), (n_layers,))
+        self._totals = Sums(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+        self._pending: Sums | None = None
         self._pending_tokens = 0
 
     def add(
@@ -45,91 +60,66 @@ class LeastSquares:
         final: Float[Tensor, "tokens d_model"],
     ) -> None:
         """Add tokens: the states of every layer and the final states."""
-        if not self._pending:
-            sums = (self._inputs, self._products, self._squares)
-            self._pending = [final.new_zeros(part.shape) for part in sums]
+        if self._pending is None:
+            self._pending = Sums(*(final.new_zeros(total.shape) for total in self._totals))
         inputs, products, squares = self._pending
-        d_model = self._d_model
         for layer, state in enumerate(hidden):
             target = final - state
-            inputs[layer, :d_model, :d_model].addmm_(state.T, state)
-            inputs[layer, d_model, :d_model].add_(state.sum(0))
-            products[layer, :d_model].addmm_(state.T, target)
-            products[layer, d_model].add_(target.sum(0))
+            inputs[layer, :-1, :-1].addmm_(state.T, state)
+            inputs[layer, -1, :-1].add_(state.sum(0))
+            products[layer, :-1].addmm_(state.T, target)
+            products[layer, -1].add_(target.sum(0))
             squares[layer].add_(target.square_().sum())
-        inputs[:, d_model, d_model] += len(final)
+        inputs[:, -1, -1] += len(final)
         self._pending_tokens += len(final)
         if self._pending_tokens >= _FLOAT32_TOKENS:
-            self._flush()
+            self.sums()
 
-    def _flush(self) -> None:
-        if not self._pending_tokens:
-            return
-        for total, pending in zip(
-            (self._inputs, self._products, self._squares), self._pending, strict=True
-        ):
-            total += pending.cpu().double()
-            pending.zero_()
-        d_model = self._d_model
-        self._inputs[:, :d_model, d_model] = self._inputs[:, d_model, :d_model]
-        self._pending_tokens = 0
+    def sums(self) -> Sums:
+        """The sums over all tokens so far; those that are pending move to the totals."""
+        if self._pending is not None and self._pending_tokens:
+            for total, pending in zip(self._totals, self._pending, strict=True):
+                total += pending.cpu().double()
+                pending.zero_()
+            self._totals.inputs[:, :-1, -1] = self._totals.inputs[:, -1, :-1]
+            self._pending_tokens = 0
+        return self._totals
 
     def reduce(self, accelerator: Accelerator) -> None:
         """Add up the sums of all processes; every process gets the totals."""
-        self._flush()
-        reduce_sums(accelerator, self._inputs, self._products, self._squares)
-
-    @property
-    def inputs(self) -> Float[Tensor, "layers d_model_plus_1 d_model_plus_1"]:
-        """Sum of x xᵀ over tokens, with x = [h, 1]."""
-        self._flush()
-        return self._inputs
-
-    @property
-    def products(self) -> Float[Tensor, "layers d_model_plus_1 d_model"]:
-        """Sum of x (final − h)ᵀ over tokens."""
-        self._flush()
-        return self._products
-
-    @property
-    def squares(self) -> Float[Tensor, " layers"]:
-        """Sum of |final − h|² over tokens."""
-        self._flush()
-        return self._squares
+        reduce_sums(accelerator, *self.sums())
 
     @property
     def second_moment(self) -> Float[Tensor, "layers d_model_plus_1 d_model_plus_1"]:
-        """Mean of x xᵀ over tokens, with x = [h, 1]."""
-        return self.inputs / self.inputs[:, -1:, -1:]
+        """Mean of x xᵀ over tokens."""
+        inputs = self.sums().inputs
+        return inputs / inputs[:, -1:, -1:]
 
-    def solve(
-        self, ridge: float | Float[Tensor, " layers"]
-    ) -> Float[Tensor, "layers d_model d_model_plus_1"]:
-        """The translators `[A b]` of h + A h + b for every layer.
+    def solve(self, ridge: float | PerLayer) -> Translators:
+        """The translators that minimise the squared error.
 
         Args:
             ridge: relative to the mean square of the inputs. It pulls towards 0, which is the
                 logit lens.
         """
-        strength = ridge * self.inputs.diagonal(dim1=-2, dim2=-1).mean(-1)
-        identity = torch.eye(self.inputs.shape[-1], dtype=torch.float64)
-        system = self.inputs + strength[:, None, None] * identity
-        return torch.linalg.solve(system, self.products).mT
+        inputs, products, _ = self.sums()
+        strength = ridge * inputs.diagonal(dim1=-2, dim2=-1).mean(-1)
+        identity = torch.eye(inputs.shape[-1], dtype=torch.float64)
+        system = inputs + strength[:, None, None] * identity
+        return torch.linalg.solve(system, products).mT
 
-    def mean_square_error(
-        self, solution: Float[Tensor, "layers d_model d_model_plus_1"]
-    ) -> Float[Tensor, " layers"]:
+    def mean_square_error(self, solution: Translators) -> PerLayer:
         """Mean square error of a solution on the summed tokens, per token and dimension."""
-        explained = 2 * self.products - self.inputs @ solution.mT
-        tokens, d_model = self.inputs[:, -1, -1], solution.shape[1]
-        return (self.squares - (solution.mT * explained).sum((1, 2))) / tokens / d_model
+        inputs, products, squares = self.sums()
+        explained = 2 * products - inputs @ solution.mT
+        tokens, d_model = inputs[:, -1, -1], solution.shape[1]
+        return (squares - (solution.mT * explained).sum((1, 2))) / tokens / d_model
 
-    def best_ridge(self, held_out: "LeastSquares") -> Float[Tensor, " layers"]:
+    def best_ridge(self, held_out: "LeastSquares") -> PerLayer:
         """For every layer, the ridge in `RIDGES` with the smallest error on held-out text."""
-        ridges = torch.tensor(RIDGES, dtype=torch.float64)
-        best = []
-        for inputs, products, their_inputs, their_products in zip(
-            self.inputs, self.products, held_out.inputs, held_out.products, strict=True
+        ridges, best = torch.tensor(RIDGES, dtype=torch.float64), []
+        for (inputs, products, _), (their_inputs, their_products, _) in zip(
+            zip(*self.sums(), strict=True), zip(*held_out.sums(), strict=True), strict=True
         ):
             # In the eigenbasis of the inputs, solving for one more ridge is one division.
             values, vectors = torch.linalg.eigh(inputs)

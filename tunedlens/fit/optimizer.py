@@ -2,15 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tunedlens.fit.least_squares import LeastSquares
-from tunedlens.lenses import Translator, TunedLens
+from tunedlens.fit.least_squares import LeastSquares, Translators
+from tunedlens.lenses import AffineLens, Translator
 
+Matrices = Float[Tensor, "layers rows columns"]
 _DAMPING = 1e-4
 """Added to the eigenvalues of the second moment, relative to their mean."""
 _AVERAGING_POWER = 2
@@ -24,8 +24,8 @@ class LensOptimizer(ABC):
     state takes the same steps as an uninterrupted one.
     """
 
-    lens: TunedLens
-    """The next gradients are taken at the translators of this lens."""
+    lens: AffineLens
+    """The lens at which the next gradients are taken."""
 
     @abstractmethod
     def step(self, active: Sequence[bool], fraction_done: float) -> None:
@@ -37,7 +37,7 @@ class LensOptimizer(ABC):
         """
 
     @abstractmethod
-    def result(self) -> TunedLens:
+    def result(self) -> AffineLens:
         """The lens as it would be if this were the last step."""
 
     @abstractmethod
@@ -49,9 +49,7 @@ class LensOptimizer(ABC):
         """Continue from a state that `state` returned."""
 
 
-def preconditioner(
-    second_moment: Float[Tensor, "layers width width"],
-) -> Float[Tensor, "layers width width"]:
+def preconditioner(second_moment: Matrices) -> Matrices:
     """The inverse fourth root of the inputs' second moment, which whitens them halfway.
 
     It is damped, and scaled so that the preconditioned inputs have mean square 1.
@@ -65,17 +63,15 @@ def preconditioner(
 class PreconditionedMuon(LensOptimizer):
     """Muon with a half-whitening input preconditioner, a constant step size and iterate averaging.
 
-    A few directions of the residual stream carry most of its variance. A step that is equally
-    large in all coordinates of the translator therefore changes the translated states very
-    unequally. This optimizer writes `[A b] = initial + M P` (the bias is the column of an input
-    that is always 1), where P is the inverse fourth root of the inputs' second moment, and takes
-    its steps in M. P whitens only halfway, because directions that few tokens use also have less
-    to teach.
+    A few directions of the residual stream carry most of its variance, so a step that is equally
+    large in all coordinates of the translator changes the translated states very unequally. This
+    optimizer writes `[A b] = initial + M P`, where P is the inverse fourth root of the inputs'
+    second moment, and takes its steps in M. P whitens only halfway, because directions that few
+    tokens use also have less to teach.
 
-    The step size is relative to the error that least squares leave in the final state of each
-    layer. It is constant: averaging over the last part of the iterates, which grows with their
-    number, removes the noise. The result is thus a good lens at any time, and the number of steps
-    need not be known beforehand.
+    The step size is constant, relative to the error that least squares leave in the final state.
+    Averaging over the last part of the iterates, which grows with their number, removes the noise,
+    so the result is a good lens at any time: the number of steps need not be known beforehand.
 
     Args:
         lens: the initial lens, unless `initialise` is called.
@@ -89,10 +85,10 @@ class PreconditionedMuon(LensOptimizer):
     """
 
     def __init__(
-        self, lens: TunedLens, step_size: float, momentum: float, weight_decay: float
+        self, lens: AffineLens, step_size: float, momentum: float, weight_decay: float
     ) -> None:
         self.lens = lens
-        self._average = TunedLens(lens.unembedding, lens.identity)
+        self._average = type(lens)(lens.unembedding, lens.identity)
         self._step_size, self._momentum, self._weight_decay = step_size, momentum, weight_decay
         initial = _columns(lens)
         width = initial.shape[-1]
@@ -107,13 +103,13 @@ class PreconditionedMuon(LensOptimizer):
         }
 
     def initialise(
-        self, first_pass: LeastSquares, solution: Tensor, *, from_solution: bool = True
+        self, first_pass: LeastSquares, solution: Translators, *, from_solution: bool = True
     ) -> None:
         """Take the preconditioner, the scale of the steps and the initial lens from least squares.
 
         Args:
             first_pass: the sums over the first part of the text.
-            solution: `[A b]` of every layer, as the sums give it.
+            solution: what `first_pass` solves to.
             from_solution: start from the solution; otherwise from the lens as it is.
         """
         self._state["preconditioner"].copy_(preconditioner(first_pass.second_moment))
@@ -141,7 +137,7 @@ class PreconditionedMuon(LensOptimizer):
         state["average"][layers] = state["average"][layers].lerp(iterate, weight)
         self._write(self.lens, "iterate")
 
-    def result(self) -> TunedLens:
+    def result(self) -> AffineLens:
         self._write(self._average, "average")
         return self._average
 
@@ -153,7 +149,7 @@ class PreconditionedMuon(LensOptimizer):
             value.copy_(state[name])
         self._write(self.lens, "iterate")
 
-    def _write(self, lens: TunedLens, name: str) -> None:
+    def _write(self, lens: AffineLens, name: str) -> None:
         columns = torch.baddbmm(
             self._state["initial"], self._state[name], self._state["preconditioner"]
         )
@@ -162,9 +158,7 @@ class PreconditionedMuon(LensOptimizer):
             translator.bias.data.copy_(value[:, -1])
 
 
-def _orthogonalised(
-    matrices: Float[Tensor, "layers rows columns"],
-) -> Float[Tensor, "layers rows columns"]:
+def _orthogonalised(matrices: Matrices) -> Matrices:
     """Every matrix with its singular values moved close to 1 (between about 0.7 and 1.2).
 
     Runs five Newton-Schulz iterations in bfloat16, with the coefficients of the source.
@@ -180,21 +174,14 @@ def _orthogonalised(
     return x.to(matrices.dtype)
 
 
-class Hyperparameters(NamedTuple):
-    """The default hyperparameters of a fit."""
-
-    learning_rate: float
-    momentum: float
-    weight_decay: float
-
-
 DEFAULT_HYPERPARAMETERS = {
-    "preconditioned": Hyperparameters(0.035, 0.8, 0.0),
-    "sgd": Hyperparameters(0.1, 0.9, 1e-3),
-    "muon": Hyperparameters(0.04, 0.95, 0.0),
+    "preconditioned": (0.035, 0.8, 0.0),
+    "sgd": (0.1, 0.9, 1e-3),
+    "muon": (0.04, 0.95, 0.0),
 }
-"""Those of SGD are the defaults of tuned-lens 0.2.0, although ten times its rate is better on the
-embedded model. Muon has its author's momentum and the best of four rates on the embedded model."""
+"""Learning rate, momentum and weight decay. Those of SGD are the defaults of tuned-lens 0.2.0,
+although ten times its rate is better on the embedded model. Muon has its author's momentum and the
+best of four rates on the embedded model."""
 
 _MAX_GRADIENT_NORM = 1.0
 _BIAS_LEARNING_RATE = 1e-3
@@ -214,7 +201,7 @@ class TorchOptimizer(LensOptimizer):
 
     def __init__(
         self,
-        lens: TunedLens,
+        lens: AffineLens,
         name: str,
         learning_rate: float,
         momentum: float,
@@ -225,19 +212,13 @@ class TorchOptimizer(LensOptimizer):
         biases = [translator.bias for translator in translators_of(lens)]
         self._optimizers: list[torch.optim.Optimizer]
         if name == "muon":
+            muon = torch.optim.Muon(weights, learning_rate, weight_decay, momentum)
             betas = (momentum, 0.999)
-            self._optimizers = [
-                torch.optim.Muon(weights, learning_rate, weight_decay, momentum),
-                torch.optim.AdamW(biases, _BIAS_LEARNING_RATE, betas, weight_decay=weight_decay),
-            ]
+            adamw = torch.optim.AdamW(biases, _BIAS_LEARNING_RATE, betas, 1e-8, weight_decay)
+            self._optimizers = [muon, adamw]
         else:
-            sgd = torch.optim.SGD(
-                [*weights, *biases],
-                learning_rate,
-                momentum,
-                nesterov=momentum > 0,
-                weight_decay=weight_decay,
-            )
+            both, nesterov = [*weights, *biases], momentum > 0
+            sgd = torch.optim.SGD(both, learning_rate, momentum, 0, weight_decay, nesterov)
             self._optimizers = [sgd]
         self._rates = [optimizer.param_groups[0]["lr"] for optimizer in self._optimizers]
 
@@ -251,61 +232,46 @@ class TorchOptimizer(LensOptimizer):
             optimizer.step()
             optimizer.zero_grad()
 
-    def result(self) -> TunedLens:
+    def result(self) -> AffineLens:
         return self.lens
 
     def state(self) -> dict[str, Tensor]:
         tensors = {f"lens.{name}": value for name, value in self.lens.state_dict().items()}
         for index, optimizer in enumerate(self._optimizers):
-            tensors |= _optimizer_state(str(index), optimizer)
+            for parameter, values in optimizer.state_dict()["state"].items():
+                for key, value in values.items():
+                    if isinstance(value, Tensor):
+                        tensors[f"{index}.{parameter}.{key}"] = value
         return tensors
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         names = self.lens.state_dict()
         self.lens.load_state_dict({name: state[f"lens.{name}"] for name in names})
         for index, optimizer in enumerate(self._optimizers):
-            _load_optimizer_state(str(index), optimizer, state)
+            values: dict[int, dict[str, Tensor]] = {}
+            for name in state:
+                if name.startswith(f"{index}."):
+                    _, parameter, key = name.split(".")
+                    values.setdefault(int(parameter), {})[key] = state[name]
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": values})
 
 
-def translators_of(lens: TunedLens) -> list[Translator]:
+def translators_of(lens: AffineLens) -> list[Translator]:
     """The translators in the order of the layers."""
     return [one.translator for one in lens.all_translators()]
 
 
-def _columns(lens: TunedLens) -> Float[Tensor, "layers d_model d_model_plus_1"]:
+def _columns(lens: AffineLens) -> Translators:
     """`[A b]` of every layer."""
     parts = [torch.cat([t.weight.data, t.bias.data[:, None]], 1) for t in translators_of(lens)]
     return torch.stack(parts)
 
 
-def translator_gradients(lens: TunedLens) -> Float[Tensor, "layers d_model d_model_plus_1"]:
+def translator_gradients(lens: AffineLens) -> Translators:
     """The gradient of `[A b]` of every layer, 0 for a layer without one."""
-    parts = []
-    for translator in translators_of(lens):
-        weight, bias = translator.weight.grad, translator.bias.grad
-        if weight is None or bias is None:
-            weight, bias = torch.zeros_like(translator.weight), torch.zeros_like(translator.bias)
-        parts.append(torch.cat([weight, bias[:, None]], 1))
-    return torch.stack(parts)
 
+    def gradient(parameter: Tensor) -> Tensor:
+        return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
-def _optimizer_state(name: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}.{parameter}.{key}": value
-        for parameter, values in optimizer.state_dict()["state"].items()
-        for key, value in values.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def _load_optimizer_state(
-    name: str, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]
-) -> None:
-    values: dict[int, dict[str, Tensor]] = {}
-    for full, value in state.items():
-        prefix, _, rest = full.partition(".")
-        if prefix == name:
-            parameter, key = rest.split(".")
-            values.setdefault(int(parameter), {})[key] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": values, "param_groups": groups})
+    pairs = [(gradient(t.weight), gradient(t.bias)) for t in translators_of(lens)]
+    return torch.stack([torch.cat([weight, bias[:, None]], 1) for weight, bias in pairs])

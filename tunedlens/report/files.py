@@ -1,34 +1,47 @@
-"""A report on disk: written, read back and recognised."""
+"""Reports on disk: of an evaluation, of one text, and the README of a lens."""
 
 import csv
 import io
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple
 from pathlib import Path
+from urllib.parse import quote
 
+from tunedlens.config import ONE_PASS
 from tunedlens.errors import InputError
 from tunedlens.evaluation import MODEL, Evaluation
 from tunedlens.evaluation.results import Grids
-from tunedlens.files import read_json, write, write_json
+from tunedlens.files import JsonObject, read_json, write, write_json
 from tunedlens.report import plots
+from tunedlens.report.html.explorer import explorer
 from tunedlens.report.html.page import page
 from tunedlens.report.tables import (
+    code,
+    code_block,
     difference_rows,
     kl_rows,
     markdown,
     metric_rows,
     scored_text,
     summary,
+    top_k,
 )
+from tunedlens.trajectories import Trajectory
+from tunedlens.trajectories.frames import to_dataframe, words
 
 METRICS_JSON = "metrics.json"
-METRICS_CSV = "metrics.csv"
-DIFFERENCES_CSV = "differences.csv"
-POSITIONS_CSV = "by_position.csv"
-TRANSFER_CSV = "transfer.csv"
-REPORT_MD = "report.md"
-REPORT_HTML = "report.html"
-_ESTIMATE = ("metric", "value", "standard_error")
+_GRIDS = {"by_position.csv": ("layer", "position"), "transfer.csv": ("translator", "layer")}
+"""Tables of what is measured on request only, with the axes of each."""
+_NAMES = {
+    *(METRICS_JSON, "metrics.csv", "differences.csv", *_GRIDS, "report.md", "report.html"),
+    *(f"{name}.{kind}" for name in plots.DRAWINGS for kind in plots.FORMATS),
+}
+"""All files that the report of an evaluation can have."""
+_PER_PAGE = 24
+_MAX_PAGES = 4
+"""The heatmaps of a long text; `page.html` has all of it."""
 
 
 def write_report(evaluation: Evaluation, folder: str | Path) -> None:
@@ -42,42 +55,67 @@ def write_report(evaluation: Evaluation, folder: str | Path) -> None:
     """
     folder = Path(folder)
     write_json(folder / METRICS_JSON, evaluation.to_json())
-    results = ([r.lens, r.layer, r.metric, r.value, r.standard_error] for r in evaluation.results)
-    _write_csv(folder / METRICS_CSV, ("lens", "layer", *_ESTIMATE), results)
-    differences = (
-        [d.lens, d.other, d.layer, d.metric, d.value, d.standard_error]
-        for d in evaluation.differences
-    )
-    _write_csv(folder / DIFFERENCES_CSV, ("lens", "other", "layer", *_ESTIMATE), differences)
-    for name, axes, grids in (
-        (POSITIONS_CSV, ("layer", "position"), evaluation.by_position),
-        (TRANSFER_CSV, ("translator", "layer"), evaluation.transfer),
-    ):
-        if grids:
-            rows = _grid_rows(grids, evaluation.n_layers)
-            _write_csv(folder / name, ("lens", *axes, *_ESTIMATE), rows)
-        else:
-            (folder / name).unlink(missing_ok=True)
-    svgs = _write_plots(evaluation, folder)
-    write(folder / REPORT_MD, _markdown_report(evaluation))
-    write(folder / REPORT_HTML, page(evaluation, svgs))
-
-
-def _write_plots(evaluation: Evaluation, folder: Path) -> dict[str, bytes]:
-    """Write every plot that has data, remove the others, and return the SVGs by name."""
+    contents: dict[str, str | bytes] = {
+        "metrics.csv": _csv(("lens", "layer"), map(astuple, evaluation.results)),
+        "differences.csv": _csv(("lens", "other", "layer"), map(astuple, evaluation.differences)),
+    }
+    grids = (evaluation.by_position, evaluation.transfer)
+    for (name, axes), measured in zip(_GRIDS.items(), grids, strict=True):
+        if measured:
+            contents[name] = _csv(("lens", *axes), _grid_rows(measured, evaluation.n_layers))
     svgs = {}
     for name, drawing in plots.DRAWINGS.items():
-        figure = drawing.draw(evaluation) if drawing.has_data(evaluation) else None
-        for kind in plots.KINDS:
-            path = folder / f"{name}.{kind}"
-            if figure is None:
-                path.unlink(missing_ok=True)
-                continue
-            content = plots.rendered(figure, kind)
-            write(path, content)
-            if kind == "svg":
-                svgs[name] = content
-    return svgs
+        if drawing.has_data(evaluation):
+            figure = drawing.draw(evaluation)
+            drawn = {kind: plots.rendered(figure, kind) for kind in plots.FORMATS}
+            contents |= {f"{name}.{kind}": content for kind, content in drawn.items()}
+            svgs[name] = drawn["svg"]
+    contents["report.md"] = _markdown_report(evaluation)
+    contents["report.html"] = page(evaluation, svgs)
+    for name in _NAMES - {METRICS_JSON} - contents.keys():
+        (folder / name).unlink(missing_ok=True)
+    for name, content in contents.items():
+        write(folder / name, content)
+
+
+def _csv(keys: tuple[str, ...], rows: Iterable[Sequence[object]]) -> str:
+    """A table of estimates, each with its keys before it."""
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow((*keys, "metric", "value", "standard_error"))
+    lines.writerows(rows)
+    return text.getvalue()
+
+
+def _grid_rows(grids: Grids, n_layers: int) -> Iterator[list[object]]:
+    """One row per value: lens, row, column, metric, value, standard error."""
+    for lens, metrics in grids.items():
+        first = n_layers if lens == MODEL else 0
+        for metric, grid in metrics.items():
+            for i, row in enumerate(zip(grid.values, grid.standard_errors, strict=True)):
+                for j, (value, error) in enumerate(zip(*row, strict=True)):
+                    yield [lens, first + i, j, metric, value, error]
+
+
+def _markdown_report(evaluation: Evaluation) -> str:
+    run = evaluation.provenance
+    parts = [
+        f"# Lenses on {run.get('model', 'a model')}",
+        "\n".join(summary(evaluation)),
+        f"{scored_text(evaluation)}. ± is one standard error, clustered by block.",
+        "## KL(model ‖ lens), nats",
+        markdown(kl_rows(evaluation)),
+        "## All metrics",
+        markdown(metric_rows(evaluation)),
+    ]
+    if evaluation.differences:
+        parts += ["## Pairwise differences of KL, nats", markdown(difference_rows(evaluation))]
+    if run:
+        parts += ["## Command", f"```sh\n{run['command']}\n```"]
+    for name, drawing in plots.DRAWINGS.items():
+        if drawing.has_data(evaluation):
+            parts.append(f"![{drawing.caption}]({name}.png)")
+    return "\n\n".join(parts) + "\n"
 
 
 def read_evaluation(folder: str | Path) -> Evaluation:
@@ -109,12 +147,8 @@ def require_own(folder: Path) -> None:
         InputError: the folder holds other files.
     """
     try:
-        names = {path.name for path in folder.iterdir()}
-        known = {METRICS_JSON, METRICS_CSV, DIFFERENCES_CSV, POSITIONS_CSV, TRANSFER_CSV}
-        known |= {REPORT_MD, REPORT_HTML}
-        known |= {f"{name}.{kind}" for name in plots.DRAWINGS for kind in plots.KINDS}
-        other = sorted(names - known - {"wandb"})
-        if names and not other:
+        other = sorted({path.name for path in folder.iterdir()} - _NAMES - {"wandb"})
+        if not other:
             data = json.loads((folder / METRICS_JSON).read_text(encoding="utf-8"))
             other = [] if isinstance(data, dict) and "results" in data else [METRICS_JSON]
     except (FileNotFoundError, NotADirectoryError):
@@ -123,45 +157,95 @@ def require_own(folder: Path) -> None:
         other = [METRICS_JSON]
     if other:
         raise InputError(
-            f"{folder} holds files that are no part of an evaluation ({other[0]}); choose a new "
+            f"{folder} holds files that do not belong to an evaluation ({other[0]}); choose a new "
             "or empty folder for --output"
         )
 
 
-def _grid_rows(grids: Grids, n_layers: int) -> Iterator[list[object]]:
-    """One row per value: lens, row, column, metric, value, standard error."""
-    for lens, metrics in grids.items():
-        first = n_layers if lens == MODEL else 0
-        for metric, grid in metrics.items():
-            for i, row in enumerate(zip(grid.values, grid.standard_errors, strict=True)):
-                for j, (value, error) in enumerate(zip(*row, strict=True)):
-                    yield [lens, first + i, j, metric, value, error]
+def write_one_text(
+    trajectory: Trajectory, folder: str | Path, within_blocks: Trajectory | None = None
+) -> None:
+    """Write `report.md` of a text, and its `page.html`, tables, heatmaps and curves.
+
+    Args:
+        trajectory: the trajectory of a whole text.
+        folder: created if needed; an earlier report in it is replaced.
+        within_blocks: the same text read after attention and after the MLP, for its table.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    folder, lenses = Path(folder), list(trajectory.predictions)
+    drawn = {
+        lens: plots.heatmap_pages(trajectory, lens=lens, per_page=_PER_PAGE) for lens in lenses
+    }
+    for metric in ("rank", "kl_nats"):
+        drawn[metric] = plots.heatmap_pages(
+            trajectory, metric, lenses, token="final", per_page=_PER_PAGE
+        )
+    heatmaps = {
+        f"heatmap-{name}-{number}": page
+        for name, pages in drawn.items()
+        for number, page in enumerate(itertools.islice(pages, _MAX_PAGES), 1)
+    }
+    figures = heatmaps | {"curves": plots.curves(trajectory)}
+    for earlier in (*folder.glob("heatmap-*"), *folder.glob("words-*")):
+        earlier.unlink()
+    for name, figure in figures.items():
+        plots.save(figure, folder / name)
+    write(folder / "page.html", explorer(trajectory))
+    write(folder / "table.csv", to_dataframe(trajectory).to_csv(index=False))
+    for lens in lenses:
+        write(folder / f"words-{lens}.csv", words(trajectory, lens).to_csv())
+    write(folder / "report.md", _markdown_of_text(trajectory, within_blocks, list(heatmaps)))
 
 
-def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[Sequence[object]]) -> None:
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(header)
-    lines.writerows(rows)
-    write(path, text.getvalue())
-
-
-def _markdown_report(evaluation: Evaluation) -> str:
-    run = evaluation.provenance
+def _markdown_of_text(
+    trajectory: Trajectory, within_blocks: Trajectory | None, heatmaps: Sequence[str]
+) -> str:
+    lenses = list(trajectory.predictions)
+    tables = {f"{lens} lens": top_k(trajectory, lens=lens) for lens in lenses}
+    if within_blocks is not None:
+        title = "logit lens, after attention (resid_mid) and after the MLP (resid_post)"
+        tables[title] = top_k(within_blocks)
+    last = code(trajectory.vocabulary[int(trajectory.input_ids[-1])].shown)
+    is_cut = len(trajectory.positions) > _MAX_PAGES * _PER_PAGE
     parts = [
-        f"# Lenses on {run.get('model', 'a model')}",
-        "\n".join(summary(evaluation)),
-        f"{scored_text(evaluation)}. ± is one standard error, clustered by block.",
-        "## KL(model ‖ lens), nats",
-        markdown(kl_rows(evaluation)),
-        "## All metrics",
-        markdown(metric_rows(evaluation)),
+        "# One text through the layers",
+        code_block(trajectory.text),
+        "[An interactive page](page.html), [all metrics as a table](table.csv), the best tokens of "
+        + ", ".join(f"[the {lens} lens]({quote(f'words-{lens}.csv')})" for lens in lenses)
+        + ".",
+        *(["The plots show the beginning; the page has the whole text."] if is_cut else []),
+        *(f"![{name}]({quote(name)}.png)" for name in heatmaps),
+        f"## After {last}, the last token",
+        "![The model's best tokens through the layers](curves.png)",
+        *(f"Best tokens: {title}\n\n{table.to_markdown()}" for title, table in tables.items()),
     ]
-    if evaluation.differences:
-        parts += ["## Pairwise differences of KL, nats", markdown(difference_rows(evaluation))]
-    if run:
-        parts += ["## Command", f"```sh\n{run['command']}\n```"]
-    for name, drawing in plots.DRAWINGS.items():
-        if drawing.has_data(evaluation):
-            parts += [f"![{drawing.caption}]({name}.png)"]
     return "\n\n".join(parts) + "\n"
+
+
+def card(name: str, manifest: JsonObject, evaluation: Evaluation) -> str:
+    """The README of a saved lens: how it was made, and its KL table."""
+    config, corpus = manifest["config"], manifest["corpus"]["train"]
+    progress, provenance = manifest["progress"], manifest["provenance"]
+    text = corpus["dataset"]
+    if "tokens_sha256" in corpus:
+        text += f" ({corpus['bytes']:,} bytes; tokens' SHA-256 {corpus['tokens_sha256'][:16]}…)"
+    used = f"{progress['init_tokens']:,} tokens"
+    if config["fit"] not in ONE_PASS:
+        used += f" for the closed form and {progress['tokens']:,} for the steps"
+    return f"""# {name}
+
+A {evaluation.lenses[-1]} lens for `{provenance["model"]}`, made by tunedlens \
+{provenance["versions"]["tunedlens"]}.
+
+- Text: {text}, blocks of {config["corpus"]["seq_len"]} tokens.
+- Fit: {config["fit"]}, with {used}, in {progress["seconds"]:.0f} s on {provenance["device"]} \
+({config["precision"]}), seed {config["seed"]}.
+- Everything else is in `config.json`; load it with `tunedlens.load_lens`.
+
+KL(model ‖ lens) in nats on {evaluation.tokens:,} held-out tokens, ± one standard error:
+
+{markdown(kl_rows(evaluation))}
+"""

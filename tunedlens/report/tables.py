@@ -1,19 +1,22 @@
-"""Results as tables and sentences: rows of text, plain or in Markdown."""
+"""Results as tables and sentences, plain or in Markdown."""
 
 import math
 import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from tunedlens.errors import InputError
 from tunedlens.evaluation import MODEL, Estimate, Evaluation
 from tunedlens.metrics import METRICS
-from tunedlens.tokenizer import display_width
+from tunedlens.tokenizer import TokenText, display_width
+from tunedlens.trajectories import Row, Trajectory
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 _TERMINAL = (
-    "kl_nats",
-    "cross_entropy_nats",
-    "perplexity",
-    "bits_per_byte",
-    "top1_agreement",
-    "bias_nats",
+    *("kl_nats", "cross_entropy_nats", "perplexity"),
+    *("bits_per_byte", "top1_agreement", "bias_nats"),
 )
 """The metrics that fit into a terminal."""
 _SHORT = {
@@ -23,6 +26,8 @@ _SHORT = {
     "top1_agreement": "top-1",
     "top10_agreement": "top-10",
 }
+_COLORS = {0.5: "16;48;5;45", 0.25: "16;48;5;38", 0.1: "231;48;5;31", 0.05: "231;48;5;24"}
+"""The smallest probability of every colour of a cell, as foreground and background."""
 
 Rows = list[list[str]]
 """Cells by row and column; the first row is the header."""
@@ -30,55 +35,39 @@ Rows = list[list[str]]
 
 def kl_rows(evaluation: Evaluation) -> Rows:
     """The KL of every lens by layer, and its mean over layers."""
-    columns = {
-        f"{lens} KL, nats": [
-            *evaluation.by_layer(lens, "kl_nats"),
-            evaluation.of_lens(lens, "kl_nats"),
-        ]
-        for lens in evaluation.lenses
-    }
+    columns = {}
+    for lens in evaluation.lenses:
+        mean = evaluation.of_lens(lens, "kl_nats")
+        columns[f"{lens} KL, nats"] = [*evaluation.by_layer(lens, "kl_nats"), mean]
     return _by_layer(columns)
 
 
-def difference_rows(evaluation: Evaluation, metric: str = "kl_nats") -> Rows:
-    """The paired differences of all pairs of lenses by layer, and their means over layers."""
-    pairs = dict.fromkeys((d.lens, d.other) for d in evaluation.differences)
-    columns = {
-        f"{lens} − {other}": [
-            *evaluation.difference(lens, other, metric),
-            evaluation.mean_difference(lens, other, metric),
-        ]
-        for lens, other in pairs
-    }
+def difference_rows(evaluation: Evaluation) -> Rows:
+    """The paired differences in KL of all pairs of lenses by layer, and their means."""
+    columns = {}
+    for lens, other in dict.fromkeys((d.lens, d.other) for d in evaluation.differences):
+        mean = evaluation.mean_difference(lens, other, "kl_nats")
+        columns[f"{lens} − {other}"] = [*evaluation.difference(lens, other, "kl_nats"), mean]
     return _by_layer(columns)
 
 
 def _by_layer(columns: dict[str, list[Estimate]]) -> Rows:
     """One row per layer and a last one for the mean."""
-    *layers, mean = zip(*columns.values(), strict=True)
-    names = [*map(str, range(len(layers))), "mean"]
-    return [
-        ["layer", *columns],
-        *([name, *map(plus_minus, row)] for name, row in zip(names, [*layers, mean], strict=True)),
-    ]
+    rows = [list(map(plus_minus, row)) for row in zip(*columns.values(), strict=True)]
+    names = [*map(str, range(len(rows) - 1)), "mean"]
+    return [["layer", *columns], *([name, *row] for name, row in zip(names, rows, strict=True))]
 
 
 def metric_rows(evaluation: Evaluation, metrics: list[str] | None = None) -> Rows:
-    """All metrics of every lens by layer; a constant lens has one row for all layers.
-
-    Args:
-        evaluation: the results.
-        metrics: names of the metrics; by default all.
-    """
+    """Some or all metrics of every lens by layer; a constant lens has one row for all layers."""
     metrics = metrics or evaluation.metrics
     columns = {
-        (lens, metric): evaluation.by_layer(lens, metric)
+        lens: [evaluation.by_layer(lens, metric) for metric in metrics]
         for lens in evaluation.lenses
-        for metric in metrics
     }
 
     def row(name: str, lens: str, layer: int) -> list[str]:
-        return [name, lens, *(plus_minus(columns[lens, metric][layer]) for metric in metrics)]
+        return [name, lens, *(plus_minus(column[layer]) for column in columns[lens])]
 
     varied = [lens for lens in evaluation.lenses if lens not in evaluation.constant]
     return [
@@ -104,7 +93,7 @@ def kl_table(evaluation: Evaluation) -> str:
 
 def terminal_table(evaluation: Evaluation) -> str:
     """The metrics that fit into a terminal, and the summary."""
-    table = aligned(metric_rows(evaluation, list(_TERMINAL)))
+    table = aligned(metric_rows(evaluation, [m for m in _TERMINAL if m in evaluation.metrics]))
     return "\n".join([table, "", *summary(evaluation)])
 
 
@@ -114,16 +103,19 @@ def summary(evaluation: Evaluation) -> list[str]:
     ranked = sorted(means, key=lambda lens: means[lens].value)
     varied = [lens for lens in ranked if lens not in evaluation.constant]
     listed = ", ".join(f"{lens} {plus_minus(means[lens])}" for lens in ranked)
-    sentences = [f"Mean KL(model ‖ lens) over layers, in nats: {listed}."]
-    sentences += [_comparison(evaluation, varied[0], other) for other in varied[1:]]
     depths = ", ".join(
         f"{lens} {plus_minus(evaluation.of_lens(lens, 'mean_prediction_depth'))}" for lens in varied
     )
-    perplexity, bits = (plus_minus(evaluation.of_model(m)) for m in ("perplexity", "bits_per_byte"))
+    own = f"a perplexity of {plus_minus(evaluation.of_model('perplexity'))}"
+    if evaluation.text_bytes:
+        own += f" and {plus_minus(evaluation.of_model('bits_per_byte'))} bits per byte"
+    else:
+        own += "; the bytes of its tokens are not known, so bits per byte are left out"
     return [
-        *sentences,
+        f"Mean KL(model ‖ lens) over layers, in nats: {listed}.",
+        *(_comparison(evaluation, varied[0], other) for other in varied[1:]),
         f"Mean prediction depth (of {evaluation.n_layers} layers): {depths}.",
-        f"The model itself has a perplexity of {perplexity} and {bits} bits per byte.",
+        f"The model itself has {own}.",
     ]
 
 
@@ -142,12 +134,98 @@ def scored_text(evaluation: Evaluation) -> str:
     """Which text was scored, and how much."""
     config = evaluation.provenance.get("config", {})
     dataset = config.get("corpus", {}).get("dataset", "text")
+    amount = f"{evaluation.text_bytes:,} bytes of " if evaluation.text_bytes else ""
     sides = {"validation": " (held out)", "train": " (trained on)"}
-    side = sides.get(config.get("split", ""), "")
     return (
-        f"{evaluation.tokens:,} positions, {evaluation.text_bytes:,} bytes of {dataset}{side}, "
-        f"{evaluation.blocks:,} blocks"
+        f"{evaluation.tokens:,} positions, {amount}{dataset}"
+        f"{sides.get(config.get('split', ''), '')}, {evaluation.blocks:,} blocks"
     )
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The best tokens at one position; `print` shows a table in plain text."""
+
+    rows: list[Row]
+    row_names: list[str]
+    tokens: list[list[TokenText]]
+    """The tokens of every row in descending order of probability."""
+    probs: list[list[float]]
+
+    def to_dataframe(self) -> "DataFrame":
+        """A line per site and layer; a token and its probability per rank."""
+        import pandas as pd
+
+        ranks = range(1, len(self.probs[0]) + 1)
+        cells = [
+            [value for token, prob in zip(*line, strict=True) for value in (token.text, prob)]
+            for line in zip(self.tokens, self.probs, strict=True)
+        ]
+        return pd.DataFrame(
+            cells,
+            index=pd.MultiIndex.from_tuples(self.rows, names=["site", "layer"]),
+            columns=pd.MultiIndex.from_product([ranks, ["token", "probability"]]),
+        )
+
+    def to_markdown(self) -> str:
+        """A table in Markdown."""
+        return markdown(self._cells(is_code=True))
+
+    def to_text(self, *, is_coloured: bool = True) -> str:
+        """A table for a terminal, coloured by probability."""
+        header, *body = padded(self._cells())
+        if is_coloured:
+            body = [
+                [name, *map(_coloured, cells, probs)]
+                for (name, *cells), probs in zip(body, self.probs, strict=True)
+            ]
+        return "\n".join("  ".join(row) for row in [header, *body])
+
+    def __str__(self) -> str:
+        return self.to_text(is_coloured=False)
+
+    def _cells(self, is_code: bool = False) -> Rows:
+        """Layers down, the best tokens across, each with its probability."""
+        rows = [["layer", *(str(rank + 1) for rank in range(len(self.probs[0])))]]
+        for name, *line in zip(self.row_names, self.tokens, self.probs, strict=True):
+            cells = zip(*line, strict=True)
+            words = ((code(token.shown) if is_code else token.shown, p) for token, p in cells)
+            rows.append([name, *(f"{word} {p:.3f}" for word, p in words)])
+        return rows
+
+
+def top_k(
+    trajectory: Trajectory, position: int = -1, k: int | None = None, lens: str | None = None
+) -> TopK:
+    """The best tokens of every row at one position.
+
+    Args:
+        trajectory: the trajectory.
+        position: an index within the trajectory.
+        k: the number of tokens; by default 5, or fewer if fewer were kept.
+        lens: a name; by default the first.
+
+    Raises:
+        InputError: there is no such position or lens, or fewer tokens were kept.
+    """
+    one = trajectory.predictions[trajectory.lens_name(lens)]
+    index, kept = trajectory.position_index(position), one.top_ids.shape[-1]
+    k = min(5, kept) if k is None else k
+    if not 1 <= k <= kept:
+        raise InputError(f"k must be between 1 and {kept}, the number of kept tokens; got {k}")
+    ids = one.top_ids[:, index, :k].tolist()
+    return TopK(
+        rows=trajectory.rows,
+        row_names=trajectory.row_names,
+        tokens=[[trajectory.vocabulary[i] for i in line] for line in ids],
+        probs=one.top_log_probs[:, index, :k].exp().tolist(),
+    )
+
+
+def _coloured(cell: str, probability: float) -> str:
+    """A cell in one of the 256 colours of a terminal."""
+    color = next((color for least, color in _COLORS.items() if probability >= least), None)
+    return cell if color is None else f"\x1b[38;5;{color}m{cell}\x1b[0m"
 
 
 def plus_minus(estimate: Estimate) -> str:
@@ -176,7 +254,7 @@ def code_block(text: str) -> str:
 
 def _fence(text: str, shortest: int) -> str:
     """A run of backticks that is longer than any in the text."""
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    longest = max(map(len, re.findall("`+", text)), default=0)
     return "`" * max(longest + 1, shortest)
 
 
@@ -187,14 +265,11 @@ def aligned(rows: Rows) -> str:
 
 def padded(rows: Rows) -> Rows:
     """Cells padded on the left to the width of their column."""
-    widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
-    return [
-        [
-            " " * (width - display_width(cell)) + cell
-            for cell, width in zip(row, widths, strict=True)
-        ]
-        for row in rows
-    ]
+    columns = []
+    for column in zip(*rows, strict=True):
+        width = max(map(display_width, column))
+        columns.append([" " * (width - display_width(cell)) + cell for cell in column])
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def markdown(rows: Rows) -> str:

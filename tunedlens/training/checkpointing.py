@@ -1,17 +1,55 @@
-"""The folder of a run: where it is, how a run is saved there, and how it is resumed."""
+"""The folder of a run: how a run is stopped, saved there, resumed and finished."""
 
 import dataclasses
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
-from tunedlens import builtin, checkpoint, files
+from tunedlens import builtin, checkpoint, files, report
 from tunedlens.config import ONE_PASS, TrainConfig
 from tunedlens.errors import InputError
-from tunedlens.lenses import TunedLens
-from tunedlens.model import require_same_model
+from tunedlens.evaluation import Evaluation
+from tunedlens.lenses import AffineLens, LogitLens, TunedLens
+from tunedlens.model import require_same_model, take_probe
+from tunedlens.provenance import describe_run
+from tunedlens.report import plots
+from tunedlens.tracking import Tracker
 from tunedlens.training.run import Progress, Run, TrainState, make_optimizer
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """The run was asked to stop. It is saved and can be resumed."""
+
+
+@contextmanager
+def stop_flag() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets, so that a step is never cut in two.
+
+    A second signal has its usual effect. Outside the main thread, signals are left alone.
+    """
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+
+    def ask(number: int, _frame: object) -> None:
+        flag.set()
+        signal.signal(number, previous[number])
+
+    numbers = (int(signal.SIGINT), int(signal.SIGTERM))
+    previous = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, ask)
+    try:
+        yield flag
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def new_folder(config: TrainConfig) -> Path:
@@ -22,7 +60,7 @@ def new_folder(config: TrainConfig) -> Path:
 
 
 def require_usable(output: Path, *, resume: bool) -> None:
-    """Make sure that the folder can be written to, and that a new run overwrites nothing.
+    """Check that the folder can be written to, and that a new run overwrites nothing.
 
     Raises:
         InputError: it cannot be written to, or it holds a run that is not resumed.
@@ -43,7 +81,7 @@ def require_usable(output: Path, *, resume: bool) -> None:
 
 
 def continued(config: TrainConfig, output: Path) -> TrainConfig:
-    """The config of a resumed run, in which open settings are as they were when it was saved.
+    """The config of a resumed run: settings that `config` leaves open keep their saved values.
 
     On another device, the kernel and the micro-batch are chosen anew.
 
@@ -60,14 +98,13 @@ def continued(config: TrainConfig, output: Path) -> TrainConfig:
         saved = dataclasses.replace(saved, kernel=None, micro_batch_size=None)
         if config.kernel == "attention":
             config = dataclasses.replace(config, kernel=None)
-    names = [field.name for field in dataclasses.fields(config)]
-    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    given = {name: value for name, value in vars(config).items() if value is not None}
     return dataclasses.replace(saved, **given)
 
 
 def save(run: Run, state: TrainState) -> None:
     """Write what the run needs to be resumed."""
-    state.update_seconds()
+    state.progress.update_seconds()
     if not run.is_main:
         return
     metadata = {
@@ -81,7 +118,7 @@ def save(run: Run, state: TrainState) -> None:
 
 
 def restore(run: Run) -> TrainState:
-    """The state of the interrupted run in the folder, or of the finished one, to extend it.
+    """The state of the interrupted or finished run in the folder.
 
     Raises:
         InputError: the model, the text or a setting differs, or the run has no more to do.
@@ -107,8 +144,8 @@ def restore(run: Run) -> TrainState:
         progress = Progress.from_json(manifest["progress"])
         if (run.plan.tokens or 0) <= progress.tokens or run.plan.fit in ONE_PASS:
             raise InputError(
-                f"{run.output} is trained on {progress.tokens:,} tokens already; ask for more "
-                "with --tokens"
+                f"{run.output} is trained on {progress.tokens:,} tokens already; give a larger "
+                "--tokens"
             )
         checkpoint.fill_lens(lens, run.output)
         optimizer = make_optimizer(lens, run.plan)
@@ -116,7 +153,7 @@ def restore(run: Run) -> TrainState:
     if text != run.splits.train.about.get("tokens_sha256"):
         raise InputError(
             f"the text {run.plan.corpus.dataset} is not the one that {run.output} was trained on: "
-            "it has changed since (the embedded text changes with Python)"
+            "it has changed since then (the embedded text changes with Python)"
         )
     return TrainState(optimizer, progress)
 
@@ -124,13 +161,38 @@ def restore(run: Run) -> TrainState:
 def _require_same_settings(run: Run) -> None:
     saved = dataclasses.asdict(checkpoint.saved_config(run.output))
     planned = dataclasses.asdict(run.plan)
-    for settings in (saved, planned):
-        for name in ("tokens", "kernel", "micro_batch_size"):
-            del settings[name]
-        del settings["model"]["device"]
+    for name in ("tokens", "kernel", "micro_batch_size"):
+        saved[name] = planned[name]
+    saved["model"]["device"] = planned["model"]["device"]
     changed = [name for name, value in planned.items() if value != saved[name]]
     if changed:
         raise InputError(
             f"{run.output} was trained with other settings ({', '.join(changed)}); with --resume "
             "only --tokens, --device, --kernel and --micro-batch-size may change"
         )
+
+
+def finish(run: Run, state: TrainState, tracker: Tracker, lens: AffineLens) -> Evaluation:
+    """Score the lens, write it, its card and its learning curve, and remove the state."""
+    kind = checkpoint.kind_of(lens)
+    lenses = {"logit": LogitLens.from_model(run.model), kind: lens}
+    evaluation = run.validation_set.score(lenses, run.costs.table_tokens(state.progress.tokens))
+    state.progress.update_seconds()
+    kl = evaluation.by_layer(kind, "kl_nats")
+    tracker.summarise({f"held_out/kl_nats/{layer}": e.value for layer, e in enumerate(kl)})
+    if run.is_main:
+        train, validation = run.splits.train, run.splits.validation
+        metadata = {
+            "config": dataclasses.asdict(run.plan),
+            "corpus": {"train": train.about, "validation": validation.about},
+            "progress": dataclasses.asdict(state.progress),
+            "held_out": evaluation.to_json(),
+            "probe": take_probe(run.model),
+            "provenance": describe_run(run.model),
+        }
+        checkpoint.save_lens(lens, run.output, metadata)
+        card = report.card(run.output.name, metadata, evaluation)
+        files.write(run.output / "README.md", card)
+        plots.draw_learning_curve(state.progress.history, run.output)
+        checkpoint.remove_state(run.output)
+    return evaluation

@@ -18,21 +18,16 @@ def fit_closed_form(run: Run, optimizer: PreconditionedMuon, progress: Progress)
     The steps of a new run continue with the text that follows. A run that is extended keeps its
     lens and takes only the preconditioner and the scale of the steps.
     """
-    is_new, identity = progress.step == 0, run.model.identity
+    is_new, position, identity = progress.step == 0, progress.position, run.model.identity
     sums = LeastSquares(identity.n_layers, identity.d_model)
-    position = progress.position
     for input_ids in _first_batches(run, progress, "closed form"):
         for states in run.reader.read(input_ids):
             sums.add(states[:-1], states[-1])
     if not is_new:
         progress.position = position
     sums.reduce(run.accelerator)
-    ridge = run.plan.ridge
-    if ridge is None:
-        solution = sums.solve(sums.best_ridge(run.validation_set.least_squares()))
-    else:
-        solution = sums.solve(ridge)
-    optimizer.initialise(sums, solution, from_solution=is_new)
+    ridge = run.plan.ridge or sums.best_ridge(run.validation_set.least_squares())
+    optimizer.initialise(sums, sums.solve(ridge), from_solution=is_new)
 
 
 def mean_jacobian(run: Run, progress: Progress, stop: threading.Event) -> JacobianLens:

@@ -26,12 +26,11 @@ from tunedlens.lenses import TunedLens
 from tunedlens.model import load_configured
 from tunedlens.tracking import Tracker, progress_bar
 from tunedlens.training import checkpointing, messages
-from tunedlens.training.costs import next_validation_step
-from tunedlens.training.finishing import best_lens, finish
+from tunedlens.training.checkpointing import Interrupted, finish, stop_flag
 from tunedlens.training.first_pass import fit_closed_form, mean_jacobian
-from tunedlens.training.interruption import Interrupted, stop_flag
+from tunedlens.training.plan import next_validation_step
 from tunedlens.training.resolving import resolve
-from tunedlens.training.run import Run, TrainState, make_optimizer
+from tunedlens.training.run import Progress, Run, TrainState, make_optimizer
 
 _STEPS_PER_METRIC = 16
 """Reading a metric waits for the device, so it is not done at every step."""
@@ -74,11 +73,11 @@ def train(
     if resume:
         config = checkpointing.continued(config, output)
     plan = resolve(config, model, accelerator)
-    run = Run.of(plan, output, model, accelerator)
+    run = Run(plan, output, model, accelerator)
     if resume:
         state = checkpointing.restore(run)
     else:
-        state = TrainState(make_optimizer(TunedLens.from_model(model), plan))
+        state = TrainState(make_optimizer(TunedLens.from_model(model), plan), Progress())
     messages.describe(run)
 
     mode = wandb if run.is_main else "disabled"
@@ -87,14 +86,13 @@ def train(
         stop_flag() as stop,
     ):
         if plan.fit == "jacobian":
-            lens = mean_jacobian(run, state.progress, stop)
-            return finish(run, state, tracker, lens)
+            return finish(run, state, tracker, mean_jacobian(run, state.progress, stop))
         is_interrupted = (output / checkpoint.STATE).exists()
         if isinstance(state.optimizer, PreconditionedMuon) and not is_interrupted:
             fit_closed_form(run, state.optimizer, state.progress)
         if plan.fit != "closed-form":
             _take_steps(run, state, tracker, stop)
-        return finish(run, state, tracker, best_lens(state))
+        return finish(run, state, tracker, state.best_lens())
 
 
 def _take_steps(run: Run, state: TrainState, tracker: Tracker, stop: threading.Event) -> None:
@@ -115,7 +113,7 @@ def _take_steps(run: Run, state: TrainState, tracker: Tracker, stop: threading.E
                 if plan.tokens is not None:  # the budget is a promise
                     checkpointing.save(run, state)
                     raise
-                messages.say_text_ran_out(run, error)
+                run.say(f"{str(error).split(';')[0]}: the run ends here")
                 break
             kl = _accumulate(run, state, batch.input_ids, active)
             is_stopping = _reduce(run, state, kl, stop.is_set())
@@ -158,9 +156,11 @@ def _accumulate(
     if usage is not None:
         # The sample depends on all tokens of the step, and so not on how they are divided into
         # micro-batches and processes. The states are held until it is drawn.
-        micro_batches = list(micro_batches)
+        held = list(micro_batches)
         reduce_sums(run.accelerator, usage)
         keys = objective.keys(draw_sample(usage, plan.vocab_sample, plan.seed, state.progress.step))
+        # Each micro-batch is let go once its gradient is taken.
+        micro_batches = (held.pop(0) for _ in range(len(held)))
     for states, model_side in micro_batches:
         kl += accumulate_gradient(
             state.optimizer.lens,
@@ -190,7 +190,7 @@ def _validate(run: Run, state: TrainState, tracker: Tracker) -> None:
     """Add the held-out KL of every layer to the history, print it and log it."""
     progress = state.progress
     kl_nats, standard_error = run.validation_set.kl(state.optimizer.result(), run.objective)
-    seconds = state.update_seconds()
+    seconds = progress.update_seconds()
     result = ValidationResult(progress.step, progress.tokens, seconds, kl_nats, standard_error)
     if not math.isfinite(result.mean_kl_nats):
         raise InputError(

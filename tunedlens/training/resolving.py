@@ -1,19 +1,17 @@
 """From a config to a plan: defaults for what the config leaves open."""
 
 import dataclasses
-from typing import NamedTuple
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from tunedlens.config import ONE_PASS, TrainConfig
+from tunedlens.config import BASELINES, TrainConfig
 from tunedlens.corpus import ResolvedCorpus, resolve_corpus
 from tunedlens.engine.backend import Backend, fastest_backend
 from tunedlens.errors import InputError
 from tunedlens.fit import DEFAULT_HYPERPARAMETERS
 from tunedlens.model import FrozenModel
-from tunedlens.training.costs import Costs
-from tunedlens.training.plan import TrainPlan
+from tunedlens.training.plan import Costs, TrainPlan
 
 _BASELINE_TOKENS = 512_000
 _BASELINE_STEP_TOKENS = 2048
@@ -34,29 +32,22 @@ def resolve(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -
     Raises:
         InputError: a setting does not fit the model, the device or another setting.
     """
+    processes = accelerator.num_processes
     corpus = resolve_corpus(config.corpus, model.name, model.context, model.bos_id is not None)
-    _require_possible(config, corpus, model, accelerator.num_processes)
-    batch = _batch(config, corpus, model, accelerator.num_processes)
-    fit = _fit_defaults(config, model)
-    backend = _backend(config, model, accelerator)
-    hyperparameters = {
-        name: default if getattr(config, name) is None else getattr(config, name)
-        for name, default in zip(("lr", "momentum", "weight_decay"), _defaults(config), strict=True)
-    }
-    settings = vars(config) | hyperparameters | fit._asdict() | batch._asdict() | backend._asdict()
-    # Validation on a single block is the least; the plan's own costs say how many it affords.
-    settings |= {"corpus": corpus, "validation_tokens": corpus.seq_len}
+    _require_possible(config, corpus, model, processes)
+    defaults = _defaults(config, corpus, model, processes) | _backend(config, model, accelerator)
+    settings = vars(config) | {"corpus": corpus}
+    settings |= {name: value for name, value in defaults.items() if settings[name] is None}
+    if settings["vocab_sample"] >= model.identity.vocab_size:
+        settings["vocab_sample"] = 0
     plan = TrainPlan(**settings)
-    tokens = config.validation_tokens or _validation_tokens(plan, model)
-    return dataclasses.replace(plan, validation_tokens=tokens)
-
-
-def _is_baseline(config: TrainConfig) -> bool:
-    return config.fit not in ("preconditioned", *ONE_PASS)
-
-
-def _defaults(config: TrainConfig) -> tuple[float, float, float]:
-    return DEFAULT_HYPERPARAMETERS[config.fit if _is_baseline(config) else "preconditioned"]
+    if config.validation_tokens is None:
+        # A run without a budget may end long before its cap.
+        expected = plan.budget if plan.tokens is not None else plan.budget // 4
+        affordable = Costs(plan, model).validation_tokens(expected)
+        tokens = min(affordable, plan.evaluate_tokens or affordable)
+        plan = dataclasses.replace(plan, validation_tokens=tokens)
+    return plan
 
 
 def _require_possible(
@@ -75,7 +66,7 @@ def _require_possible(
         )
     if processes > 1 and config.model.device is not None:
         raise InputError(
-            f"--device cannot be given with {processes} processes, each of which has its own; "
+            f"--device cannot be given with {processes} processes, because each has its own; "
             "leave it out"
         )
     exact = {"--precision bf16": config.precision == "bf16", "--vocab-sample": config.vocab_sample}
@@ -87,71 +78,53 @@ def _require_possible(
             )
 
 
-class _FitDefaults(NamedTuple):
-    tokens: int | None
-    max_tokens: int
-    init_tokens: int
-    vocab_sample: int
-
-
-def _fit_defaults(config: TrainConfig, model: FrozenModel) -> _FitDefaults:
-    """The length of both parts of the fit, and the size of the vocabulary sample."""
-    d_model, vocab_size = model.identity.d_model, model.identity.vocab_size
-    tokens = config.tokens
-    if tokens is None and _is_baseline(config):
-        tokens = _BASELINE_TOKENS
-    first_pass = {"closed-form": 1024 * d_model, "jacobian": _JACOBIAN_TOKENS}
-    init_tokens = first_pass.get(config.fit, 128 * d_model)
+def _defaults(
+    config: TrainConfig, corpus: ResolvedCorpus, model: FrozenModel, processes: int
+) -> dict[str, object]:
+    """The defaults of all settings but the backend."""
+    d_model, positions = model.identity.d_model, corpus.seq_len - config.skip_first
+    is_baseline = config.fit in BASELINES
+    tokens = config.tokens or (_BASELINE_TOKENS if is_baseline else None)
+    init_tokens = {"closed-form": 1024 * d_model, "jacobian": _JACOBIAN_TOKENS}.get(
+        config.fit, 128 * d_model
+    )
     if tokens is not None:
         init_tokens = min(init_tokens, max(1, tokens // 4))
-    sample = config.vocab_sample
-    if sample is None:
-        is_sampled = (
-            vocab_size > _MIN_SAMPLED_VOCAB
-            and config.fit == "preconditioned"
-            and model.unembedding.cap is None
-        )
-        sample = _VOCAB_SAMPLE if is_sampled else 0
-    return _FitDefaults(
-        tokens,
-        max_tokens=config.max_tokens or 2048 * d_model,
-        init_tokens=config.init_tokens or init_tokens,
-        vocab_sample=0 if sample >= vocab_size else sample,
+    step_tokens = _BASELINE_STEP_TOKENS if is_baseline else 4 * d_model
+    is_sampled = (
+        config.fit == "preconditioned"
+        and model.identity.vocab_size > _MIN_SAMPLED_VOCAB
+        and model.unembedding.cap is None
     )
+    micro_batch_size = max(1, _CPU_MICRO_BATCH_TOKENS // positions)
+    lr, momentum, weight_decay = DEFAULT_HYPERPARAMETERS[
+        config.fit if is_baseline else "preconditioned"
+    ]
+    return {
+        "tokens": tokens,
+        "max_tokens": 2048 * d_model,
+        "init_tokens": init_tokens,
+        "batch_size": max(processes, round(step_tokens / positions), 1),
+        "micro_batch_size": micro_batch_size if model.device.type == "cpu" else None,
+        "vocab_sample": _VOCAB_SAMPLE if is_sampled else 0,
+        "lr": lr,
+        "momentum": momentum,
+        "weight_decay": weight_decay,
+        "validation_tokens": corpus.seq_len,  # one block, until the plan says what it affords
+    }
 
 
-class _Batch(NamedTuple):
-    batch_size: int
-    micro_batch_size: int | None
-
-
-def _batch(
-    config: TrainConfig, corpus: ResolvedCorpus, model: FrozenModel, processes: int
-) -> _Batch:
-    positions = corpus.seq_len - config.skip_first
-    step_tokens = _BASELINE_STEP_TOKENS if _is_baseline(config) else 4 * model.identity.d_model
-    micro_batch_size = config.micro_batch_size
-    if micro_batch_size is None and model.device.type == "cpu":
-        micro_batch_size = max(1, _CPU_MICRO_BATCH_TOKENS // positions)
-    default = max(processes, round(step_tokens / positions), 1)
-    return _Batch(config.batch_size or default, micro_batch_size)
-
-
-def _backend(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -> Backend:
+def _backend(
+    config: TrainConfig, model: FrozenModel, accelerator: Accelerator
+) -> dict[str, object]:
+    """The given precision and kernel, or else the fastest."""
     if model.unembedding.cap is not None:
-        return Backend("fp32", "products")
+        return {"precision": "fp32", "kernel": "products"}
     if config.precision is not None and config.kernel is not None:
-        return Backend(config.precision, config.kernel)
+        return {}
     backend = Backend("fp32", "products")
     if accelerator.is_main_process:
         backend = fastest_backend(model.unembedding, config.precision, config.kernel)
     if accelerator.num_processes > 1:
         (backend,) = broadcast_object_list([backend])
-    return backend
-
-
-def _validation_tokens(plan: TrainPlan, model: FrozenModel) -> int:
-    # A run without a budget may end long before its cap.
-    expected = plan.budget if plan.tokens is not None else plan.budget // 4
-    affordable = Costs.of(plan, model).validation_tokens(expected)
-    return min(affordable, plan.evaluate_tokens or affordable)
+    return backend._asdict()

@@ -3,60 +3,48 @@
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from accelerate import Accelerator
 
-from tunedlens.config import ONE_PASS
-from tunedlens.corpus import CorpusSplits, load_splits
+from tunedlens.config import BASELINES
+from tunedlens.corpus import load_splits
 from tunedlens.engine.capped import make_objective
-from tunedlens.engine.objective import LensKL
 from tunedlens.files import JsonObject
 from tunedlens.fit import LensOptimizer, PreconditionedMuon, TorchOptimizer, ValidationResult
-from tunedlens.lenses import TunedLens
+from tunedlens.lenses import AffineLens
 from tunedlens.model import FrozenModel
-from tunedlens.training.costs import Costs
-from tunedlens.training.plan import TrainPlan
+from tunedlens.tracking import say
+from tunedlens.training.plan import Costs, TrainPlan
 from tunedlens.training.states import StateReader
 from tunedlens.training.validation import ValidationSet
 
 
-@dataclass(frozen=True)
 class Run:
-    """The parts of a run that stay the same from its first to its last step."""
+    """The parts of a run that stay the same from its first to its last step.
 
-    plan: TrainPlan
-    output: Path
-    model: FrozenModel
-    splits: CorpusSplits
-    accelerator: Accelerator
-    costs: Costs
-    reader: StateReader
-    validation_set: ValidationSet
-    objective: LensKL
+    Raises:
+        InputError: the text cannot be read or is too short.
+    """
 
-    @classmethod
-    def of(
-        cls, plan: TrainPlan, output: Path, model: FrozenModel, accelerator: Accelerator
-    ) -> Self:
-        """Read the text and build every part.
-
-        Raises:
-            InputError: the text cannot be read or is too short.
-        """
-        splits = load_splits(plan.corpus, model.tokenizer)
-        costs, reader = Costs.of(plan, model), StateReader(model, plan, accelerator)
-        most = costs.table_tokens(plan.budget)
-        validation_set = ValidationSet(model, splits, plan, reader, accelerator, table_tokens=most)
-        unembedding = model.unembedding.centred()
-        objective = make_objective(unembedding, dtype=reader.dtype, kernel=plan.kernel)
-        parts = (splits, accelerator, costs, reader, validation_set, objective)
-        return cls(plan, output, model, *parts)
-
-    @property
-    def is_main(self) -> bool:
+    def __init__(
+        self, plan: TrainPlan, output: Path, model: FrozenModel, accelerator: Accelerator
+    ) -> None:
+        self.plan, self.output, self.model, self.accelerator = plan, output, model, accelerator
+        self.is_main: bool = accelerator.is_main_process
         """Whether this process is the one that writes files and messages."""
-        return self.accelerator.is_main_process
+        self.splits = load_splits(plan.corpus, model.tokenizer)
+        self.costs = Costs(plan, model)
+        self.reader = StateReader(model, plan, accelerator)
+        table_tokens = self.costs.table_tokens(plan.budget)
+        self.validation_set = ValidationSet(self.splits.validation, self.reader, table_tokens)
+        unembedding = model.unembedding.centred()
+        self.objective = make_objective(unembedding, dtype=self.reader.dtype, kernel=plan.kernel)
+
+    def say(self, message: str) -> None:
+        """Print a line, in the main process only."""
+        if self.is_main:
+            say(message)
 
 
 @dataclass
@@ -73,6 +61,14 @@ class Progress:
     seconds: float = 0.0
     history: list[ValidationResult] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self._started = time.monotonic() - self.seconds
+
+    def update_seconds(self) -> float:
+        """Bring `seconds`, the time since the run began, up to date."""
+        self.seconds = time.monotonic() - self._started
+        return self.seconds
+
     @classmethod
     def from_json(cls, data: JsonObject) -> Self:
         """The inverse of `dataclasses.asdict`."""
@@ -80,23 +76,26 @@ class Progress:
         return cls(**data | {"history": history})
 
 
-class TrainState:
+class TrainState(NamedTuple):
     """What a step changes."""
 
-    def __init__(self, optimizer: LensOptimizer, progress: Progress | None = None) -> None:
-        self.optimizer = optimizer
-        self.progress = progress or Progress()
-        self._started = time.monotonic() - self.progress.seconds
+    optimizer: LensOptimizer
+    progress: Progress
 
-    def update_seconds(self) -> float:
-        """Bring `progress.seconds`, the time since the run began, up to date."""
-        self.progress.seconds = time.monotonic() - self._started
-        return self.progress.seconds
+    def best_lens(self) -> AffineLens:
+        """The result of the optimizer, with the closed form at layers that are worse than it."""
+        history = self.progress.history
+        if isinstance(self.optimizer, PreconditionedMuon) and history:
+            pairs = zip(history[0].kl_nats, history[-1].kl_nats, strict=True)
+            for layer, (first, last) in enumerate(pairs):
+                if last > first:
+                    self.optimizer.revert(layer)
+        return self.optimizer.result()
 
 
-def make_optimizer(lens: TunedLens, plan: TrainPlan) -> LensOptimizer:
+def make_optimizer(lens: AffineLens, plan: TrainPlan) -> LensOptimizer:
     """The optimizer of a fit, which starts from a lens."""
     hyperparameters = (plan.lr, plan.momentum, plan.weight_decay)
-    if plan.fit in ("preconditioned", *ONE_PASS):
-        return PreconditionedMuon(lens, *hyperparameters)
-    return TorchOptimizer(lens, plan.fit, *hyperparameters)
+    if plan.fit in BASELINES:
+        return TorchOptimizer(lens, plan.fit, *hyperparameters)
+    return PreconditionedMuon(lens, *hyperparameters)

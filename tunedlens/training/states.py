@@ -16,21 +16,21 @@ class StateReader:
     """Runs the model, each process on its shard of the blocks."""
 
     def __init__(self, model: FrozenModel, plan: TrainPlan, accelerator: Accelerator) -> None:
+        self.model, self.plan, self.accelerator = model, plan, accelerator
         self.dtype = DTYPES[plan.precision]
-        self._model, self._plan, self._accelerator = model, plan, accelerator
 
     def micro_batches(self, input_ids: Int[Tensor, "batch seq"]) -> Sequence[Tensor]:
         """This process's blocks, on the model's device, in micro-batches."""
-        shard = input_ids[self._accelerator.process_index :: self._accelerator.num_processes]
+        shard = input_ids[self.accelerator.process_index :: self.accelerator.num_processes]
         if not len(shard):
             return []
-        shard = shard.to(self._model.device)
-        return shard.split(self._plan.micro_batch_size or len(shard))
+        shard = shard.to(self.model.device)
+        return shard.split(self.plan.micro_batch_size or len(shard))
 
     def autocast(self) -> torch.autocast:
         """The precision of matrix products while training."""
         enabled = self.dtype != torch.float32
-        return torch.autocast(self._model.device.type, self.dtype, enabled=enabled)
+        return torch.autocast(self.model.device.type, self.dtype, enabled=enabled)
 
     def read(
         self, input_ids: Int[Tensor, "batch seq"]
@@ -39,8 +39,7 @@ class StateReader:
 
         They are the model's own tensors if those are float32 and no position is skipped.
         """
-        skipped = self._plan.skip_first
         for rows in self.micro_batches(input_ids):
             with self.autocast():
-                states = self._model.residual_stream(rows)
-            yield [state[:, skipped:].flatten(0, 1).float() for state in states]
+                states = self.model.residual_stream(rows)
+            yield [state[:, self.plan.skip_first :].flatten(0, 1).float() for state in states]

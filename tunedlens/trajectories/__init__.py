@@ -2,16 +2,6 @@
 
 from tunedlens.trajectories.comparison import Comparison, difference
 from tunedlens.trajectories.compute import compare, trajectory
-from tunedlens.trajectories.predictions import LensPredictions, Row
-from tunedlens.trajectories.result import TOKENS, Trajectory
+from tunedlens.trajectories.result import TOKENS, Row, Trajectory
 
-__all__ = [
-    "TOKENS",
-    "Comparison",
-    "LensPredictions",
-    "Row",
-    "Trajectory",
-    "compare",
-    "difference",
-    "trajectory",
-]
+__all__ = ["TOKENS", "Comparison", "Row", "Trajectory", "compare", "difference", "trajectory"]

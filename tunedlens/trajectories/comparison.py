@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tunedlens.errors import InputError
 from tunedlens.metrics import DIVERGENCES, TRAJECTORY_METRICS
-from tunedlens.trajectories.result import TOKENS, PartKey, Trajectory
+from tunedlens.trajectories.result import PartKey, Trajectory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,13 +25,11 @@ class Comparison:
     first lens. `comparison[layers, positions]` selects a part as in a `Trajectory`.
     """
 
+    # Bound in `tunedlens/__init__.py`, from `frames`, `storage` and `tunedlens.report`.
     scores: ClassVar[Callable[..., "DataFrame"]]
-    """See `tunedlens.trajectories.frames`."""
-    heatmap: ClassVar[Callable[..., "Figure"]]
-    """See `tunedlens.report.plots`."""
     save: ClassVar[Callable[..., None]]
     load: ClassVar[Callable[..., "Comparison"]]
-    """See `tunedlens.trajectories.storage`."""
+    heatmap: ClassVar[Callable[..., "Figure"]]
 
     trajectory: Trajectory
     baseline: Trajectory
@@ -79,13 +77,11 @@ class Comparison:
             raise InputError(f"metric must be one of {names}; got {metric!r}{hint}")
         if metric in known:
             return known[metric]
-        ours, theirs = self.trajectory, self.baseline
-        values, baseline_lens = ours.values(metric, lens, token=token), self.baseline_lens(lens)
-        if token == "final" and TRAJECTORY_METRICS[metric].has_token:
-            return values - theirs.values_of_ids(metric, baseline_lens, ours.final_ids)
-        if isinstance(token, str) and token not in TOKENS:
-            token = ours.token_id(token)
-        return values - theirs.values(metric, baseline_lens, token=token)
+        values, baseline = self.trajectory.values(metric, lens, token=token), self.baseline
+        baseline_lens = self.baseline_lens(lens)
+        if token in ("top1", "next") or not TRAJECTORY_METRICS[metric].has_token:
+            return values - baseline.values(metric, baseline_lens, token=token)
+        return values - baseline.values_of_ids(metric, baseline_lens, self.trajectory.ids_at(token))
 
     @property
     def has_one_text(self) -> bool:

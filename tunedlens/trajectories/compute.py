@@ -1,6 +1,6 @@
 """A model, lenses and texts to trajectories and comparisons."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import overload
 
 import torch
@@ -10,28 +10,11 @@ from torch import Tensor
 from tunedlens.errors import InputError
 from tunedlens.metrics import DIVERGENCES
 from tunedlens.model import FrozenModel
-from tunedlens.tokenizer import token_text
 from tunedlens.trajectories.comparison import Comparison
-from tunedlens.trajectories.inputs import (
-    Lenses,
-    Text,
-    Texts,
-    Tokens,
-    is_single,
-    named_lenses,
-    texts_of,
-    token_ids,
-    tracked_tokens,
-)
-from tunedlens.trajectories.predictions import LensPredictions, concatenate
-from tunedlens.trajectories.reading import (
-    Reader,
-    divergences_by_name,
-    ids_to_track,
-    read_lens,
-)
-from tunedlens.trajectories.result import Trajectory, selected
-from tunedlens.trajectories.windows import next_ids, pieces, rows_of, states_of
+from tunedlens.trajectories.inputs import Lenses, Text, Texts, texts_of, token_ids, tracked_tokens
+from tunedlens.trajectories.reading import Chunk, Reader, divergences, ids_to_track
+from tunedlens.trajectories.result import Tokens, Trajectory, selected
+from tunedlens.trajectories.states import next_ids, pieces
 
 
 @overload
@@ -70,7 +53,6 @@ def trajectory(
     """Read one text, or several, with one lens or several.
 
     Args:
-        model: the model.
         lenses: one, several (by name if two are of one kind), or None for the logit lens.
         text: a text or its token ids; a list of them gives a list of trajectories, and the
             texts go through the model together.
@@ -88,29 +70,21 @@ def trajectory(
             track is several tokens; there is no such site; a lens cannot read a site or was
             made for another model.
     """
-    sites = [sites] if isinstance(sites, str) else list(sites)
-    rows = rows_of(model.identity.n_layers, sites)
-    reader = Reader(model, named_lenses(model, lenses, sites), rows)
-    _require_k(model, k)
+    reader = Reader(model, lenses, sites, k)
     wanted, names = tracked_tokens(model, track)
-    texts = texts_of(model, text)
-    parts: list[dict[str, list[LensPredictions]]] = [{n: [] for n in reader.lenses} for _ in texts]
-    tracked: list[list[Tensor]] = [[] for _ in texts]
-    for piece in pieces(model, texts, rows, stride):
+    texts, is_one = texts_of(model, text)
+    chunks: list[list[Chunk]] = [[] for _ in texts]
+    for piece in pieces(model, texts, reader.rows, stride):
         following = next_ids(texts[piece.text])[list(piece.positions)]
         for part in torch.arange(len(following)).split(reader.chunk_positions):
             logits = reader.logits([state[part] for state in piece.states])
-            ids = ids_to_track(logits.values(), wanted)
-            tracked[piece.text].append(ids)
-            final = reader.model_distribution(logits)
-            for name, lens_logits in logits.items():
-                one = read_lens(name, lens_logits, final, following[part], ids, k)
-                parts[piece.text][name].append(one)
+            tracked_ids = ids_to_track([logits], wanted)
+            chunks[piece.text].append(reader.chunk(logits, following[part], tracked_ids))
     results = [
-        _result(reader, ids, range(len(ids)), by_lens, following_ids, names)
-        for ids, by_lens, following_ids in zip(texts, parts, tracked, strict=True)
+        reader.trajectory(ids, range(len(ids)), parts, names)
+        for ids, parts in zip(texts, chunks, strict=True)
     ]
-    return results[0] if is_single(text) else results
+    return results[0] if is_one else results
 
 
 @torch.no_grad()
@@ -147,20 +121,17 @@ def compare(
     """
     if baseline_text is baseline_lenses is baseline_model is baseline_positions is None:
         raise InputError("give a baseline to compare with: a text, lenses, a model or positions")
-    sites = [sites] if isinstance(sites, str) else list(sites)
-    other = baseline_model or model
     if baseline_lenses is None and baseline_model is None:
         baseline_lenses = lenses
-    _require_comparable(model, other)
-    _require_k(model, k)
-    rows = rows_of(model.identity.n_layers, sites)
+    baseline_model = baseline_model or model
+    _require_comparable(model, baseline_model)
     readers = [
-        Reader(model, named_lenses(model, lenses, sites), rows),
-        Reader(other, named_lenses(other, baseline_lenses, sites), rows),
+        Reader(model, lenses, sites, k),
+        Reader(baseline_model, baseline_lenses, sites, k),
     ]
     texts = [
         token_ids(model, text),
-        token_ids(other, text if baseline_text is None else baseline_text),
+        token_ids(baseline_model, text if baseline_text is None else baseline_text),
     ]
     keys = [positions, positions if baseline_positions is None else baseline_positions]
     chosen = [selected(key, len(ids), "position") for key, ids in zip(keys, texts, strict=True)]
@@ -169,105 +140,59 @@ def compare(
             f"compared texts must have the same number of positions; got {len(chosen[0])} and "
             f"{len(chosen[1])}; choose some with `positions` and `baseline_positions`"
         )
-    wanted, names = tracked_tokens(model, track)
-    return _compared(readers, texts, chosen, wanted, names, k, stride)
+    return _compared(readers, texts, chosen, tracked_tokens(model, track), stride)
 
 
 def _compared(
     readers: Sequence[Reader],
     texts: Sequence[Int[Tensor, " text"]],
-    chosen: Sequence[range],
-    wanted: Sequence[int],
-    names: dict[str, int],
-    k: int,
+    chosen: Sequence[Sequence[int]],
+    tracked: tuple[list[int], dict[str, int]],
     stride: int | None,
 ) -> Comparison:
     """Read both sides a few aligned positions at a time."""
-    sides = range(len(readers))
-    states = [
-        [state[list(at)] for state in states_of(reader.model, ids, reader.rows, stride)]
-        for reader, ids, at in zip(readers, texts, chosen, strict=True)
-    ]
-    following = [next_ids(ids)[list(at)] for ids, at in zip(texts, chosen, strict=True)]
-    parts: list[dict[str, list[LensPredictions]]] = [{n: [] for n in r.lenses} for r in readers]
-    tracked: list[Tensor] = []
-    first = readers[0].lenses
-    pairs = {
-        name: name if name in readers[1].lenses else next(iter(readers[1].lenses)) for name in first
-    }
-    divergences: dict[str, dict[str, list[Tensor]]] = {
-        name: {metric: [] for metric in DIVERGENCES} for name in first
-    }
+    wanted, names = tracked
+    sides = list(zip(readers, texts, chosen, strict=True))
+    states = [_states_at(reader, ids, at, stride) for reader, ids, at in sides]
+    following = [next_ids(ids)[at] for _, ids, at in sides]
+    others = readers[1].lenses
+    pairs = {name: name if name in others else next(iter(others)) for name in readers[0].lenses}
+    between: dict[str, list[Tensor]] = {name: [] for name in pairs}
+    chunks: list[list[Chunk]] = [[], []]
     size = max(1, min(reader.chunk_positions for reader in readers) // 2)
-    for part in torch.arange(len(following[0])).split(size):
-        logits = [readers[i].logits([state[part] for state in states[i]]) for i in sides]
-        ids = ids_to_track([one for by_lens in logits for one in by_lens.values()], wanted)
-        tracked.append(ids)
-        for name, baseline in pairs.items():
-            between = divergences_by_name(logits[0][name], logits[1][baseline])
-            for metric, values in between.items():
-                divergences[name][metric].append(values)
-        for i in sides:
-            final = readers[i].model_distribution(logits[i])
-            for name, lens_logits in logits[i].items():
-                one = read_lens(name, lens_logits, final, following[i][part], ids, k)
-                parts[i][name].append(one)
+    for part in torch.arange(len(chosen[0])).split(size):
+        logits = [readers[i].logits([state[part] for state in states[i]]) for i in (0, 1)]
+        tracked_ids = ids_to_track(logits, wanted)
+        for name, other in pairs.items():
+            between[name].append(divergences(logits[0][name], logits[1][other]))
+        for i in (0, 1):
+            chunks[i].append(readers[i].chunk(logits[i], following[i][part], tracked_ids))
     ours, theirs = (
-        _result(readers[i], texts[i], chosen[i], parts[i], tracked, names) for i in sides
+        reader.trajectory(ids, at, parts, names)
+        for (reader, ids, at), parts in zip(sides, chunks, strict=True)
     )
-    joined = {
-        name: {metric: concatenate(values) for metric, values in by_metric.items()}
-        for name, by_metric in divergences.items()
+    by_lens = {
+        name: dict(zip(DIVERGENCES, torch.cat(parts, -1), strict=True))
+        for name, parts in between.items()
     }
-    return Comparison(ours, theirs, joined)
+    return Comparison(ours, theirs, by_lens)
 
 
-def _result(
-    reader: Reader,
-    ids: Int[Tensor, " text"],
-    positions: range,
-    parts: dict[str, list[LensPredictions]],
-    tracked: list[Tensor],
-    names: dict[str, int],
-) -> Trajectory:
-    """Join the chunks, and name every token that occurs in them."""
-    tokenizer, at = reader.model.tokenizer, list(positions)
-    predictions = {name: LensPredictions.concatenate(chunks) for name, chunks in parts.items()}
-    tracked_ids = concatenate(tracked, -1)
-    input_ids, following = ids[at], next_ids(ids)[at]
-    occurring: Iterable[Tensor] = (
-        *(input_ids, following, tracked_ids),
-        *(one.top_ids for one in predictions.values()),
-    )
-    vocabulary = torch.cat([one.flatten() for one in occurring]).unique().tolist()
-    return Trajectory(
-        model=reader.model.name,
-        text=str(tokenizer.decode(ids.tolist())),
-        input_ids=input_ids,
-        next_ids=following,
-        positions=at,
-        rows=list(reader.rows),
-        n_layers=reader.model.identity.n_layers,
-        predictions=predictions,
-        tracked_ids=tracked_ids,
-        track=names,
-        vocabulary={i: token_text(tokenizer, i) for i in vocabulary if i >= 0},
-    )
-
-
-def _require_k(model: FrozenModel, k: int) -> None:
-    if not 1 <= k <= model.identity.vocab_size:
-        raise InputError(f"k must be between 1 and {model.identity.vocab_size}, got {k}")
+def _states_at(
+    reader: Reader, ids: Int[Tensor, " text"], positions: Sequence[int], stride: int | None
+) -> list[Tensor]:
+    """The states of one text at some positions, by row."""
+    found = [piece.states for piece in pieces(reader.model, [ids], reader.rows, stride)]
+    return [torch.cat(parts)[positions] for parts in zip(*found, strict=True)]
 
 
 def _require_comparable(model: FrozenModel, baseline: FrozenModel) -> None:
-    size, other = model.identity.vocab_size, baseline.identity.vocab_size
-    if size != other:
-        raise InputError(
-            f"compared models must have one vocabulary; got {size:,} and {other:,} tokens"
-        )
-    layers, other = model.identity.n_layers, baseline.identity.n_layers
-    if layers != other:
-        raise InputError(
-            f"compared models must have the same number of layers; got {layers} and {other}"
-        )
+    ours, theirs = model.identity, baseline.identity
+    for what, one, other in (
+        ("vocabulary size", ours.vocab_size, theirs.vocab_size),
+        ("number of layers", ours.n_layers, theirs.n_layers),
+    ):
+        if one != other:
+            raise InputError(
+                f"compared models must have the same {what}; got {one:,} and {other:,}"
+            )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tunedlens.trajectories.comparison import Comparison
-from tunedlens.trajectories.result import Trajectory
+from tunedlens.trajectories.result import Tokens, Trajectory
 
 if TYPE_CHECKING:
     from pandas import DataFrame, MultiIndex
@@ -47,9 +47,6 @@ def words(trajectory: Trajectory, lens: str | None = None) -> "DataFrame":
     """A wide table of the best tokens: sites and layers down, positions across.
 
     White space is visible in it; `to_dataframe` has the tokens as plain text, and their ids.
-
-    Raises:
-        InputError: there is no such lens.
     """
     best = trajectory.predictions[trajectory.lens_name(lens)].top_ids[..., 0].tolist()
     return _wide(trajectory, [[trajectory.vocabulary[i].shown for i in line] for line in best])
@@ -73,7 +70,7 @@ def scores(
 
 def probabilities(
     trajectory: Trajectory,
-    tokens: str | int | Sequence[str | int],
+    tokens: Tokens,
     lens: str | None = None,
     position: int | None = None,
 ) -> "DataFrame":
@@ -82,7 +79,6 @@ def probabilities(
     A value is NaN where the token was not tracked. `.corr()` correlates the tokens.
 
     Args:
-        trajectory: the trajectory.
         tokens: tracked tokens as text or ids.
         lens: a name; by default the first.
         position: restricts the table to one position; its lines are then sites and layers.

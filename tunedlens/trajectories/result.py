@@ -1,10 +1,11 @@
 """One text through the layers, as plain data."""
 
+import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +14,6 @@ from torch import Tensor
 from tunedlens.errors import InputError
 from tunedlens.metrics import TRAJECTORY_METRICS
 from tunedlens.tokenizer import TokenText, visible
-from tunedlens.trajectories.predictions import LensPredictions, Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 PartKey = int | slice | tuple[int | slice, int | slice]
 """Layers, or layers and positions, as numbers or slices."""
+Tokens = str | int | Sequence[str | int]
+"""One token or several, as text or ids."""
 
 TOKENS: dict[str | int, str] = {
     "top1": "the lens's best token",
@@ -28,6 +30,69 @@ TOKENS: dict[str | int, str] = {
     "next": "the true next token",
 }
 """Tokens that differ from position to position, for the metrics of one token."""
+
+
+class Row(NamedTuple):
+    """A site in a layer of the model."""
+
+    site: str
+    """One of `model.sites.SITES`."""
+    layer: int
+    """The block; `resid_pre` also has layer n, the state that the final norm reads."""
+
+
+@dataclass(frozen=True, eq=False)
+class LensPredictions:
+    """The predictions of one lens at every row and position, on the CPU."""
+
+    top_ids: Int[Tensor, "rows positions k"]
+    """The most probable tokens, in descending order."""
+    top_log_probs: Float[Tensor, "rows positions k"]
+    log_sum_exp: Float[Tensor, "rows positions"]
+    """log Σ exp(logit). The sum of a log-probability and this is the raw logit."""
+    entropy_nats: Float[Tensor, "rows positions"]
+    kl_nats: Float[Tensor, "rows positions"]
+    """KL(model ‖ lens) at the same position."""
+    next_log_probs: Float[Tensor, "rows positions"]
+    """The true next token; NaN at the last position of the text."""
+    next_ranks: Int[Tensor, "rows positions"]
+    """The true next token, from 1; 0 at the last position of the text."""
+    tracked_log_probs: Float[Tensor, "rows positions tracked"]
+    """The tokens of `Trajectory.tracked_ids`; NaN for padding."""
+    tracked_ranks: Int[Tensor, "rows positions tracked"]
+
+    @property
+    def top_logits(self) -> Float[Tensor, "rows positions k"]:
+        """Raw logits of the most probable tokens; in the last row they are the model's."""
+        return self.top_log_probs + self.log_sum_exp[..., None]
+
+    @property
+    def cross_entropy_nats(self) -> Float[Tensor, "rows positions"]:
+        return -self.next_log_probs
+
+    def select(self, rows: Sequence[int], positions: Sequence[int]) -> "LensPredictions":
+        """Some of the rows and positions."""
+        return LensPredictions(
+            **{one.name: getattr(self, one.name)[rows][:, positions] for one in fields(self)}
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence["LensPredictions"], axis: int) -> "LensPredictions":
+        """Join rows (axis 0) or positions (axis 1).
+
+        The tracked tokens are padded to the largest number of them.
+        """
+        padding = {"tracked_log_probs": math.nan, "tracked_ranks": 0}
+        width = max(part.tracked_ranks.shape[-1] for part in parts)
+        columns = {one.name: [getattr(p, one.name) for p in parts] for one in fields(parts[0])}
+        for name, value in padding.items():
+            columns[name] = [
+                torch.nn.functional.pad(one, (0, width - one.shape[-1]), value=value)
+                for one in columns[name]
+            ]
+        return LensPredictions(
+            **{name: torch.cat(column, axis) for name, column in columns.items()}
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,21 +105,17 @@ class Trajectory:
     `positions` holds them within the text.
     """
 
+    # Bound in `tunedlens/__init__.py`, from `frames`, `storage` and `tunedlens.report`.
     to_dataframe: ClassVar[Callable[..., "DataFrame"]]
     words: ClassVar[Callable[..., "DataFrame"]]
     scores: ClassVar[Callable[..., "DataFrame"]]
     probabilities: ClassVar[Callable[..., "DataFrame"]]
-    """See `tunedlens.trajectories.frames`."""
-    top_k: ClassVar[Callable[..., object]]
-    """See `tunedlens.report.top_k`."""
-    heatmap: ClassVar[Callable[..., "Figure"]]
-    curves: ClassVar[Callable[..., "Figure"]]
-    """See `tunedlens.report.plots`."""
-    to_html: ClassVar[Callable[..., str]]
-    """See `tunedlens.report.explorer`."""
     save: ClassVar[Callable[..., None]]
     load: ClassVar[Callable[..., "Trajectory"]]
-    """See `tunedlens.trajectories.storage`."""
+    top_k: ClassVar[Callable[..., object]]
+    heatmap: ClassVar[Callable[..., "Figure"]]
+    curves: ClassVar[Callable[..., "Figure"]]
+    to_html: ClassVar[Callable[..., str]]
 
     model: str
     """The name of the model."""
@@ -94,6 +155,17 @@ class Trajectory:
         names = [str(row.layer) if is_plain else f"{row.layer} {row.site}" for row in self.rows]
         return [*names[:-1], "model"]
 
+    @property
+    def final_ids(self) -> Int[Tensor, " positions"]:
+        """The model's most probable tokens."""
+        return next(iter(self.predictions.values())).top_ids[-1, :, 0]
+
+    def all_ids(self) -> set[int]:
+        """Every token that occurs."""
+        top = [one.top_ids.flatten() for one in self.predictions.values()]
+        padded = torch.cat([self.next_ids, self.tracked_ids.flatten()])
+        return set(torch.cat([self.input_ids, *top]).tolist()) | set(padded.tolist()) - {-1}
+
     def __getitem__(self, key: PartKey) -> "Trajectory":
         rows, indices = self.part_indices(key)
         return replace(
@@ -106,72 +178,47 @@ class Trajectory:
             tracked_ids=self.tracked_ids[indices],
         )
 
-    def part_indices(self, key: PartKey) -> tuple[list[int], range]:
-        """The indices of the rows and of the positions of a part.
-
-        Raises:
-            InputError: the part is empty.
-        """
+    def part_indices(self, key: PartKey) -> tuple[list[int], list[int]]:
+        """The indices of the rows and of the positions of a part, which must not be empty."""
         layers, positions = key if isinstance(key, tuple) and len(key) == 2 else (key, slice(None))
         wanted = selected(layers, self.n_layers + 1, "layer")
         rows = [index for index, row in enumerate(self.rows[:-1]) if row.layer in wanted]
         return [*rows, len(self.rows) - 1], selected(positions, len(self.positions), "position")
 
-    def lens_name(self, lens: str | None = None) -> str:
-        """The name of a lens; by default the first.
+    def position_index(self, position: int) -> int:
+        """The index of a position within this part, from 0; negative ones count from the end."""
+        return selected(position, len(self.positions), "position")[0]
 
-        Raises:
-            InputError: there is no such lens.
-        """
+    def lens_name(self, lens: str | None = None) -> str:
+        """The name of a lens, checked; by default the first."""
         lens = next(iter(self.predictions)) if lens is None else lens
         if lens not in self.predictions:
             raise InputError(f"lens must be one of {', '.join(self.predictions)}; got {lens!r}")
         return lens
 
-    def position_index(self, position: int) -> int:
-        """The index of a position within this part, from 0; negative ones count from the end.
-
-        Raises:
-            InputError: there is no such position.
-        """
-        return selected(position, len(self.positions), "position")[0]
-
-    def token_id(self, token: str | int) -> int:
-        """The id of a token that occurs, given as text or id.
-
-        Raises:
-            InputError: the token does not occur, so nothing is known about it.
-        """
-        if isinstance(token, str):
-            ids = (i for i, one in self.vocabulary.items() if one.text == token)
-            found = self.track[token] if token in self.track else next(ids, None)
-        else:
-            try:
-                found = operator.index(token)
-            except TypeError:
-                raise InputError(f"expected a token as text or id, got {token!r}") from None
-        if found is None or found not in self.vocabulary:
-            name = visible(token) if isinstance(token, str) else f"token {token}"
-            raise InputError(f"{name} was not tracked; give it as `track` to trajectory")
-        return found
-
-    def token_ids(self, tokens: str | int | Sequence[str | int]) -> list[int]:
-        """The ids of one or several tokens that occur.
-
-        Raises:
-            InputError: there is none, or one of them does not occur.
-        """
-        several = (
-            [tokens] if isinstance(tokens, str) or not isinstance(tokens, Sequence) else tokens
-        )
+    def token_ids(self, tokens: Tokens) -> list[int]:
+        """The ids of one or several tokens, checked to occur."""
+        several = as_list(tokens)
         if not several:
             raise InputError("there is no token to follow; give at least one")
         return [self.token_id(token) for token in several]
 
-    @property
-    def final_ids(self) -> Int[Tensor, " positions"]:
-        """The model's most probable tokens."""
-        return next(iter(self.predictions.values())).top_ids[-1, :, 0]
+    def token_id(self, token: str | int) -> int:
+        """The id of one token; see `token_ids`."""
+        if isinstance(token, str):
+            ids = (i for i, one in self.vocabulary.items() if one.text == token)
+            found = self.track[token] if token in self.track else next(ids, None)
+        else:
+            found = as_id(token)
+        if found is None or found not in self.vocabulary:
+            raise _not_tracked(visible(token) if isinstance(token, str) else f"token {token}")
+        return found
+
+    def ids_at(self, token: str | int) -> Int[Tensor, " positions"]:
+        """One token per position: the model's best ones for `final`, else the same everywhere."""
+        if token == "final":
+            return self.final_ids
+        return torch.full_like(self.input_ids, self.token_id(token))
 
     def values(
         self, metric: str = "probability", lens: str | None = None, *, token: str | int = "top1"
@@ -190,11 +237,9 @@ class Trajectory:
             InputError: there is no such metric, lens or tracked token.
         """
         if not isinstance(metric, str) or metric not in TRAJECTORY_METRICS:
-            raise InputError(
-                f"metric must be one of {', '.join(TRAJECTORY_METRICS)}; got {metric!r}"
-            )
-        lens = self.lens_name(lens)
-        one = self.predictions[lens]
+            names = ", ".join(TRAJECTORY_METRICS)
+            raise InputError(f"metric must be one of {names}; got {metric!r}")
+        one = self.predictions[self.lens_name(lens)]
         if not TRAJECTORY_METRICS[metric].has_token:
             return getattr(one, metric)
         if token == "top1":
@@ -202,18 +247,13 @@ class Trajectory:
                 raise InputError(
                     "the rank of top1 is 1 everywhere; give token='final', 'next' or a token"
                 )
-            return _metric_of_token(metric, one.top_log_probs[..., 0], one.log_sum_exp, None)
+            return _metric_of_token(metric, one, one.top_log_probs[..., 0], one.next_ranks)
         if token == "next":
-            ranks = one.next_ranks.float().masked_fill(one.next_ranks == 0, torch.nan)
-            return _metric_of_token(metric, one.next_log_probs, one.log_sum_exp, ranks)
-        if token == "final":
-            return self.values_of_ids(metric, lens, self.final_ids)
-        return self.values_of_ids(
-            metric, lens, torch.full_like(self.input_ids, self.token_id(token))
-        )
+            return _metric_of_token(metric, one, one.next_log_probs, one.next_ranks)
+        return self.values_of_ids(metric, lens, self.ids_at(token))
 
     def values_of_ids(
-        self, metric: str, lens: str, ids: Int[Tensor, " positions"]
+        self, metric: str, lens: str | None, ids: Int[Tensor, " positions"]
     ) -> Float[Tensor, "rows positions"]:
         """A metric of one tracked token per position; NaN where it was not tracked.
 
@@ -222,54 +262,54 @@ class Trajectory:
         """
         is_it = self.tracked_ids == ids[:, None]
         if not is_it.any():
-            name = self.vocabulary[int(ids[0])].shown
-            raise InputError(f"{name} was not tracked; give it as `track` to trajectory")
-        one = self.predictions[lens]
+            raise _not_tracked(self.vocabulary[int(ids[0])].shown)
+        one = self.predictions[self.lens_name(lens)]
         index = is_it.int().argmax(-1)[None, :, None].expand(len(self.rows), -1, 1)
-        is_missing = ~is_it.any(-1)
+        ranks = one.tracked_ranks.gather(-1, index)[..., 0]
         log_probs = one.tracked_log_probs.gather(-1, index)[..., 0]
-        ranks = one.tracked_ranks.gather(-1, index)[..., 0].float()
-        return _metric_of_token(
-            metric,
-            log_probs.masked_fill(is_missing, torch.nan),
-            one.log_sum_exp,
-            ranks.masked_fill(is_missing, torch.nan),
-        )
+        values = _metric_of_token(metric, one, log_probs, ranks)
+        return values.masked_fill(~is_it.any(-1), torch.nan)
 
 
 def _metric_of_token(
     metric: str,
+    lens: LensPredictions,
     log_probs: Float[Tensor, "rows positions"],
-    log_sum_exp: Float[Tensor, "rows positions"],
-    ranks: Float[Tensor, "rows positions"] | None,
+    ranks: Int[Tensor, "rows positions"],
 ) -> Float[Tensor, "rows positions"]:
     if metric == "rank":
-        assert ranks is not None
-        return ranks
-    if metric == "probability":
-        return log_probs.exp()
-    return log_probs + log_sum_exp if metric == "logit" else log_probs
+        return ranks.float().masked_fill(ranks == 0, torch.nan)
+    if metric == "logit":
+        return log_probs + lens.log_sum_exp
+    return log_probs.exp() if metric == "probability" else log_probs
 
 
-def selected(key: int | slice, count: int, what: str) -> range:
-    """The indices that a number or slice selects.
+def _not_tracked(name: str) -> InputError:
+    return InputError(f"{name} was not tracked; give it as `track` to trajectory")
 
-    Args:
-        key: a number or slice.
-        count: the number of items.
-        what: the name of an item, for the message.
 
-    Raises:
-        InputError: nothing is selected.
-    """
+def as_list(tokens: Tokens) -> Sequence[str | int]:
+    return [tokens] if isinstance(tokens, str) or not isinstance(tokens, Sequence) else tokens
+
+
+def as_id(token: int) -> int:
+    """A token id, which may be an integer of numpy or torch."""
+    try:
+        return operator.index(token)
+    except TypeError:
+        raise InputError(f"expected a token as text or id, got {token!r}") from None
+
+
+def selected(key: int | slice, count: int, what: str) -> list[int]:
+    """The indices, of `count` items called `what`, that a number or slice selects."""
     try:
         indices = range(count)[key]
     except (IndexError, TypeError, ValueError):
         raise InputError(
             f"{what} must be between {-count} and {count - 1}, or a slice; got {key}"
         ) from None
-    if isinstance(indices, range):
-        if not indices:
-            raise InputError(f"there is no {what} in {key}; there are {count}")
-        return indices
-    return range(indices, indices + 1)
+    if isinstance(indices, int):
+        return [indices]
+    if not indices:
+        raise InputError(f"there is no {what} in {key}; there are {count}")
+    return list(indices)

@@ -5,48 +5,52 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TypedDict
+from typing import TypeVar
 
 import safetensors
 import safetensors.torch
 import torch
+from jaxtyping import jaxtyped
 from torch import Tensor
 
 from tunedlens.errors import InputError
-from tunedlens.files import write
+from tunedlens.files import JsonObject, write
 from tunedlens.metrics import DIVERGENCES
 from tunedlens.model.sites import SITES
 from tunedlens.tokenizer import TokenText
 from tunedlens.trajectories.comparison import Comparison
-from tunedlens.trajectories.predictions import LensPredictions, Row
-from tunedlens.trajectories.result import Trajectory
+from tunedlens.trajectories.result import LensPredictions, Row, Trajectory
 
 FORMAT = 1
-_FIELDS = tuple(field.name for field in fields(LensPredictions))
-_LAST_AXES = {"top": "k", "tracked": "tracked"}
-_INTEGERS = {"top_ids", "next_ranks", "tracked_ranks"}
+_DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+"""What a damaged file can raise while it is read and checked."""
+_ID_NAMES = ("input_ids", "next_ids", "tracked_ids")
+_NAMES = tuple(field.name for field in fields(LensPredictions))
+_TYPES = Trajectory.__annotations__ | LensPredictions.__annotations__
+"""The dtype and the axes of every tensor."""
+
+Item = TypeVar("Item")
+Tensors = dict[str, Tensor]
 
 
-class _Record(TypedDict):
-    """What the metadata say about one trajectory; the lenses are in the order of the tensors."""
-
-    model: str
-    text: str
-    n_layers: int
-    positions: list[int]
-    rows: list[tuple[str, int]]
-    lenses: list[str]
-    track: dict[str, int]
-    vocabulary: dict[str, tuple[str, str]]
-
-
-def save_trajectory(trajectory: Trajectory, path: str | Path) -> None:
-    """Write a trajectory to one file; `Trajectory.load` reads it without the model.
+def save(data: Trajectory | Comparison, path: str | Path) -> None:
+    """Write a trajectory or comparison to one file; its `load` reads it without the model.
 
     Raises:
         InputError: the file cannot be written.
     """
-    _write(Path(path), "trajectory", _tensors(trajectory, ""), [_record(trajectory)])
+    if isinstance(data, Trajectory):
+        kind, records, tensors = "trajectory", [_record(data)], _tensors(data, "")
+    else:
+        kind, records = "comparison", [_record(data.trajectory), _record(data.baseline)]
+        tensors = _tensors(data.trajectory, "") | _tensors(data.baseline, "baseline.")
+        for index, lens in enumerate(data.trajectory.predictions):
+            for name, values in data.divergences.get(lens, {}).items():
+                tensors[f"divergence.{index}.{name}"] = values
+    metadata = {"tunedlens": json.dumps({"kind": kind, "format": FORMAT, "records": records})}
+    # Copies, because safetensors refuses tensors that share memory.
+    copies = {name: value.clone().contiguous() for name, value in tensors.items()}
+    write(Path(path), safetensors.torch.save(copies, metadata))
 
 
 def load_trajectory(path: str | Path) -> Trajectory:
@@ -55,23 +59,8 @@ def load_trajectory(path: str | Path) -> Trajectory:
     Raises:
         InputError: there is no such file, or it is not a saved trajectory, or it is damaged.
     """
-    tensors, records = _read(Path(path), "trajectory", 1)
-    with _damage(path):
+    with _opened(Path(path), "trajectory") as (tensors, records):
         return _trajectory(tensors, records[0], "")
-
-
-def save_comparison(comparison: Comparison, path: str | Path) -> None:
-    """Write a comparison to one file; `Comparison.load` reads it without the model.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
-    sides = (comparison.trajectory, comparison.baseline)
-    tensors = _tensors(sides[0], "") | _tensors(sides[1], "baseline.")
-    for index, lens in enumerate(sides[0].predictions):
-        for name, values in comparison.divergences.get(lens, {}).items():
-            tensors[f"divergence.{index}.{name}"] = values.contiguous()
-    _write(Path(path), "comparison", tensors, [_record(side) for side in sides])
 
 
 def load_comparison(path: str | Path) -> Comparison:
@@ -80,8 +69,7 @@ def load_comparison(path: str | Path) -> Comparison:
     Raises:
         InputError: there is no such file, or it is not a saved comparison, or it is damaged.
     """
-    tensors, records = _read(Path(path), "comparison", 2)
-    with _damage(path):
+    with _opened(Path(path), "comparison") as (tensors, records):
         ours = _trajectory(tensors, records[0], "")
         theirs = _trajectory(tensors, records[1], "baseline.")
         shape = (len(ours.rows), len(ours.positions))
@@ -90,73 +78,56 @@ def load_comparison(path: str | Path) -> Comparison:
         divergences: dict[str, dict[str, Tensor]] = {}
         for index, lens in enumerate(ours.predictions):
             for name in DIVERGENCES:
-                if f"divergence.{index}.{name}" in tensors:
-                    values = _tensor(tensors, f"divergence.{index}.{name}", shape, is_integer=False)
-                    divergences.setdefault(lens, {})[name] = values
+                key = f"divergence.{index}.{name}"
+                if key in tensors:
+                    values = divergences.setdefault(lens, {})[name] = tensors[key]
+                    is_right = values.shape == shape and values.is_floating_point()
+                    _require(is_right, f"{key} is {values.dtype} of shape {tuple(values.shape)}")
         return Comparison(ours, theirs, divergences)
 
 
-def _tensors(trajectory: Trajectory, prefix: str) -> dict[str, Tensor]:
-    tensors = {
-        f"{prefix}{name}": getattr(trajectory, name)
-        for name in ("input_ids", "next_ids", "tracked_ids")
-    }
+def _tensors(trajectory: Trajectory, prefix: str) -> Tensors:
+    tensors = {prefix + name: getattr(trajectory, name) for name in _ID_NAMES}
     for index, one in enumerate(trajectory.predictions.values()):
-        tensors |= {f"{prefix}{index}.{name}": getattr(one, name) for name in _FIELDS}
-    # Copies, because safetensors refuses tensors that share memory.
-    return {name: value.clone().contiguous() for name, value in tensors.items()}
+        tensors |= {f"{prefix}{index}.{name}": value for name, value in vars(one).items()}
+    return tensors
 
 
-def _record(trajectory: Trajectory) -> _Record:
+def _record(trajectory: Trajectory) -> JsonObject:
+    """The metadata of one trajectory; the lenses are in the order of the tensors."""
     return {
         "model": trajectory.model,
         "text": trajectory.text,
         "n_layers": trajectory.n_layers,
         "positions": trajectory.positions,
-        "rows": [(row.site, row.layer) for row in trajectory.rows],
+        "rows": trajectory.rows,
         "lenses": list(trajectory.predictions),
         "track": trajectory.track,
-        "vocabulary": {str(i): (one.text, one.shown) for i, one in trajectory.vocabulary.items()},
+        "vocabulary": trajectory.vocabulary,
     }
 
 
-def _write(path: Path, kind: str, tensors: dict[str, Tensor], records: list[_Record]) -> None:
-    about = {"kind": kind, "format": FORMAT, "records": records}
-    write(path, safetensors.torch.save(tensors, {"tunedlens": json.dumps(about)}))
-
-
-def _read(path: Path, kind: str, count: int) -> tuple[dict[str, Tensor], list[object]]:
-    """The tensors of a file, and its records as yet unchecked."""
+@contextmanager
+def _opened(path: Path, kind: str) -> Iterator[tuple[Tensors, list[JsonObject]]]:
+    """The tensors and records of a file; whatever is wrong with them becomes an `InputError`."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("tunedlens", "null"))
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
+            metadata = json.loads((file.metadata() or {}).get("tunedlens", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        found, version, records = (metadata.get(key) for key in ("kind", "format", "records"))
+        _require(found == kind, f"it holds {f'a {found}' if found else 'something else'}")
+        _require(version == FORMAT, f"it has format {version}; this version reads format {FORMAT}")
+        count = {"trajectory": 1, "comparison": 2}[kind]
+        _require(
+            isinstance(records, list) and len(records) == count,
+            "it has no description of its content",
+        )
+        yield tensors, records
     except FileNotFoundError:
         raise InputError(f"there is no file {path}") from None
-    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path} is no saved {kind}, or is damaged: {error}") from error
-    if not isinstance(about, dict) or about.get("kind") != kind:
-        found = about.get("kind") if isinstance(about, dict) else None
-        raise InputError(f"{path} holds {f'a {found}' if found else 'something else'}, no {kind}")
-    if about.get("format") != FORMAT:
-        raise InputError(
-            f"{path} has format {about.get('format')}; this version reads format {FORMAT}"
-        )
-    records = about.get("records")
-    if not isinstance(records, list) or len(records) != count:
-        raise InputError(f"{path} is damaged: it has no description of its content")
-    return tensors, records
-
-
-@contextmanager
-def _damage(path: str | Path) -> Iterator[None]:
-    """Turns whatever a damaged file raises into one clear error."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (*_DAMAGE, safetensors.SafetensorError) as error:
         reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
-        raise InputError(f"{path} is damaged: {reason}") from error
+        raise InputError(f"{path} is damaged or is not a saved {kind}: {reason}") from error
 
 
 def _require(is_true: bool, reason: str) -> None:
@@ -164,86 +135,42 @@ def _require(is_true: bool, reason: str) -> None:
         raise ValueError(reason)
 
 
-def _trajectory(tensors: dict[str, Tensor], record: object, prefix: str) -> Trajectory:
-    """Check one record and its tensors; raises ValueError, TypeError or KeyError."""
-    if not isinstance(record, dict):
-        raise TypeError("a record is no object")
-    positions, lenses = _integers(record["positions"]), _strings(record["lenses"])
+def _trajectory(tensors: Tensors, record: JsonObject, prefix: str) -> Trajectory:
+    """Check one record and its tensors; raises ValueError, TypeError, KeyError and the like."""
+    lenses, positions = _list_of(str, record["lenses"]), _list_of(int, record["positions"])
     rows = [Row(str(site), int(layer)) for site, layer in record["rows"]]
-    n_layers, model, text = int(record["n_layers"]), record["model"], record["text"]
-    track = {str(name): int(i) for name, i in record["track"].items()}
-    vocabulary = {int(i): TokenText(*_strings(one)) for i, one in record["vocabulary"].items()}
-    _require(isinstance(model, str) and isinstance(text, str), "model and text must be strings")
-    _require(bool(positions) and min(positions) >= 0, "the positions are wrong")
+    layers = range(int(record["n_layers"]) + 1)
     _require(bool(lenses) and len(set(lenses)) == len(lenses), "the lenses are wrong")
-    _require(
-        bool(rows) and all(row.site in SITES and 0 <= row.layer <= n_layers for row in rows),
-        "the rows are wrong",
-    )
-    count = len(positions)
-    tracked_ids = _tensor(tensors, f"{prefix}tracked_ids", (count, None), is_integer=True)
-    sizes = {
-        "tracked": tracked_ids.shape[1],
-        "k": _tensor(
-            tensors, f"{prefix}0.top_ids", (len(rows), count, None), is_integer=True
-        ).shape[-1],
-    }
-    _require(sizes["k"] > 0, "there are no tokens")
-    predictions = {}
-    for index, lens in enumerate(lenses):
-        found = {}
-        for name in _FIELDS:
-            axis = _LAST_AXES.get(name.split("_")[0])
-            shape = (len(rows), count, *([sizes[axis]] if axis else []))
-            found[name] = _tensor(
-                tensors, f"{prefix}{index}.{name}", shape, is_integer=name in _INTEGERS
-            )
-        predictions[lens] = LensPredictions(**found)
+    _require(bool(positions) and min(positions) >= 0, "the positions are wrong")
+    is_known = all(row.site in SITES and row.layer in layers for row in rows)
+    _require(bool(rows) and is_known, "the rows are wrong")
     result = Trajectory(
-        model=model,
-        text=text,
-        input_ids=_tensor(tensors, f"{prefix}input_ids", (count,), is_integer=True),
-        next_ids=_tensor(tensors, f"{prefix}next_ids", (count,), is_integer=True),
+        model=str(record["model"]),
+        text=str(record["text"]),
+        **{name: tensors[prefix + name] for name in _ID_NAMES},
         positions=positions,
         rows=rows,
-        n_layers=n_layers,
-        predictions=predictions,
-        tracked_ids=tracked_ids,
-        track=track,
-        vocabulary=vocabulary,
+        n_layers=layers[-1],
+        predictions={
+            lens: LensPredictions(**{name: tensors[f"{prefix}{index}.{name}"] for name in _NAMES})
+            for index, lens in enumerate(lenses)
+        },
+        track={str(name): int(i) for name, i in record["track"].items()},
+        vocabulary={int(i): TokenText(*_list_of(str, o)) for i, o in record["vocabulary"].items()},
     )
-    _require_vocabulary(result)
+    with jaxtyped("context"):  # An axis has one length in all annotations.
+        grid = torch.empty(len(rows), len(positions))
+        assert isinstance(grid, _TYPES["kl_nats"])
+        for name, value in _tensors(result, prefix).items():
+            is_right = isinstance(value, _TYPES[name.rpartition(".")[2]])
+            _require(is_right, f"{name} is {value.dtype} of shape {tuple(value.shape)}")
+    _require(result.predictions[lenses[0]].top_ids.shape[-1] > 0, "there are no tokens")
+    missing = result.all_ids() - result.vocabulary.keys()
+    _require(not missing, f"token {min(missing, default=0)} has no text")
     return result
 
 
-def _require_vocabulary(trajectory: Trajectory) -> None:
-    """Make sure that every token has a text; -1 means no token in the ids that may be padded."""
-    top = [one.top_ids.flatten() for one in trajectory.predictions.values()]
-    ids = set(torch.cat([trajectory.input_ids, *top]).tolist())
-    ids |= set(torch.cat([trajectory.next_ids, trajectory.tracked_ids.flatten()]).tolist()) - {-1}
-    missing = ids - trajectory.vocabulary.keys()
-    _require(not missing, f"token {min(missing, default=0)} has no text")
-
-
-def _tensor(
-    tensors: dict[str, Tensor], name: str, shape: tuple[int | None, ...], *, is_integer: bool
-) -> Tensor:
-    value = tensors[name]
-    is_shape = len(value.shape) == len(shape) and all(
-        wanted in (None, size) for wanted, size in zip(shape, value.shape, strict=True)
-    )
-    is_kind = value.dtype == torch.int64 if is_integer else value.is_floating_point()
-    _require(is_shape and is_kind, f"{name} is {value.dtype} of shape {tuple(value.shape)}")
-    return value
-
-
-def _integers(values: object) -> list[int]:
-    if not isinstance(values, list) or not all(type(value) is int for value in values):
-        raise TypeError(f"expected a list of integers, got {values!r:.40}")
-    return values
-
-
-def _strings(values: object) -> list[str]:
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise TypeError(f"expected a list of strings, got {values!r:.40}")
+def _list_of(kind: type[Item], values: object) -> list[Item]:
+    if not isinstance(values, list) or not all(type(value) is kind for value in values):
+        raise TypeError(f"expected a list of {kind.__name__} values, got {values!r:.40}")
     return values

@@ -6,13 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
+from typing import Any
 
 from torch import Tensor
 
 from tunedlens.errors import InputError
 from tunedlens.metrics import TRAJECTORY_METRICS
-from tunedlens.report.plots import styles
 from tunedlens.report.plots.colors import COLOR_MAPS, MISSING, ColorScale, color_table
+from tunedlens.report.plots.style import Style, styles
 from tunedlens.trajectories import TOKENS, Trajectory
 
 Json = dict[str, object]
@@ -28,7 +29,8 @@ def explorer(*trajectories: Trajectory) -> str:
     Raises:
         InputError: the texts were read with different lenses.
     """
-    names = list(trajectories[0].predictions)
+    first = trajectories[0]
+    names = list(first.predictions)
     for trajectory in trajectories[1:]:
         if list(trajectory.predictions) != names:
             raise InputError(
@@ -36,19 +38,23 @@ def explorer(*trajectories: Trajectory) -> str:
                 f"{', '.join(names)} and {', '.join(trajectory.predictions)}"
             )
     pairs = {f"{a} − {b}": (a, b) for a, b in itertools.combinations(names, 2)}
-    first = trajectories[0]
     everywhere = set.intersection(*map(set, first.tracked_ids.tolist())) - {-1}
-    tracked: dict[str | int, str] = {i: first.vocabulary[i].shown for i in sorted(everywhere)}
-    tokens = TOKENS | tracked
+    tokens = TOKENS | {i: first.vocabulary[i].shown for i in sorted(everywhere)}
     views = [_views(trajectory, list(tokens), pairs) for trajectory in trajectories]
+    scales = {}
+    for key in views[0]:
+        lens, metric, *_ = key.split("/")
+        values = [(text, view[key]) for text, view in zip(trajectories, views, strict=True)]
+        scales[key] = asdict(ColorScale.from_values(metric, values, is_difference=lens in pairs))
+    line_styles = styles(names)
     data: Json = {
         "metrics": {name: asdict(metric) for name, metric in TRAJECTORY_METRICS.items()},
         "tokens": [[str(token), label] for token, label in tokens.items()],
         "colors": {name: color_table(name) for name in COLOR_MAPS},
         "missing": [MISSING, "black"],
-        "lenses": _line_styles(names),
+        "lenses": {lens: _line_style(line_styles[lens]) for lens in names},
         "pairs": pairs,
-        "scales": {key: _scale(key, trajectories, views) for key in views[0]},
+        "scales": scales,
         "texts": [_text(*both) for both in zip(trajectories, views, strict=True)],
     }
     # Escaping "<" keeps a text that contains </script> inside the JSON.
@@ -60,34 +66,26 @@ def explorer(*trajectories: Trajectory) -> str:
 def _views(
     trajectory: Trajectory, tokens: Sequence[str | int], pairs: Mapping[str, tuple[str, str]]
 ) -> dict[str, Tensor]:
-    """The values of every lens and pair of lenses, for every metric and token."""
+    """The values of every lens and pair of lenses, for every metric and token.
+
+    They are NaN throughout if the text does not know the token.
+    """
     views = {}
     for metric, about in TRAJECTORY_METRICS.items():
-        wanted = [one for one in tokens if (metric, one) != ("rank", "top1")]
-        for token in wanted if about.has_token else ["top1"]:
-            suffix = f"/{metric}" + (f"/{token}" if about.has_token else "")
-            for lens in trajectory.predictions:
-                views[lens + suffix] = _values(trajectory, metric, lens, token)
+        for token in tokens if about.has_token else ["top1"]:
+            if (metric, token) == ("rank", "top1"):  # it is 1 everywhere
+                continue
+            suffix = f"/{metric}/{token}" if about.has_token else f"/{metric}"
+            for lens, one in trajectory.predictions.items():
+                is_unknown = isinstance(token, int) and token not in trajectory.vocabulary
+                views[lens + suffix] = (
+                    one.kl_nats * math.nan
+                    if is_unknown
+                    else trajectory.values(metric, lens, token=token)
+                )
             for pair, (a, b) in pairs.items():
                 views[pair + suffix] = views[a + suffix] - views[b + suffix]
     return views
-
-
-def _values(trajectory: Trajectory, metric: str, lens: str, token: str | int) -> Tensor:
-    """Values of one lens; NaN throughout if the text does not know the token."""
-    if isinstance(token, int) and token not in trajectory.vocabulary:
-        return trajectory.values("kl_nats", lens) * math.nan
-    return trajectory.values(metric, lens, token=token)
-
-
-def _scale(
-    key: str, trajectories: Sequence[Trajectory], views: Sequence[dict[str, Tensor]]
-) -> Json:
-    """One scale of colours for all texts."""
-    values = [(text, view[key]) for text, view in zip(trajectories, views, strict=True)]
-    lens, metric, *_ = key.split("/")
-    is_difference = lens not in trajectories[0].predictions
-    return asdict(ColorScale.from_values(metric, values, is_difference=is_difference))
 
 
 def _text(trajectory: Trajectory, views: dict[str, Tensor]) -> Json:
@@ -107,43 +105,28 @@ def _text(trajectory: Trajectory, views: dict[str, Tensor]) -> Json:
         "lenses": {
             name: {
                 "top_ids": one.top_ids.tolist(),
-                "top_probs": _significant(one.top_log_probs.exp()),
-                "top_logits": _rounded(one.top_logits),
-                "tracked_probs": _significant(one.tracked_log_probs.exp()),
+                "top_probs": _numbers(one.top_log_probs.exp().tolist(), ".4g"),
+                "top_logits": _numbers(one.top_logits.tolist(), ".4f"),
+                "tracked_probs": _numbers(one.tracked_log_probs.exp().tolist(), ".4g"),
             }
             for name, one in trajectory.predictions.items()
         },
-        "views": {key: _rounded(values) for key, values in views.items()},
+        "views": {key: _numbers(values.tolist(), ".4f") for key, values in views.items()},
     }
 
 
-def _line_styles(lenses: list[str]) -> Json:
-    """The colour and dash of every lens, as in the figures."""
+def _line_style(style: Style) -> Json:
+    """The colour and dash of a lens, as in the figures."""
     dashes = {"-": "none", "--": "5 3", "-.": "6 2 1 2", ":": "1 2"}
-    found: Json = {}
-    known = styles(lenses)
-    for lens in lenses:
-        style = known[lens]
-        color = style["color"].replace("#000000", "currentColor")  # visible in the dark as well
-        found[lens] = {"color": color, "dash": dashes.get(style["linestyle"], "none")}
-    return found
+    color = style["color"].replace("#000000", "currentColor")  # visible in the dark as well
+    return {"color": color, "dash": dashes.get(style["linestyle"], "none")}
 
 
-def _rounded(values: Tensor) -> object:
-    """Nested lists with four decimals; NaN becomes null."""
-    return _each(values.tolist(), "{:.4f}")
-
-
-def _significant(values: Tensor) -> object:
-    """Nested lists with four significant digits; NaN becomes null."""
-    return _each(values.tolist(), "{:.4g}")
-
-
-def _each(value: object, digits: str) -> object:
+def _numbers(value: Any, digits: str) -> object:
+    """Nested lists of numbers with few digits; NaN becomes null."""
     if isinstance(value, list):
-        return [_each(one, digits) for one in value]
-    assert isinstance(value, float)
-    number = float(digits.format(value))
+        return [_numbers(one, digits) for one in value]
+    number = float(format(value, digits))
     if not math.isfinite(number):
         return None
-    return int(number) if number == int(number) else number
+    return int(number) if number.is_integer() else number

@@ -9,13 +9,7 @@ from importlib import resources
 from tunedlens.evaluation import Evaluation
 from tunedlens.metrics import METRICS
 from tunedlens.report import plots
-from tunedlens.report.tables import (
-    Rows,
-    difference_rows,
-    metric_rows,
-    scored_text,
-    summary,
-)
+from tunedlens.report.tables import Rows, difference_rows, metric_rows, scored_text, summary
 
 _WIDE = ("overview", "agreement_by_layer", "transfer", "by_position")
 """Plots that take the width of the page."""
@@ -24,9 +18,7 @@ _WIDE = ("overview", "agreement_by_layer", "transfer", "by_position")
 def page(evaluation: Evaluation, svgs: Mapping[str, bytes]) -> str:
     """A report as one HTML page: summary, plots, sortable tables, glossary, provenance.
 
-    Args:
-        evaluation: the results.
-        svgs: plots by the names of `plots.DRAWINGS`.
+    The plots have the names of `plots.DRAWINGS`.
     """
     run = evaluation.provenance
     title = f"Lenses on {run.get('model', 'a model')}"
@@ -57,7 +49,7 @@ the difference.</p>
 {_table(metric_rows(evaluation))}
 {differences}
 <h2>What the metrics mean</h2>
-{_glossary(evaluation)}
+{_definitions({m.title: m.meaning for name, m in METRICS.items() if name in evaluation.metrics})}
 <h2>How this report was made</h2>
 <pre>{escape(run.get("command", ""))}</pre>
 {_provenance(evaluation)}
@@ -85,7 +77,7 @@ def _plot(name: str, svg: bytes) -> str:
 def _table(rows: Rows) -> str:
     header, *body = rows
     heads = "".join(f"<th><button>{escape(cell)}</button></th>" for cell in header)
-    lines = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in body)
+    lines = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in body)
     return (
         f'<div class="scroll"><table><thead><tr>{heads}</tr></thead>'
         f"<tbody>{lines}</tbody></table></div>"
@@ -95,11 +87,6 @@ def _table(rows: Rows) -> str:
 def _cell(text: str) -> str:
     value, sign, error = text.partition(" ± ")
     return f"<td>{escape(value)}" + (f" <span>± {escape(error)}</span>" if sign else "") + "</td>"
-
-
-def _glossary(evaluation: Evaluation) -> str:
-    used = [metric for name, metric in METRICS.items() if name in evaluation.metrics]
-    return _definitions({metric.title: metric.meaning for metric in used})
 
 
 def _provenance(evaluation: Evaluation) -> str:
@@ -124,16 +111,16 @@ def _provenance(evaluation: Evaluation) -> str:
 
 def _definitions(terms: Mapping[str, object]) -> str:
     """A definition list of the terms that have a value."""
-    lines = [
+    lines = (
         f"<dt>{escape(term)}</dt><dd>{escape(_plain(value))}</dd>"
         for term, value in terms.items()
         if value
-    ]
+    )
     return f"<dl>{''.join(lines)}</dl>"
 
 
 def _plain(value: object) -> str:
-    """JSON without quotation marks."""
+    """Text, or JSON without quotation marks."""
     if isinstance(value, str):
         return value
     return json.dumps(value, ensure_ascii=False).replace('"', "")

@@ -1,25 +1,13 @@
 """Plots for a paper, as vector graphics and as 2x raster images, readable in grey."""
 
-from tunedlens.report.plots.by_layer import (
-    DRAWINGS,
-    Drawing,
-    agreement_by_layer,
-    by_layer,
-    by_position,
-    overview,
-    prediction_depth,
-    transfer,
-)
+from tunedlens.report.plots.by_layer import DRAWINGS, by_layer, by_position, transfer
+from tunedlens.report.plots.curves import curves, draw_learning_curve, learning_curve
 from tunedlens.report.plots.heatmaps import heatmap, heatmap_pages
-from tunedlens.report.plots.learning import draw_learning_curve, learning_curve
-from tunedlens.report.plots.style import KINDS, rendered, save, styles
-from tunedlens.report.plots.token_curves import curves
+from tunedlens.report.plots.style import FORMATS, rendered, save
 
 __all__ = [
     "DRAWINGS",
-    "KINDS",
-    "Drawing",
-    "agreement_by_layer",
+    "FORMATS",
     "by_layer",
     "by_position",
     "curves",
@@ -27,10 +15,7 @@ __all__ = [
     "heatmap",
     "heatmap_pages",
     "learning_curve",
-    "overview",
-    "prediction_depth",
     "rendered",
     "save",
-    "styles",
     "transfer",
 ]

@@ -44,24 +44,22 @@ class ColorScale:
         """The scale of a metric for the values of several texts or lenses.
 
         Position 0 of a text does not influence the limits, because it is unlike all others.
-
-        Args:
-            metric: one of `TRAJECTORY_METRICS` or `DIVERGENCES`.
-            values: the values, each with its trajectory.
-            is_difference: whether they are differences, which have a diverging map around 0.
+        Differences have a diverging map around 0.
         """
-        counted = torch.cat([_without_position_0(*one).flatten() for one in values])
-        counted = counted[counted.isfinite()]
+        parts = []
+        for text, part in values:
+            is_counted = torch.tensor(text.positions) > 0
+            parts.append(part[:, is_counted] if is_counted.any() else part)
+        counted = torch.cat([part[part.isfinite()] for part in parts])
         low, high = (counted.min().item(), counted.max().item()) if len(counted) else (0.0, 1.0)
         if is_difference and metric in TRAJECTORY_METRICS:
             largest = max(abs(low), abs(high)) or 1.0
             return cls(-largest, largest, "linear", "RdBu")
-        about = (TRAJECTORY_METRICS | DIVERGENCES)[metric]
-        low = low if about.low is None else about.low
-        high = high if about.high is None else about.high
-        if high <= low:
-            high = low + 1
-        return cls(low, high, about.scale, "cividis_r" if about.is_low_better else "cividis")
+        shown = (TRAJECTORY_METRICS | DIVERGENCES)[metric]
+        low = low if shown.low is None else shown.low
+        high = high if shown.high is None else shown.high
+        color_map = "cividis_r" if shown.is_low_better else "cividis"
+        return cls(low, high if high > low else low + 1, shown.scale, color_map)
 
     def norm(self) -> "Normalize":
         """The scale for matplotlib."""
@@ -94,10 +92,3 @@ def ink(color: Sequence[float]) -> str:
     )
     is_bright = 0.2126 * red + 0.7152 * green + 0.0722 * blue > _READABLE
     return "black" if is_bright else "white"
-
-
-def _without_position_0(
-    trajectory: Trajectory, values: Float[Tensor, "rows positions"]
-) -> Float[Tensor, "rows others"]:
-    others = [index for index, position in enumerate(trajectory.positions) if position > 0]
-    return values[:, others] if others else values

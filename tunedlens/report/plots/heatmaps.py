@@ -1,16 +1,17 @@
 """One text through the layers as a picture: layers up, positions across."""
 
+import itertools
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tunedlens.errors import InputError
 from tunedlens.metrics import DIVERGENCES, TRAJECTORY_METRICS
 from tunedlens.report.plots.colors import ColorScale, ink
-from tunedlens.report.plots.style import drawable, new_figure, scale
+from tunedlens.report.plots.style import drawable, new_figure, resize
 from tunedlens.trajectories import TOKENS, Comparison, Trajectory
 
 if TYPE_CHECKING:
@@ -24,18 +25,11 @@ _MAX_WORD = 6.0
 _CELL = 0.62
 """The width of a cell in inches."""
 
-Lens = str | Sequence[str] | None
-
-
-class _Line(TypedDict):
-    color: str
-    linewidth: float
-
 
 def heatmap(
     data: Trajectory | Comparison,
     metric: str = "probability",
-    lens: Lens = None,
+    lens: str | Sequence[str] | None = None,
     *,
     token: str | int = "top1",
     width: float | None = None,
@@ -48,12 +42,10 @@ def heatmap(
     of its two sides, or by a divergence.
 
     Args:
-        data: a trajectory or comparison, or a part of it: `read[::2, 10:40]` draws every other
-            layer.
-        metric: one of `metrics.TRAJECTORY_METRICS`; for a comparison also one of
-            `metrics.DIVERGENCES`.
-        lens: a name; by default the first lens. Several lenses are drawn one above the other
-            with the same colours.
+        data: the whole or a part: `read[::2, 10:40]` draws every other layer.
+        metric: one of `metrics.TRAJECTORY_METRICS`, or of `DIVERGENCES` for a comparison.
+        lens: one or several names; by default the first. Several lenses are drawn one above the
+            other with the same colours.
         token: the token of a probability, log_prob, logit or rank; see `Trajectory.values`.
         width: the width of the figure in inches, to which its height and letters are scaled.
             By default the letters have 6.5 points.
@@ -68,14 +60,14 @@ def heatmap(
             f"{count} positions are too many to read in one figure; draw a part of at most "
             f"{_MAX_POSITIONS}, as read[:, :40], or plots.heatmap_pages"
         )
-    (figure,) = _pages(data, metric, lens, token, width, count)
+    (figure,) = heatmap_pages(data, metric, lens, token=token, width=width, per_page=count)
     return figure
 
 
 def heatmap_pages(
     data: Trajectory | Comparison,
     metric: str = "probability",
-    lens: Lens = None,
+    lens: str | Sequence[str] | None = None,
     *,
     token: str | int = "top1",
     width: float | None = None,
@@ -89,59 +81,46 @@ def heatmap_pages(
     """
     if not 1 <= per_page <= _MAX_POSITIONS:
         raise InputError(f"per_page must be between 1 and {_MAX_POSITIONS}, got {per_page}")
-    count = len(_trajectory(data).positions)
-    pages = -(-count // per_page)
-    yield from _pages(data, metric, lens, token, width, -(-count // pages))
+    if width is not None and not width > 0:
+        raise InputError(f"width must be more than 0 inches, got {width}")
+    trajectory = _trajectory(data)
+    lens = trajectory.lens_name() if lens is None else lens
+    lenses = [lens] if isinstance(lens, str) else list(lens)
+    if not lenses:
+        raise InputError("there is no lens to draw; name one, or leave it out for the first")
+    values = {one: data.values(metric, one, token=token) for one in lenses}
+    scale = ColorScale.from_values(
+        metric,
+        [(trajectory, one) for one in values.values()],
+        is_difference=isinstance(data, Comparison),
+    )
+    label = _label(data, metric, token, lenses)
+    count = len(trajectory.positions)
+    size = -(-count // -(-count // per_page))  # pages of nearly equal length
+    for start in range(0, count, size):
+        page = slice(start, start + size)
+        drawn = {one: value[:, page] for one, value in values.items()}
+        figure = _draw(data[:, page], drawn, scale, label)
+        if width is not None:
+            resize(figure, width / figure.get_figwidth())
+        yield figure
 
 
 def _trajectory(data: Trajectory | Comparison) -> Trajectory:
     return data.trajectory if isinstance(data, Comparison) else data
 
 
-def _pages(
-    data: Trajectory | Comparison,
-    metric: str,
-    lens: Lens,
-    token: str | int,
-    width: float | None,
-    size: int,
-) -> Iterator["Figure"]:
-    """Heatmaps of `size` positions each."""
-    trajectory = _trajectory(data)
-    if lens is None:
-        lens = trajectory.lens_name()
-    lenses = [lens] if isinstance(lens, str) else list(lens)
-    if width is not None and not width > 0:
-        raise InputError(f"width must be more than 0 inches, got {width}")
-    if not lenses:
-        raise InputError("there is no lens to draw; name one, or leave it out for the first")
-    values = {one: data.values(metric, one, token=token) for one in lenses}
-    colors = ColorScale.from_values(
-        metric,
-        [(trajectory, one) for one in values.values()],
-        is_difference=isinstance(data, Comparison),
-    )
-    label = _label(data, metric, token, lenses)
-    for start in range(0, len(trajectory.positions), size):
-        page = slice(start, start + size)
-        drawn = {one: value[:, page] for one, value in values.items()}
-        figure = _draw(data[:, page], drawn, colors, label)
-        if width is not None:
-            scale(figure, width / figure.get_figwidth())
-        yield figure
-
-
 def _draw(
     data: Trajectory | Comparison,
     values: dict[str, Float[Tensor, "rows positions"]],
-    colors: ColorScale,
+    scale: ColorScale,
     label: str,
 ) -> "Figure":
     """One figure with a panel for every lens."""
     trajectory = _trajectory(data)
     count, n_rows = len(trajectory.positions), len(trajectory.rows)
     size = (1.9 + _CELL * count, 1.4 + 0.24 * n_rows * len(values))  # inches
-    norm, color_map = colors.norm(), colors.colors()
+    norm, color_map = scale.norm(), scale.colors()
     with new_figure(*size, has_tokens=True) as figure:
         panels = figure.subplots(len(values), squeeze=False, sharex=True)[:, 0].tolist()
         for axes, (lens, drawn) in zip(panels, values.items(), strict=True):
@@ -164,28 +143,29 @@ def _write_cells(axes: "Axes", trajectory: Trajectory, lens: str, image: "AxesIm
     """Write the best token into every cell and frame it where it is the model's."""
     from matplotlib.patches import Rectangle
 
-    best = trajectory.predictions[lens].top_ids[..., 0].tolist()
+    best = trajectory.predictions[lens].top_ids[..., 0]
     colors = image.to_rgba(image.get_array())  # type: ignore[arg-type]
     for y, line in enumerate(best):
-        for x, token in enumerate(line):
+        for x, word in enumerate(_words(trajectory, line)):
             color = ink(colors[y, x])
-            word = _word(trajectory, token)
             axes.text(x, y, word, ha="center", va="center", fontsize=6.5, color=color)
-            if token == best[-1][x] and y < len(best) - 1:
-                corner = (x - 0.46, y - 0.44)
-                axes.add_patch(
-                    Rectangle(corner, 0.92, 0.88, fill=False, lw=0.8, edgecolor=color, zorder=3)
-                )
-    divider: _Line = {"color": "white", "linewidth": 2}
-    if image.cmap.name == "RdBu":  # its middle is white
-        divider = {"color": "0.25", "linewidth": 1.2}
-    axes.axhline(len(best) - 1.5, **divider)  # separates the model
+            if line[x] == best[-1, x] and y < len(best) - 1:
+                frame = Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, edgecolor=color)
+                frame.set(fill=False, linewidth=0.8, zorder=3)
+                axes.add_patch(frame)
+    dividers = [len(best) - 1.5]  # below the model
     if trajectory.rows[0] == ("resid_pre", 0):
-        axes.axhline(0.5, **divider)  # separates the embeddings
+        dividers.append(0.5)  # above the embeddings
+    # The middle of RdBu is white.
+    color, width = ("0.25", 1.2) if image.cmap.name == "RdBu" else ("white", 2.0)
+    for height in dividers:
+        axes.axhline(height, color=color, linewidth=width)
 
 
-def _word(trajectory: Trajectory, token_id: int) -> str:
-    return drawable(trajectory.vocabulary[token_id].shown, _MAX_WORD)
+def _words(trajectory: Trajectory, ids: Int[Tensor, " positions"]) -> list[str]:
+    """Tokens as they are drawn; none where the id is -1."""
+    known = trajectory.vocabulary
+    return ["" if i < 0 else drawable(known[i].shown, _MAX_WORD) for i in ids.tolist()]
 
 
 def _folded(label: str, inches: float) -> str:
@@ -196,9 +176,9 @@ def _folded(label: str, inches: float) -> str:
 def _name_inputs(axes: "Axes", data: Trajectory | Comparison) -> None:
     """Write input tokens and positions below."""
     trajectory = _trajectory(data)
-    words = [_word(trajectory, i) for i in trajectory.input_ids.tolist()]
+    words = _words(trajectory, trajectory.input_ids)
     if isinstance(data, Comparison):
-        others = [_word(data.baseline, i) for i in data.baseline.input_ids.tolist()]
+        others = _words(data.baseline, data.baseline.input_ids)
         words = [a if a == b else f"{a}\n{b}" for a, b in zip(words, others, strict=True)]
     # The labels are horizontal, because a rotated token of code could be read as another one.
     names = [f"{word}\n{at}" for word, at in zip(words, trajectory.positions, strict=True)]
@@ -208,34 +188,30 @@ def _name_inputs(axes: "Axes", data: Trajectory | Comparison) -> None:
 
 def _name_next_tokens(axes: "Axes", trajectory: Trajectory) -> None:
     """Write true next tokens above."""
-    following = trajectory.next_ids.tolist()
+    names = _words(trajectory, trajectory.next_ids)
     top = axes.secondary_xaxis("top")
-    names = ["" if i < 0 else _word(trajectory, i) for i in following]
     top.set_xticks(range(len(names)), names, fontsize=7)
     label = "true next token, bold where the model is right"
     top.set_xlabel(_folded(label, _CELL * len(names) + 1), fontsize=8)
     top.tick_params(length=0)
     top.spines[:].set_visible(False)
-    final = trajectory.final_ids.tolist()
-    for text, token, best in zip(top.get_xticklabels(), following, final, strict=True):
-        if token == best:
-            text.set_fontweight("bold")
+    is_right = (trajectory.next_ids == trajectory.final_ids).tolist()
+    for text in itertools.compress(top.get_xticklabels(), is_right):
+        text.set_fontweight("bold")
 
 
 def _label(
     data: Trajectory | Comparison, metric: str, token: str | int, lenses: Sequence[str]
 ) -> str:
     """The meaning of the colours, with a unit."""
-    trajectory, is_divergence = _trajectory(data), metric in DIVERGENCES
-    about = (TRAJECTORY_METRICS | DIVERGENCES)[metric]
-    label = about.label
-    if about.has_token:
-        label += " of " + (
-            TOKENS.get(token) or drawable(trajectory.vocabulary[trajectory.token_id(token)].shown)
-        )
+    trajectory, shown = _trajectory(data), (TRAJECTORY_METRICS | DIVERGENCES)[metric]
+    label = shown.label
+    if shown.has_token:
+        named = TOKENS.get(token) or trajectory.vocabulary[trajectory.token_id(token)].shown
+        label += f" of {drawable(named)}"
     if not isinstance(data, Comparison):
         return label
-    sign = "and" if is_divergence else "−"
+    sign = "and" if metric in DIVERGENCES else "−"
     if data.has_one_text:
         return f"{label}: {', '.join(lenses)} {sign} {data.baseline_lens(lenses[0])}"
     names = [data.trajectory.model, data.baseline.model]

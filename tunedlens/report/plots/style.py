@@ -2,7 +2,7 @@
 
 import io
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -14,14 +14,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-KINDS = ("png", "svg", "pdf")
-MODEL_COLOR = "0.35"
-
-# Okabe and Ito's colours, which most colour-blind readers can tell apart. Each lens also has
-# its own marker and dash, so that it can be recognised in grey.
 Style = dict[str, Any]
 """Keyword arguments of a matplotlib line."""
+Ends = dict[str, tuple[float, Any]]
+"""The height at which every line ends, and its colour, by name."""
 
+FORMATS = ("png", "svg", "pdf")
+MODEL_COLOR = "0.35"
+# Okabe and Ito's colours, which most colour-blind readers can tell apart. Each lens also has
+# its own marker and dash, so that it can be recognised in grey.
 _KNOWN: dict[str, Style] = {
     "logit": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
     "tuned": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
@@ -31,7 +32,7 @@ _KNOWN: dict[str, Style] = {
     "mean": {"color": "#999999", "marker": "", "linestyle": (0, (1, 1))},
 }
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-"""Okabe and Ito's colours, for other lines than those of lenses."""
+"""Okabe and Ito's colours, for lines that are not lenses."""
 _COLORS = ("#56B4E9", "#E69F00", "#000000", "#7A4FBF")
 _MARKERS = ("v", "P", "X", "*", "h")
 _DASHES = ("-", "--", "-.")
@@ -59,22 +60,21 @@ _RC: Any = {
 def styles(lenses: list[str]) -> dict[str, Style]:
     """A different combination of colour, marker and dash for every lens."""
     unknown = [lens for lens in lenses if lens not in _KNOWN]
-    others = zip(*map(itertools.cycle, (_COLORS, _MARKERS, _DASHES)), strict=True)
-    keys = ("color", "marker", "linestyle")
     return _KNOWN | {
-        lens: dict(zip(keys, other, strict=True))
-        for lens, other in zip(unknown, others)  # noqa: B905
+        lens: {
+            "color": _COLORS[i % len(_COLORS)],
+            "marker": _MARKERS[i % len(_MARKERS)],
+            "linestyle": _DASHES[i % len(_DASHES)],
+        }
+        for i, lens in enumerate(unknown)
     }
 
 
 @contextmanager
 def new_figure(width: float, height: float, *, has_tokens: bool = False) -> Iterator["Figure"]:
-    """A figure in the common style.
+    """A figure in the common style, with a size in inches.
 
-    Args:
-        width: in inches.
-        height: in inches.
-        has_tokens: whether letters of any script may occur, which needs further fonts.
+    Letters of any script, as in tokens, need further fonts.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -111,13 +111,9 @@ def _width(text: str) -> float:
 
 
 def drawable(text: str, max_width: float | None = None) -> str:
-    """A text as matplotlib can draw it.
+    """A text as matplotlib can draw it, cut to a width in units of its font size.
 
     Letters that no installed font has become their code points, and $ starts no formula.
-
-    Args:
-        text: the text.
-        max_width: cuts a wider text, in units of its font size.
     """
     drawn = "".join(letter if _is_in_a_font(letter) else f"U+{ord(letter):04X}" for letter in text)
     if max_width is not None and _width(drawn) > max_width:
@@ -127,7 +123,7 @@ def drawable(text: str, max_width: float | None = None) -> str:
     return drawn.replace("$", r"\$")
 
 
-def scale(figure: Any, factor: float) -> None:
+def resize(figure: Any, factor: float) -> None:
     """Make a figure larger or smaller, including its letters and lines."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -165,46 +161,32 @@ def save(figure: "Figure", path: str | Path) -> None:
         InputError: the folder cannot be written.
     """
     path = Path(path)
-    for kind in KINDS:
+    for kind in FORMATS:
         write(path.with_name(f"{path.name}.{kind}"), rendered(figure, kind))
 
 
-def plain_log_ticks(axes: "Axes", axis: str = "y") -> None:
-    """Plain numbers as ticks of a log axis: 1, 2, 5 if it spans few decades."""
+def plain_log_ticks(axes: "Axes") -> None:
+    """Plain numbers as ticks of a logarithmic y-axis: 1, 2, 5 if it spans few decades."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    low, high = axes.get_ylim() if axis == "y" else axes.get_xlim()
-    few = high / low < 1000
-    ticks = axes.yaxis if axis == "y" else axes.xaxis
-    ticks.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
-    ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ticks.set_minor_formatter(NullFormatter())
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1000 else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def name_lines(
-    axes: "Axes",
-    ends: Mapping[str, float],
-    colors: Mapping[str, object],
-    size: float = 8.5,
-) -> None:
+def name_lines(axes: "Axes", ends: Ends, size: float = 8.5) -> None:
     """Write the name of every line at the right edge, moved apart where names would touch.
 
-    Call it last, when the limits of the axes are final.
-
-    Args:
-        axes: the axes with the lines.
-        ends: the height at which each line ends, by name.
-        colors: colours by name.
-        size: the font size in points.
+    Call it last, when the limits of the axes are final. The size is that of the font in points.
     """
     figure: Any = axes.figure
     figure.draw_without_rendering()  # places the axes
     to_height, to_value = axes.transData.transform, axes.transData.inverted().transform
     low, high = (to_height((0, y))[1] for y in axes.get_ylim())
-    heights = {name: min(max(to_height((0, y))[1], low), high) for name, y in ends.items()}
+    placed = {n: min(max(to_height((0, y))[1], low), high) for n, (y, _) in ends.items()}
     gap = 1.25 * size * figure.dpi / 72
-    order = sorted(heights, key=lambda name: -heights[name])
-    placed = dict(heights)
+    order = sorted(placed, key=lambda name: -placed[name])
     for above, below in itertools.pairwise(order):
         placed[below] = min(placed[below], placed[above] - gap)
     floor = low
@@ -212,14 +194,7 @@ def name_lines(
         placed[name] = max(placed[name], floor)
         floor = placed[name] + gap
     for name in order:
-        axes.annotate(
-            name,
-            (1, to_value((0, placed[name]))[1]),
-            xycoords=axes.get_yaxis_transform(),
-            xytext=(3, 0),
-            textcoords="offset points",
-            color=colors[name],
-            va="center",
-            fontsize=size,
-            annotation_clip=False,
-        )
+        at = (1, to_value((0, placed[name]))[1])
+        axes.annotate(name, at, (3, 0), xycoords=axes.get_yaxis_transform(),
+                      textcoords="offset points", color=ends[name][1], va="center",
+                      fontsize=size, annotation_clip=False)  # fmt: skip

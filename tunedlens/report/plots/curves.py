@@ -1,0 +1,133 @@
+"""Curves of a run through its validations, and of tokens through the layers."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tunedlens.errors import InputError
+from tunedlens.fit import ValidationResult
+from tunedlens.report.plots.style import (
+    COLORS,
+    Ends,
+    drawable,
+    name_lines,
+    new_figure,
+    plain_log_ticks,
+    save,
+)
+from tunedlens.trajectories import Trajectory
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MAX_TOKENS = 5
+_DASHES = {"solid": "-", "dashed": "--", "dotted": ":", "dash-dotted": "-."}
+
+
+def learning_curve(history: Sequence[ValidationResult]) -> "Figure":
+    """Held-out KL of every layer against tokens, on log scales; layers are named on the right.
+
+    The validation before the first step (the closed form, or the logit lens) is drawn at the
+    left edge.
+    """
+    import matplotlib
+
+    tokens = [result.tokens for result in history]
+    tokens[0] = tokens[0] or min((count for count in tokens if count), default=2) // 2
+    n_layers = len(history[0].kl_nats)
+    with new_figure(4.8, 3.4) as figure:
+        axes = figure.subplots()
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        ends: Ends = {}
+        for layer in range(n_layers):
+            line = [result.kl_nats[layer] for result in history]
+            color = matplotlib.colormaps["viridis"](0.9 * layer / max(1, n_layers - 1))
+            axes.plot(tokens, line, color=color, marker=".")
+            ends[str(layer) if layer else "layer 0"] = line[-1], color
+        mean = [result.mean_kl_nats for result in history]
+        axes.plot(tokens, mean, color="black", linestyle="--")
+        ends["mean"] = mean[-1], "black"
+        axes.set_xlabel(
+            f"tokens in steps, {history[-1].seconds:.0f} s in all; left edge: before the first step"
+        )
+        axes.set_ylabel("held-out KL(model ‖ lens), nats")
+        plain_log_ticks(axes)
+        name_lines(axes, ends, size=8)
+    return figure
+
+
+def draw_learning_curve(history: Sequence[ValidationResult], folder: Path) -> None:
+    """Draw it as PNG, SVG and PDF, if there are at least two validations."""
+    if len(history) > 1:
+        save(learning_curve(history), folder / "learning_curve")
+
+
+def curves(
+    trajectory: Trajectory,
+    tokens: str | int | Sequence[str | int] | None = None,
+    position: int = -1,
+    *,
+    metric: str = "probability",
+) -> "Figure":
+    """Probability or rank of tokens at one position through the layers, in every lens.
+
+    Every token has a colour and every lens a dash. Ranks are on a log scale with 1 on top.
+
+    Args:
+        tokens: tracked tokens as text or ids; by default the at most 5 tracked tokens that the
+            model itself finds most probable.
+        position: an index within the trajectory.
+        metric: probability or rank.
+
+    Raises:
+        InputError: a token was not tracked, or there is no such metric or position.
+    """
+    if metric not in ("probability", "rank"):
+        raise InputError(f"metric must be probability or rank; got {metric!r}")
+    index, lenses = trajectory.position_index(position), list(trajectory.predictions)
+    ids = _most_probable(trajectory, index) if tokens is None else trajectory.token_ids(tokens)
+    if len(lenses) > len(_DASHES):
+        raise InputError(
+            f"{len(lenses)} lenses are too many to tell apart by their dashes; read the text "
+            f"with at most {len(_DASHES)}"
+        )
+    with new_figure(5.2, 3.2, has_tokens=True) as figure:
+        axes = figure.subplots()
+        ends: Ends = {}
+        for token, color in zip(ids, itertools.cycle(COLORS), strict=False):
+            word = drawable(trajectory.vocabulary[token].shown)
+            for dash, lens in zip(_DASHES.values(), lenses, strict=False):
+                line = trajectory.values(metric, lens, token=token)[:, index].tolist()
+                if math.isnan(line[0]):
+                    raise InputError(
+                        f"{word} was not tracked at position {position}; give it as `track` to "
+                        "trajectory"
+                    )
+                axes.plot(range(len(line)), line, linestyle=dash, color=color)
+            ends[word] = line[-1], color  # every lens equals the model there
+        names, last = trajectory.row_names, len(trajectory.rows) - 1
+        ticks = [*range(0, last, max(1, len(names) // 12)), last]
+        axes.set_xticks(ticks, [names[tick] for tick in ticks])
+        dashes = ", ".join(f"{dash} {lens}" for dash, lens in zip(_DASHES, lenses, strict=False))
+        axes.set_xlabel(f"layer ({dashes})")
+        after = drawable(trajectory.vocabulary[int(trajectory.input_ids[index])].shown)
+        axes.set_ylabel(f"{metric} after {after} (position {trajectory.positions[index]})")
+        if metric == "rank":
+            axes.set_yscale("log")
+            plain_log_ticks(axes)
+            axes.invert_yaxis()
+        else:
+            axes.set_ylim(0, None)
+        name_lines(axes, ends, size=8)
+    return figure
+
+
+def _most_probable(trajectory: Trajectory, index: int) -> list[int]:
+    """The tracked tokens that the model finds most probable."""
+    model = next(iter(trajectory.predictions.values()))
+    log_probs = model.tracked_log_probs[-1, index].tolist()
+    pairs = zip(log_probs, trajectory.tracked_ids[index].tolist(), strict=True)
+    return [token for _, token in sorted(pairs, reverse=True) if token >= 0][:_MAX_TOKENS]
