@@ -297,7 +297,7 @@ def test_lenses_in_a_list_are_named_by_their_kind(tiny):
 
 def test_every_window_begins_with_bos_if_the_text_does():
     model = FrozenModel(make_gpt2(), make_sentence_piece(), name="tiny")
-    found = trajectory(model, None, "the quick brown fox jumps " * 6, stride=10)
+    found = trajectory(model, None, "the quick brown fox jumps " * 15, stride=10)
     ids, bos = found.input_ids, model.bos_id
     assert ids[0] == bos
     assert len(ids) > 2 * 32

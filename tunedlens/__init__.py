@@ -7,6 +7,7 @@
 
 from tunedlens.checkpoint import load_lens, load_lens_of_kind, save_lens
 from tunedlens.config import CorpusConfig, EvaluateConfig, ModelConfig, ScoringConfig, TrainConfig
+from tunedlens.doctor import Diagnosis, doctor
 from tunedlens.errors import InputError
 from tunedlens.evaluation import Evaluation, evaluate, score_lenses
 from tunedlens.generation import generate
@@ -52,6 +53,7 @@ __all__ = [
     "Comparison",
     "ConstantLens",
     "CorpusConfig",
+    "Diagnosis",
     "EvaluateConfig",
     "Evaluation",
     "FrozenModel",
@@ -66,6 +68,7 @@ __all__ = [
     "TunedLens",
     "compare",
     "difference",
+    "doctor",
     "evaluate",
     "load_lens",
     "load_model",

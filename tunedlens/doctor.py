@@ -16,11 +16,16 @@ from tunedlens.lenses import AffineLens, LogitLens
 from tunedlens.model import FrozenModel, probe_kl, probe_tolerance
 
 _TEXT = """The harbour was quiet in the early morning. A few boats lay at the pier, and the men who
-worked on them drank coffee and talked about the weather, which had been bad for a week. In 1987 the
-town had 12,000 people; today it has half as many, and most of the young leave for the city as soon
-as they can. "There is nothing here for them," said one of the older men, "but it is still home."
+worked on them talked about the weather, which had been bad for a week. In 1987 the town had 12,000
+people; today it has half as many.
+
+import os
+
+def read_lines(path):
+    with open(path, encoding="utf-8") as file:
+        return [line.rstrip() for line in file]
 """
-_TOKENS = 96
+_TOKENS = 128
 _CACHE = "past_key_values"
 _BOS_GAIN = 0.5
 """Nats of cross-entropy by which BOS must help before its absence counts as a fault."""
@@ -73,7 +78,7 @@ def doctor(model: FrozenModel, lens: str | Path | None = None, text: str = _TEXT
     Args:
         model: may be made with `check=False`, so that faults are reported instead of raised.
         lens: the folder of a saved lens.
-        text: what the model reads; the first 96 tokens are used.
+        text: what the model reads; the first 128 tokens are used.
     """
     ids = model.encode(text, is_any_length=True)[:, : min(_TOKENS, model.context or _TOKENS)]
     checks = list(_model_checks(model, ids))
@@ -276,10 +281,13 @@ def _shift(model: FrozenModel, lens: AffineLens, ids: Int[Tensor, "1 seq"]) -> C
                 f"its translators fit better {shift:+d} layer away: "
                 "the lens or the states are shifted by one layer",
             )
+    means = f"mean KL {sum(own) / n:.3g} nats, logit lens {sum(without) / n:.3g}"
     worse = [str(layer) for layer in range(n) if own[layer] > without[layer]]
     if worse:
-        return Check(name, False, f"it is farther at layers {', '.join(worse)}; train it again")
-    return Check(name, True, f"mean KL {sum(own) / n:.3g} nats, logit lens {sum(without) / n:.3g}")
+        means += f"; farther at layers {', '.join(worse)}"
+    if sum(own) > sum(without):
+        return Check(name, False, f"{means}: train it again, or on text like this")
+    return Check(name, True, means)
 
 
 def _cross_entropy(model: FrozenModel, ids: Int[Tensor, "1 seq"], skip: int = 0) -> float:

@@ -1,17 +1,22 @@
-"""The command line: `train` and `evaluate`, with flags made from the configs' fields."""
+"""The command line: its commands, with flags made from the configs' fields."""
 
 import sys
 
+from tunedlens.cli.doctor import doctor_command
 from tunedlens.cli.evaluate import evaluate_command
 from tunedlens.cli.train import train_command
 
-__all__ = ["evaluate_command", "main", "train_command"]
+__all__ = ["doctor_command", "evaluate_command", "main", "train_command"]
 
 
 def main() -> int:
     """The console script `tunedlens`."""
-    commands = {"train": train_command, "evaluate": evaluate_command}
+    commands = {
+        "train": train_command,
+        "evaluate": evaluate_command,
+        "doctor": doctor_command,
+    }
     if len(sys.argv) > 1 and sys.argv[1] in commands:
         return commands[sys.argv[1]](sys.argv[2:])
-    print("usage: tunedlens {train,evaluate} [--help | flags]", file=sys.stderr)
+    print("usage: tunedlens {train,evaluate,doctor} [--help | flags]", file=sys.stderr)
     return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2

@@ -39,9 +39,8 @@ def make_parser(name: str, description: str, config: type) -> argparse.ArgumentP
     parts = [name for name, hint in hints.items() if dataclasses.is_dataclass(hint)]
     for part in parts:
         _add_flags(parser.add_argument_group(f"the {part}"), hints[part])
-    _add_flags(
-        parser.add_argument_group("the fit" if config is TrainConfig else "what is scored"), config
-    )
+    titles = {TrainConfig: "the fit", EvaluateConfig: "what is scored", ModelConfig: "the model"}
+    _add_flags(parser.add_argument_group(titles[config]), config)
     return parser
 
 

@@ -73,7 +73,9 @@ def load_model(
     )
 
 
-def load_configured(config: ModelConfig, device: torch.device | None) -> FrozenModel:
+def load_configured(
+    config: ModelConfig, device: torch.device | None, *, check: bool = True
+) -> FrozenModel:
     """Load the model of a config; `device` is the default if the config names none."""
     return load_model(
         config.model,
@@ -83,6 +85,7 @@ def load_configured(config: ModelConfig, device: torch.device | None) -> FrozenM
         gguf_file=config.gguf_file,
         blocks=config.blocks,
         final_norm=config.final_norm,
+        check=check,
     )
 
 
