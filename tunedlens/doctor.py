@@ -263,10 +263,11 @@ def _shift(model: FrozenModel, lens: AffineLens, ids: Int[Tensor, "1 seq"]) -> C
     """Whether each translator is at its own layer, and better than none."""
     name = "the lens is nearer to the model than the logit lens"
     *states, final = model.residual_stream(ids)
-    logits, n = model.unembedding(final), lens.n_layers
+    expected, n = model.unembedding(final).log_softmax(-1), lens.n_layers
 
     def kl(one: AffineLens | LogitLens, layer: int, translator: int) -> float:
-        return float(kl_divergence(logits, one(states[layer], translator)).mean())
+        log_probs = one(states[layer], translator).log_softmax(-1)
+        return float(kl_divergence(expected, log_probs).mean())
 
     plain = LogitLens.from_model(model)
     own = [kl(lens, layer, layer) for layer in range(n)]
