@@ -5,12 +5,12 @@
 """
 
 import argparse
-import logging
+import io
 import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -85,6 +85,9 @@ class Architecture:
     """Whether attention and MLP both read the stream that enters the block."""
     factor: float = 1.0
     """What the block multiplies both terms by."""
+    first_state: int = 0
+    """The layer of the first of the `hidden_states` that transformers returns. It is 1 where these
+    are the outputs of the blocks."""
     is_quick: bool = False
     """Whether the default run of the tests includes it."""
     config: dict[str, object] = field(default_factory=dict)
@@ -101,10 +104,12 @@ def _row(
     of: str | None = None,
     parallel: bool = False,
     factor: float = 1.0,
+    first_state: int = 0,
     quick: bool = False,
     **config: object,
 ) -> Architecture:
-    return Architecture(name, peculiar, terms, of or name, parallel, factor, quick, config)
+    settings = (parallel, factor, first_state, quick, config)
+    return Architecture(name, peculiar, terms, of or name, *settings)
 
 
 _ATTN = ("attn", "mlp")
@@ -136,9 +141,9 @@ _LINEAR_ATTENTION = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }
 
+# fmt: off
 # ruff: disable[E501]
 ARCHITECTURES = [
-    # fmt: off
     _row("gpt2", "learned positions; weights stored transposed", _ATTN, quick=True, n_inner=64),
     _row("gpt_neo", "every second block attends locally", _ATTN, num_hidden_layers=None, num_layers=4, num_heads=4, attention_types=[[["global", "local"], 2]]),
     _row("gpt_bigcode", "one head of keys and values", _ATTN, **_GPT_SIZES),
@@ -146,7 +151,7 @@ ARCHITECTURES = [
     _row("codegen", "attention and MLP side by side after one norm; the head has a bias", _ATTN, parallel=True, **_ROTARY_GPT),
     _row("gpt_neox", "attention and MLP side by side, each after its norm (Pythia)", ("attention", "mlp"), parallel=True),
     _row("gpt_neox, in sequence", "the same, with attention before the MLP", ("attention", "mlp"), of="gpt_neox", use_parallel_residual=False),
-    _row("gpt_neox_japanese", "the block adds a bias to its last attention", ("attention", "mlp")),
+    _row("gpt_neox_japanese", "the last block adds a bias of its own, besides attention and MLP", None),
     _row("openai-gpt", "norms after each sum; no final norm", None, **_GPT_SIZES),
     _row("ctrl", "fixed positions; the head has a bias", ("multi_head_attention", "ffn"), **_GPT_SIZES, dff=64),
     _row("opt", "the MLP is not a module of its own", ("self_attn", "fc2"), quick=True, ffn_dim=64, word_embed_proj_dim=32),
@@ -205,16 +210,16 @@ ARCHITECTURES = [
     _row("arcee", "squared ReLU without a gate"),
     _row("bitnet", "norms inside attention and MLP"),
     _row("lfm2", "short convolutions in some blocks", ("conv|self_attn", "feed_forward"), layer_types=["conv", "full_attention", "conv"]),
-    _row("mamba", "one mixer per block and no attention", None, quick=True, state_size=8),
-    _row("mamba2", "one mixer per block and no attention", None, num_heads=8, n_groups=1, state_size=8),
-    _row("falcon_mamba", "one mixer per block and no attention", None, state_size=8),
-    _row("rwkv", "recurrent; two terms, which are not named attention and MLP", None, attention_hidden_size=32, context_length=64),
+    _row("mamba", "one mixer per block and no attention", None, first_state=1, quick=True, state_size=8),
+    _row("mamba2", "one mixer per block and no attention", None, first_state=1, num_heads=8, n_groups=1, state_size=8),
+    _row("falcon_mamba", "one mixer per block and no attention", None, first_state=1, state_size=8),
+    _row("rwkv", "recurrent; two terms, which are not named attention and MLP", None, first_state=1, attention_hidden_size=32, context_length=64),
     _row("jamba", "Mamba in some blocks; mixture of experts in some", ("mamba|self_attn", "feed_forward"), num_experts=2, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8, mamba_dt_rank=4, use_mamba_kernels=False),
     _row("bamba", "Mamba 2 in some blocks", ("mamba|self_attn", "feed_forward"), mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8, attn_layer_indices=[1]),
     _row("minimax", "linear attention in some blocks; the stream itself is normed and scaled", None, num_local_experts=4, layer_types=["linear_attention", "full_attention", "linear_attention"]),
-    # fmt: on
 ]
 # ruff: enable[E501]
+# fmt: on
 
 
 def make_model(architecture: Architecture) -> PreTrainedModel:
@@ -323,15 +328,15 @@ def logits_are_the_models(subject: Subject) -> bool:
 
 
 def states_are_hidden_states(subject: Subject) -> bool:
-    """States 0 to n - 1 equal the `hidden_states` that transformers returns."""
+    """The states equal the `hidden_states` of transformers, up to those that are normed."""
     with torch.no_grad():
         output = subject.model.model(subject.ids, use_cache=False, output_hidden_states=True)
     states = subject.model.residual_stream(subject.ids)
-    assert len(output.hidden_states) >= len(states) - 1
-    for layer, (state, expected) in enumerate(
-        zip(states[:-1], output.hidden_states, strict=False)
-    ):
-        require_close(state, expected, f"state {layer}")
+    n_layers, first = len(subject.model.blocks), subject.architecture.first_state
+    assert len(states) == n_layers + 1
+    for index, expected in enumerate(output.hidden_states[:n_layers]):
+        require_close(states[index + first], expected, f"state {index + first}")
+    assert len(output.hidden_states) >= n_layers
     return True
 
 
@@ -379,13 +384,12 @@ def _hook_by_hand(
 ) -> torch.utils.hooks.RemovableHandle:
     """Keep the output of a module of a block, without the stream if the module adds it."""
     adds_stream = name.endswith("+")
-    (module,) = (
-        getattr(block, one) for one in name.rstrip("+").split("|") if hasattr(block, one)
-    )
+    (module,) = (getattr(block, one) for one in name.rstrip("+").split("|") if hasattr(block, one))
 
     def keep(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple) -> None:
         output = output[0] if isinstance(output, tuple) else output
-        kept[key] = output.detach().clone() - (args[1] if adds_stream else 0)
+        output = output.detach().view(1, -1, output.shape[-1])  # some modules read flat tokens
+        kept[key] = output - args[1] if adds_stream else output.clone()
 
     return module.register_forward_hook(keep)
 
@@ -478,20 +482,109 @@ def require_refused(call: Callable[[], object], message: str) -> None:
     try:
         call()
     except InputError as error:
-        assert message in str(error), f"another message: {error}"
+        said = str(error)
     else:
-        raise AssertionError(f"not refused with {message!r}")
+        said = "nothing"
+    assert message in said, f"expected to be refused with {message!r}, but it said {said}"
 
 
 def run_checks(
     architecture: Architecture, tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> dict[str, bool | None | Exception]:
+) -> dict[str, bool | Exception | None]:
     """The result of every check: True, None where it does not apply, or why it failed."""
     subject = Subject(architecture, tokenizer, folder)
-    results: dict[str, bool | None | Exception] = {}
+    results: dict[str, bool | Exception | None] = {}
     for name, check in CHECKS.items():
         try:
             results[name] = check(subject)
         except Exception as error:
             results[name] = error
     return results
+
+
+def table(results: dict[Architecture, dict[str, bool | Exception | None]]) -> str:
+    """The results in Markdown."""
+    head = ["architecture", "what is peculiar", *CHECKS]
+    lines = ["| " + " | ".join(head) + " |", "|---|---|" + ":-:|" * len(CHECKS)]
+    for architecture, by_check in results.items():
+        marks = [{True: "✓", None: "—"}.get(result, "✗") for result in by_check.values()]
+        lines.append("| " + " | ".join([architecture.name, architecture.peculiar, *marks]) + " |")
+    return "\n".join(lines)
+
+
+# ruff: disable[E501] - a row of a Markdown table is one line
+PAGE = """# Architectures
+
+tunedlens has no list of supported models: it finds the blocks, the final norm and the unembedding of
+a model by their structure. This table shows what it does with tiny random models of {count}
+architectures of transformers {version}, whose names are those of `model_type`. To make the table
+again, run `python tests/architectures.py --output docs/architectures.md`; `pytest -m slow` runs the
+same checks.
+
+| column | a tick means |
+|---|---|
+| found | The parts of the model are found without being named. |
+| logits | The decoded last state equals the model's own logits, near 0 and far beyond any cap. |
+| states | The states of the residual stream equal the `hidden_states` that transformers returns. |
+| terms | What attention and MLP add equals the outputs of modules that are named by hand. A dash means that the block is not the sum of its input, attention and MLP. `sites` then says so, and the states between blocks still work. |
+| tuned | After {steps} steps of {step_tokens} tokens, the held-out KL of the tuned lens is below that of the logit lens at every layer. |
+| saved | A lens that was saved and loaded gives equal logits. |
+| trajectory | The last row of a `trajectory` has the log-probabilities of the model. |
+| generate | At the last layer, the lens continues a text as the model does. |
+
+{table}
+
+A tiny model shows that an architecture is read correctly. It says nothing about how well a lens for a
+trained model of this architecture predicts.
+
+## If a model is not found
+
+Loading a model checks that its decoded last state gives its own logits, and refuses a model where
+it does not. If the message says that the blocks or the final norm are not found, name them:
+
+```py
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from tunedlens import FrozenModel
+
+loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = FrozenModel(loaded, tokenizer, blocks="model.layers", final_norm="model.norm")
+```
+
+`blocks` is the path of the list of blocks, and `final_norm` that of the norm after the last one, or
+`none` for a model without it; `print(loaded)` shows both. If the message says that a model multiplies
+or caps its logits without a word in its config, tunedlens cannot decode this model.
+"""
+# ruff: enable[E501]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="write the page to this file")
+    options = parser.parse_args(arguments)
+    transformers.logging.set_verbosity_error()
+    tokenizer = AutoTokenizer.from_pretrained(builtin.FOLDER)
+    results, failures = {}, []
+    for architecture in ARCHITECTURES:
+        print(f"{architecture.name} ...", file=sys.stderr)
+        with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+            results[architecture] = run_checks(architecture, tokenizer, Path(folder))
+        for name, result in results[architecture].items():
+            if isinstance(result, Exception):
+                failures.append(f"{architecture.name}, {name}: {result}")
+    print(table(results))
+    if options.output is not None:
+        page = PAGE.format(
+            count=len(results),
+            version=transformers.__version__,
+            steps=STEPS,
+            step_tokens=STEP_TOKENS,
+            table=table(results),
+        )
+        options.output.write_text(page, encoding="utf-8")
+    if failures:
+        sys.exit("\n".join(failures))
+
+
+if __name__ == "__main__":
+    main()
