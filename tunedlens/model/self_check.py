@@ -1,5 +1,7 @@
 """Checks that the parts found in a model give the model's own logits."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -83,7 +85,7 @@ def require_same_logits(
     if agrees(decoded):
         return
     scale = float((raw * expected).sum() / raw.square().sum())
-    cap = float(expected.abs().max())
+    cap = _cap_between(raw, expected)
     is_square = normed.shape == final.shape
     if is_square and agrees(unembedding.capped(linear(final))):
         reason = "the model applies no norm before its unembedding"
@@ -93,14 +95,25 @@ def require_same_logits(
         reason = f"the model multiplies its logits by {scale:.4g}, which its config does not say"
     elif unembedding.cap is not None and agrees(raw):
         reason = f"the config declares a cap of {unembedding.cap:g} that the model does not apply"
-    elif factor > 1 and agrees(cap * torch.tanh(raw / cap)):
-        reason = f"the model caps its logits at {cap:.4g}, which its config does not say"
+    elif agrees(cap * torch.tanh(raw / cap)):
+        reason = f"the model caps its logits at {cap:.3g}, which its config does not say"
     else:
         reason = f"the logits differ by up to {float((decoded - expected).abs().max()):.3g}"
     raise InputError(
         f"{name}: final norm and unembedding do not give the model's own logits "
         f"({reason}); a lens on it would be wrong, so this architecture is not supported"
     )
+
+
+def _cap_between(raw: Tensor, expected: Tensor) -> float:
+    """The c with `expected = c * tanh(raw / c)` at the largest logit, found by bisection."""
+    index = int(raw.abs().argmax())
+    largest, capped = (abs(float(logits.flatten()[index])) for logits in (raw, expected))
+    low, high = 0.0, 100 * largest or 1.0  # a larger cap changes nothing
+    for _ in range(60):
+        cap = (low + high) / 2
+        low, high = (cap, high) if cap * math.tanh(largest / cap) < capped else (low, cap)
+    return high
 
 
 def _tolerance(dtype: torch.dtype) -> float:
