@@ -220,7 +220,7 @@ ARCHITECTURES = [
     _row("mamba", "one mixer per block and no attention", None, first_state=1, quick=True, state_size=8),
     _row("mamba2", "one mixer per block and no attention", None, first_state=1, num_heads=8, n_groups=1, state_size=8),
     _row("falcon_mamba", "one mixer per block and no attention", None, first_state=1, state_size=8),
-    _row("rwkv", "recurrent; two terms, which are not named attention and MLP", None, first_state=1, attention_hidden_size=32, context_length=64),
+    _row("rwkv", "recurrent; the first block norms the embeddings itself", None, first_state=1, attention_hidden_size=32, context_length=64),
     _row("jamba", "Mamba in some blocks; mixture of experts in some", ("mamba|self_attn", "feed_forward"), num_experts=2, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8, mamba_dt_rank=4, use_mamba_kernels=False),
     _row("bamba", "Mamba 2 in some blocks", ("mamba|self_attn", "feed_forward"), mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8, attn_layer_indices=[1]),
     _row("falcon_h1", "logits times 0.5; attention and Mamba 2 side by side, before the MLP", None, lm_head_multiplier=0.5, mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8),
@@ -537,7 +537,7 @@ of the architectures by default, and the others with `pytest -m slow`.
 | found | The parts of the model are found without being named. |
 | logits | The decoded last state equals the model's own logits, near 0 and far beyond any cap. |
 | states | The states of the residual stream equal the `hidden_states` that transformers returns. |
-| terms | What attention and MLP add equals the outputs of modules that are named by hand. A dash means that the block is not the sum of its input, attention and MLP. `sites` then says so, and the states between blocks still work. |
+| terms | What attention and MLP add equals the outputs of modules that are named by hand. A dash means that some block is not its input plus one attention plus one MLP. `sites` then says so, and the states between blocks still work. |
 | tuned | After {steps} steps of {step_tokens} tokens, the held-out KL of the tuned lens is below that of the logit lens at every layer. |
 | saved | A lens that was saved and loaded gives equal logits. |
 | trajectory | The last row of a `trajectory` has the log-probabilities of the model. |
