@@ -1,7 +1,7 @@
 """A frozen causal language model: its residual stream and its unembedding."""
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 
 import torch
@@ -242,19 +242,37 @@ class FrozenModel(nn.Module):
 
     def _on_state(
         self, layer: int, see: Callable[[Tensor], Tensor | None]
-    ) -> torch.utils.hooks.RemovableHandle:
+    ) -> AbstractContextManager[object]:
         """Call a function with each value of a state, which it may replace before layer n."""
-        module = [*self.blocks, self.parts.entry][layer]
-        if module is None:
-            return self.blocks[-1].register_forward_hook(
-                lambda _block, _args, output: see(output_state(output)) and None
-            )
+        if layer == len(self.blocks):
+            return self._on_final_state(see)
 
         def hook(_module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
             replacement = see(input_state(args, kwargs))
             return None if replacement is None else replace_input_state(args, kwargs, replacement)
 
-        return module.register_forward_pre_hook(hook, with_kwargs=True)
+        return self.blocks[layer].register_forward_pre_hook(hook, with_kwargs=True)
+
+    def _on_final_state(
+        self, see: Callable[[Tensor], Tensor | None]
+    ) -> AbstractContextManager[object]:
+        """Call a function with what is read after the last block."""
+        last_block, entry = self.blocks[-1], self.parts.entry
+        if entry is None:
+            return last_block.register_forward_hook(
+                lambda _block, _args, output: see(output_state(output)) and None
+            )
+        is_due: list[bool] = []
+
+        def hook(_module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+            if is_due:  # some models apply their final norm to the embeddings too
+                is_due.clear()
+                see(input_state(args, kwargs))
+
+        hooks = ExitStack()
+        hooks.enter_context(last_block.register_forward_hook(lambda *_: is_due.append(True)))
+        hooks.enter_context(entry.register_forward_pre_hook(hook, with_kwargs=True))
+        return hooks
 
     @torch.no_grad()
     def check_parts(self) -> None:

@@ -1,5 +1,7 @@
 """Checks that the parts found in a model give the model's own logits."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -106,14 +108,14 @@ def require_same_logits(
 
 
 def _cap_between(raw: Tensor, expected: Tensor) -> float:
-    """The cap that turns the largest raw logit into the model's, found by bisection."""
-    index = raw.abs().argmax()
-    largest, target = raw.flatten()[index].abs().double(), expected.flatten()[index].abs().double()
-    low, high = target, 1e3 * largest
+    """The c with `expected = c * tanh(raw / c)` at the largest logit, found by bisection."""
+    index = int(raw.abs().argmax())
+    largest, capped = (abs(float(logits.flatten()[index])) for logits in (raw, expected))
+    low, high = 0.0, 100 * largest or 1.0  # a larger cap changes nothing
     for _ in range(60):
         cap = (low + high) / 2
-        low, high = (cap, high) if cap * torch.tanh(largest / cap) < target else (low, cap)
-    return float(high)
+        low, high = (cap, high) if cap * math.tanh(largest / cap) < capped else (low, cap)
+    return high
 
 
 def _tolerance(dtype: torch.dtype) -> float:

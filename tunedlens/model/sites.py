@@ -42,7 +42,8 @@ class _Call(NamedTuple):
     """One call of a part of a block."""
 
     name: str
-    input: Tensor | None
+    inputs: list[Tensor]
+    """Those that have the shape of the stream."""
     output: Tensor
     is_norm: bool
 
@@ -81,6 +82,8 @@ class BlockSites:
         """Capture the sites whenever the block runs, until the hooks are closed."""
         hooks.enter_context(self._block.register_forward_pre_hook(self._enter, with_kwargs=True))
         for name, part in self._block.named_children():
+            if isinstance(part, nn.Dropout):
+                continue  # it passes on what it reads, which need not be the stream
             hooks.enter_context(part.register_forward_hook(self._keep_as(name), with_kwargs=True))
         hooks.enter_context(self._block.register_forward_hook(self._leave))
 
@@ -89,10 +92,11 @@ class BlockSites:
 
     def _keep_as(self, name: str) -> Callable[[nn.Module, Args, Kwargs, object], None]:
         def keep(part: nn.Module, args: Args, kwargs: Kwargs, output: object) -> None:
-            read = self._state(args[0] if args else kwargs.get("hidden_states"))
+            read = [self._state(value) for value in (*args, *kwargs.values())]
             written = self._state(output)
             if written is not None:
-                self._calls.append(_Call(name, read, written, is_norm(part)))
+                inputs = [value for value in read if value is not None]
+                self._calls.append(_Call(name, inputs, written, is_norm(part)))
 
         return keep
 
@@ -101,7 +105,7 @@ class BlockSites:
         value = value[0] if isinstance(value, (tuple, list)) else value
         if self._start is None or not isinstance(value, Tensor):
             return None
-        fits = value.numel() == self._start.numel()
+        fits = value.numel() == self._start.numel() and value.is_floating_point()
         return value.reshape(self._start.shape).clone() if fits else None  # some add in place
 
     def _leave(self, _block: nn.Module, _args: Args, output: object) -> None:
@@ -133,9 +137,9 @@ class BlockSites:
 def _sequential(start: Tensor, end: Tensor, calls: list[_Call]) -> _Terms | None:
     """The terms if some part after attention reads the stream between the two."""
     for index in range(1, len(calls)):
-        middle = calls[index].input
-        if middle is None:
+        if not calls[index].inputs:
             continue
+        middle = calls[index].inputs[0]
         attn_out = next(_additions(start, middle, calls[:index]), None)
         mlp_out = next(_additions(middle, end, calls[index:]), None)
         if attn_out is not None and mlp_out is not None:
@@ -154,7 +158,8 @@ def _additions(before: Tensor, after: Tensor, calls: list[_Call]) -> Iterator[Te
     """The outputs whose sum with the stream before, perhaps times a constant, is that after."""
     step = after - before
     for call in reversed(calls):
-        if _agree(call.output, after) and not call.is_norm:
+        adds_stream = any(_agree(value, before) for value in call.inputs) and not call.is_norm
+        if adds_stream and _agree(call.output, after):
             yield step
         if _agree(before + call.output, after):
             yield call.output
