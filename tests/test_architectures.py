@@ -69,8 +69,8 @@ class Capped(torch.nn.Linear):
 @pytest.mark.parametrize(
     ("head", "reason"),
     [
-        (Halved, r"multiplies its logits by 0\.5, which its config does not say"),
-        (Capped, "caps its logits at 30, which its config does not say"),
+        (Halved, r"multiplies its logits by 0\.5, which its config does not declare"),
+        (Capped, "caps its logits at 30, which its config does not declare"),
     ],
 )
 def test_function_of_the_logits_that_the_config_does_not_declare_is_refused(
