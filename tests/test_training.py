@@ -5,6 +5,7 @@ import signal
 import threading
 
 import pytest
+import safetensors.torch
 import torch
 from accelerate import Accelerator
 from conftest import SHARED_DATA, in_two_processes, make_gpt2
@@ -21,7 +22,7 @@ from tunedlens import (
     load_model,
 )
 from tunedlens.checkpoint import saved_config
-from tunedlens.corpus import load_splits
+from tunedlens.corpus import load_splits, resolve_corpus
 from tunedlens.engine.backend import Backend
 from tunedlens.fit import LeastSquares, PreconditionedMuon
 from tunedlens.training import Interrupted, resolving, train
@@ -91,6 +92,71 @@ def test_closed_form_is_the_least_squares_lens(config, tmp_path):
     for layer, columns in enumerate(sums.solve(1e-3).float()):
         (weight,) = (v for name, v in lens.items() if name.endswith(f".{layer}.weight"))
         assert torch.allclose(weight, columns[:, :-1], atol=2e-2 * float(columns.abs().max()))
+
+
+@pytest.mark.parametrize("fit", ["closed-form", "preconditioned"])
+def test_bias_only_fit_trains_and_saves_biases_only(config, tmp_path, fit):
+    tokens = None if fit == "closed-form" else 6400
+    config = dataclasses.replace(
+        config, fit=fit, bias_only=True, tokens=tokens, evaluate_tokens=150
+    )
+    evaluation = train(config, tmp_path / "run")
+    logit, ours = (evaluation.of_lens(lens, "kl_nats").value for lens in ("logit", "bias-only"))
+    assert ours < logit
+    with safetensors.safe_open(tmp_path / "run" / "lens.safetensors", "pt") as file:
+        assert sorted(file.keys()) == [f"resid_pre.{layer}.bias" for layer in range(3)]
+    lens = lens_of(tmp_path / "run", config)
+    assert not any(value.any() for name, value in lens.items() if name.endswith("weight"))
+
+
+def test_bias_only_closed_form_is_the_mean_difference(config, tmp_path):
+    config = dataclasses.replace(config, fit="closed-form", tokens=None, bias_only=True)
+    train(config, tmp_path / "run")
+    model = load_model(config.model.model, device="cpu")
+    splits = load_splits(resolve_corpus(config.corpus, "", None), model.tokenizer)
+    batches = splits.train.batches(config.batch_size, config.seed)
+    ids = torch.cat([next(batches).input_ids for _ in range(2)])  # init_tokens are 2 batches
+    states = model.residual_stream(ids)
+    lens = lens_of(tmp_path / "run", config)
+    for layer in range(3):
+        expected = (states[-1] - states[layer]).flatten(0, 1).mean(0)
+        bias = lens[f"translators.resid_pre.{layer}.bias"]
+        assert torch.allclose(bias, expected, atol=1e-5)
+
+
+def test_fit_starts_from_another_lens_also_of_another_body(config, tiny_folder, tmp_path):
+    train(dataclasses.replace(config, tokens=6400), tmp_path / "first")
+    body = make_gpt2()
+    with torch.no_grad():
+        body.transformer.ln_f.weight.mul_(1.01)
+    body.save_pretrained(tiny_folder)
+    config = dataclasses.replace(config, tokens=64, lr=1e-9, init=str(tmp_path / "first"))
+    train(config, tmp_path / "second")
+    first = safetensors.torch.load_file(tmp_path / "first" / "lens.safetensors")
+    second = safetensors.torch.load_file(tmp_path / "second" / "lens.safetensors")
+    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+    manifest = json.loads((tmp_path / "second" / "config.json").read_text())
+    assert manifest["progress"]["init_lens"]["model"]["n_layers"] == 3
+
+
+def test_lens_of_another_shape_is_no_start(config, tokenizer, tmp_path):
+    TunedLens.from_model(FrozenModel(make_gpt2(n_layer=2), tokenizer)).save(tmp_path / "other")
+    config = dataclasses.replace(config, init=str(tmp_path / "other"))
+    with pytest.raises(InputError, match="does not hold 6 tensors for 3 layers of width 16"):
+        train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"fit": "sgd", "bias_only": True},
+        {"fit": "jacobian", "tokens": None, "bias_only": True},
+        {"fit": "closed-form", "tokens": None, "init": "x"},
+    ],
+)
+def test_fits_without_a_start_or_biases_alone_say_so(config, settings):
+    with pytest.raises(InputError, match=r"--bias-only works with|cannot start from --init"):
+        dataclasses.replace(config, **settings)
 
 
 @pytest.mark.parametrize("fit", ["sgd", "muon"])

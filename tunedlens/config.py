@@ -157,6 +157,14 @@ class TrainConfig(_Config):
         "128 × d_model, and at most a quarter of --tokens; for --fit closed-form 1,024 × d_model; "
         "for --fit jacobian 8,192)",
     )
+    bias_only: bool = option(
+        False, "train only the bias of every translator, h + b: the debiased logit lens"
+    )
+    init: str | None = option(
+        None,
+        "folder of a saved tuned lens, for this model or another one of the same shape, that the "
+        "steps start from instead of the closed form",
+    )
     jacobian_targets: JacobianTargets = option(
         "later",
         "for --fit jacobian: differentiate the final states at the same and all later positions "
@@ -218,6 +226,12 @@ class TrainConfig(_Config):
         super().__post_init__()
         if self.fit in ONE_PASS and self.tokens is not None:
             raise InputError(f"--fit {self.fit} takes no steps; give --init-tokens, not --tokens")
+        if self.bias_only and self.fit not in ("preconditioned", "closed-form"):
+            raise InputError(
+                f"--bias-only works with --fit preconditioned and closed-form, not {self.fit}"
+            )
+        if self.init is not None and self.fit in ONE_PASS:
+            raise InputError(f"--fit {self.fit} takes no steps, so it cannot start from --init")
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:

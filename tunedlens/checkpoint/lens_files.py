@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import safetensors.torch
+import torch
 
 from tunedlens.errors import InputError
 from tunedlens.files import JsonObject, newest_folder, now, read_json, write, write_json
@@ -39,7 +40,9 @@ def save_lens(
     """
     folder = Path(folder)
     tensors = {
-        name: value.cpu().contiguous() for name, value in lens.translators.state_dict().items()
+        name: value.cpu().contiguous()
+        for name, value in lens.translators.state_dict().items()
+        if name.endswith(".bias") or value.any()
     }
     weights = safetensors.torch.save(tensors)
     write(folder / WEIGHTS, weights)
@@ -123,8 +126,11 @@ def load_lens_of_kind(
     return lens
 
 
-def fill_lens(lens: AffineLens, folder: Path) -> None:
+def fill_lens(lens: AffineLens, folder: Path, *, any_model: bool = False) -> None:
     """Fill a lens with saved translators.
+
+    Args:
+        any_model: accept a lens that was made for another model of the same shape.
 
     Raises:
         InputError: there is no lens, it is damaged or of another kind, holds values that are
@@ -133,9 +139,9 @@ def fill_lens(lens: AffineLens, folder: Path) -> None:
     manifest = read_manifest(folder)
     if manifest["lens"] != kind_of(lens):
         raise InputError(f"{folder} holds a {manifest['lens']} lens, not a {kind_of(lens)} lens")
-    require_same_model(
-        manifest["model"], dataclasses.asdict(lens.identity), f"the lens in {folder}"
-    )
+    if not any_model:
+        identity = dataclasses.asdict(lens.identity)
+        require_same_model(manifest["model"], identity, f"the lens in {folder}")
     path = folder / WEIGHTS
     try:
         weights = path.read_bytes()
@@ -144,9 +150,20 @@ def fill_lens(lens: AffineLens, folder: Path) -> None:
         raise InputError(f"{path} is missing or damaged: {error}") from error
     if hashlib.sha256(weights).hexdigest() != manifest["lens_sha256"]:
         raise InputError(f"{path} is damaged: it is not the file that {MANIFEST} describes")
+    expected = lens.translators.state_dict()
+    # A translator whose weight is zero everywhere is saved as its bias.
+    omitted = {name for name in expected.keys() - tensors.keys() if name.endswith(".weight")}
+    tensors |= {name: torch.zeros_like(expected[name]) for name in omitted}
+    if (wrong := expected.keys() ^ tensors.keys()) or (
+        wrong := {name for name, value in tensors.items() if value.shape != expected[name].shape}
+    ):
+        raise InputError(
+            f"{path} does not hold {len(expected)} tensors for {lens.n_layers} layers of width "
+            f"{lens.identity.d_model}: {min(wrong)} is missing, not expected, or of another shape"
+        )
     for name, value in tensors.items():
         if not value.isfinite().all():
-            raise InputError(f"{path} holds values that are no number ({name}); train it again")
+            raise InputError(f"{path} holds values that are not finite ({name}); train it again")
     lens.translators.load_state_dict(tensors)
 
 

@@ -21,7 +21,7 @@ class LensSpec:
 
     name: str
     kind: str
-    """logit, unigram, mean, in memory; or for a saved lens tuned, closed-form, jacobian."""
+    """logit, unigram, mean, in memory; for a saved lens tuned, closed-form, bias-only, jacobian."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class SavedLens(LensSpec):
         kind = manifest["lens"]
         if kind == "tuned" and trained.fit == "closed-form":
             kind = trained.fit
+        if kind in ("tuned", "closed-form") and trained.bias_only:
+            kind = "bias-only"
         return cls(name, kind, folder, manifest, trained)
 
 

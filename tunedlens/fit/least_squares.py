@@ -108,6 +108,13 @@ class LeastSquares:
         system = inputs + strength[:, None, None] * identity
         return torch.linalg.solve(system, products).mT
 
+    def mean_difference(self) -> Translators:
+        """The translators without a weight that minimise the squared error: h + mean(final − h)."""
+        inputs, products, _ = self.sums()
+        solution = torch.zeros_like(products.mT)
+        solution[:, :, -1] = products[:, -1] / inputs[:, -1, -1, None]
+        return solution
+
     def mean_square_error(self, solution: Translators) -> PerLayer:
         """Mean square error of a solution on the summed tokens, per token and dimension."""
         inputs, products, squares = self.sums()

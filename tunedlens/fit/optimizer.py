@@ -103,7 +103,12 @@ class PreconditionedMuon(LensOptimizer):
         }
 
     def initialise(
-        self, first_pass: LeastSquares, solution: Translators, *, from_solution: bool = True
+        self,
+        first_pass: LeastSquares,
+        solution: Translators,
+        *,
+        from_solution: bool = True,
+        bias_only: bool = False,
     ) -> None:
         """Take the preconditioner, the scale of the steps and the initial lens from least squares.
 
@@ -111,8 +116,15 @@ class PreconditionedMuon(LensOptimizer):
             first_pass: the sums over the first part of the text.
             solution: what `first_pass` solves to.
             from_solution: start from the solution; otherwise from the lens as it is.
+            bias_only: whether the steps change the biases only.
         """
-        self._state["preconditioner"].copy_(preconditioner(first_pass.second_moment))
+        matrices = preconditioner(first_pass.second_moment)
+        if bias_only:
+            # A direction of one column has one singular value instead of d_model; this keeps
+            # the size of a step.
+            matrices = torch.zeros_like(matrices)
+            matrices[:, -1, -1] = matrices.shape[-1] ** 0.5
+        self._state["preconditioner"].copy_(matrices)
         error = first_pass.mean_square_error(solution).clamp(min=0).sqrt()
         self._state["initial_error"].copy_(error)
         if from_solution:

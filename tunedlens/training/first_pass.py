@@ -16,7 +16,7 @@ def fit_closed_form(run: Run, optimizer: PreconditionedMuon, progress: Progress)
     """Initialise the optimizer from least squares over the first tokens of the text.
 
     The steps of a new run continue with the text that follows. A run that is extended keeps its
-    lens and takes only the preconditioner and the scale of the steps.
+    lens, as one with `--init` does, and takes only the preconditioner and the scale of the steps.
     """
     is_new, position, identity = progress.step == 0, progress.position, run.model.identity
     sums = LeastSquares(identity.n_layers, identity.d_model)
@@ -26,8 +26,16 @@ def fit_closed_form(run: Run, optimizer: PreconditionedMuon, progress: Progress)
     if not is_new:
         progress.position = position
     sums.reduce(run.accelerator)
-    ridge = run.plan.ridge or sums.best_ridge(run.validation_set.least_squares())
-    optimizer.initialise(sums, sums.solve(ridge), from_solution=is_new)
+    if run.plan.bias_only:
+        solution = sums.mean_difference()
+    else:
+        solution = sums.solve(run.plan.ridge or sums.best_ridge(run.validation_set.least_squares()))
+    optimizer.initialise(
+        sums,
+        solution,
+        from_solution=is_new and run.plan.init is None,
+        bias_only=run.plan.bias_only,
+    )
 
 
 def mean_jacobian(run: Run, progress: Progress, stop: threading.Event) -> JacobianLens:

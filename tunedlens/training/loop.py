@@ -77,7 +77,12 @@ def train(
     if resume:
         state = checkpointing.restore(run)
     else:
-        state = TrainState(make_optimizer(TunedLens.from_model(model), plan), Progress())
+        lens, progress = TunedLens.from_model(model), Progress()
+        if plan.init is not None:
+            checkpoint.fill_lens(lens, Path(plan.init), any_model=True)
+            manifest = checkpoint.read_manifest(Path(plan.init))
+            progress.init_lens = {name: manifest[name] for name in ("model", "lens_sha256")}
+        state = TrainState(make_optimizer(lens, plan), progress)
     messages.describe(run)
 
     mode = wandb if run.is_main else "disabled"

@@ -56,6 +56,8 @@ class Progress:
     """Positions that the steps have trained on."""
     init_tokens: int = 0
     """Positions of the first pass, whose KL is never computed."""
+    init_lens: JsonObject | None = None
+    """Model and hash of the lens that `--init` names."""
     position: JsonObject | None = None
     """Where the corpus continues."""
     seconds: float = 0.0
