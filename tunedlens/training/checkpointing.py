@@ -124,7 +124,7 @@ def restore(run: Run) -> TrainState:
         InputError: the model, the text or a setting differs, or the run has no more to do.
     """
     _require_same_settings(run)
-    lens = TunedLens.from_model(run.model)
+    lens = TunedLens.from_model(run.model, run.plan.all_sites)
     if (run.output / checkpoint.STATE).is_file():
         tensors, saved = checkpoint.load_state(run.output)
         identity = dataclasses.asdict(run.model.identity)
