@@ -193,6 +193,6 @@ def finish(run: Run, state: TrainState, tracker: Tracker, lens: AffineLens) -> E
         checkpoint.save_lens(lens, run.output, metadata)
         card = report.card(run.output.name, metadata, evaluation)
         files.write(run.output / "README.md", card)
-        plots.draw_learning_curve(state.progress.history, run.output)
+        plots.draw_learning_curve(state.progress.history, run.output, run.plan.all_sites)
         checkpoint.remove_state(run.output)
     return evaluation

@@ -73,10 +73,7 @@ def train(
         config = checkpointing.continued(config, output)
     plan = resolve(config, model, accelerator)
     run = Run(plan, output, model, accelerator)
-    if resume:
-        state = checkpointing.restore(run)
-    else:
-        state = initial_state(run)
+    state = checkpointing.restore(run) if resume else initial_state(run)
     messages.describe(run)
 
     mode = wandb if run.is_main else "disabled"
