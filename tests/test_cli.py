@@ -351,7 +351,10 @@ def test_bad_lenses_are_one_line(here, tokenizer, text_file, capsys):
         (["--lens", "mean", "--lens", "mean"], "the lens name mean is taken", "NAME=mean"),
         (["--lens", "model=steps"], "model"),
         (["--lens", "nowhere"], "nowhere holds no lens"),
-        (["--lens", "steps", "--output", "mine"], "mine holds files that do not belong"),
+        (
+            ["--lens", "steps", "--output", "mine"],
+            "mine holds files that do not belong",
+        ),
         (["--lens", "steps", "--tokens", "1e6"], "asks for 1,000,000 positions", "has 285"),
         (["--lens", "steps", "--metrics", "some"], "invalid choice", "some"),
         (["--redraw", "nowhere"], "nowhere holds no evaluation"),

@@ -16,7 +16,7 @@ from tunedlens.fit import (
 )
 from tunedlens.fit.jacobian import SKIPPED_POSITIONS
 from tunedlens.fit.least_squares import RIDGES
-from tunedlens.fit.optimizer import _orthogonalised, translators_of
+from tunedlens.fit.optimizer import _orthogonalised
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_inactive_layers_stay_as_they_are(tiny):
 def test_preconditioned_steps_start_from_the_closed_form(tiny):
     optimizer, expected = preconditioned(TunedLens.from_model(tiny)), first_pass().solve(1e-4)
     for lens in (optimizer.lens, optimizer.result()):
-        for translator, columns in zip(translators_of(lens), expected, strict=True):
+        for translator, columns in zip(lens.all_translators(), expected, strict=True):
             assert torch.allclose(translator.weight.double(), columns[:, :-1], atol=1e-5)
             assert torch.allclose(translator.bias.double(), columns[:, -1], atol=1e-5)
 
@@ -182,12 +182,12 @@ def test_a_layer_is_reverted_to_the_closed_form(tiny):
 def test_preconditioned_step_is_a_fraction_of_the_error_of_the_closed_form(tiny):
     optimizer, sums = preconditioned(TunedLens.from_model(tiny), 0.1, 0.0), first_pass()
     error = sums.mean_square_error(sums.solve(1e-4)).sqrt()
-    before = [translator.weight.detach().clone() for translator in translators_of(optimizer.lens)]
+    before = [translator.weight.detach().clone() for translator in optimizer.lens.all_translators()]
     random_gradients(optimizer.lens, 0)
     optimizer.step(ALL, 0.0)
     generator = torch.Generator().manual_seed(5)
     scales = torch.logspace(-1, 2, 16)
-    for layer, translator in enumerate(translators_of(optimizer.lens)):
+    for layer, translator in enumerate(optimizer.lens.all_translators()):
         inputs = torch.randn(5000, 16, generator=generator) * scales
         change = inputs @ (translator.weight.detach() - before[layer]).T
         assert change.square().mean().sqrt() == pytest.approx(0.1 * float(error[layer]), rel=0.35)
@@ -195,11 +195,11 @@ def test_preconditioned_step_is_a_fraction_of_the_error_of_the_closed_form(tiny)
 
 def test_preconditioner_brings_large_and_small_inputs_closer(tiny):
     optimizer = preconditioned(TunedLens.from_model(tiny))
-    before = translators_of(optimizer.lens)[0].weight.detach().clone()
+    before = optimizer.lens.all_translators()[0].weight.detach().clone()
     random_gradients(optimizer.lens, 2)
     optimizer.step(ALL, 0.0)
     sizes = (first_pass().sums().inputs[0].diagonal()[:-1] / 400).sqrt()
-    change = (translators_of(optimizer.lens)[0].weight - before).norm(dim=0) * sizes
+    change = (optimizer.lens.all_translators()[0].weight - before).norm(dim=0) * sizes
     assert sizes.max() / sizes.min() > 500
     # The fourth root leaves the square root of that.
     assert 5 < change.max() / change.min() < 60
@@ -222,10 +222,10 @@ def test_result_is_an_average_that_leans_to_the_latest_steps(tiny):
     for index in range(40):
         random_gradients(optimizer.lens, index)
         optimizer.step(ALL, 0.0)
-        moved.append(translators_of(optimizer.lens)[0].weight.detach().clone())
+        moved.append(optimizer.lens.all_translators()[0].weight.detach().clone())
     weights = torch.tensor([float((t + 1) * (t + 2)) for t in range(40)])  # t² and lower terms
     expected = (torch.stack(moved) * (weights / weights.sum())[:, None, None]).sum(0)
-    assert torch.allclose(translators_of(optimizer.result())[0].weight, expected, atol=1e-4)
+    assert torch.allclose(optimizer.result().all_translators()[0].weight, expected, atol=1e-4)
 
 
 def test_baselines_end_at_a_learning_rate_of_0(tiny):
@@ -244,11 +244,11 @@ def test_accumulated_gradient_is_that_of_the_plain_kl(tiny, chunk):
     figures = accumulate_gradient(lens, states, kl, layers=[0, 2], fraction=0.5)
     translated = torch.stack([lens.transform_hidden(states[layer], layer) for layer in (0, 2)])
     expected = reference_kl(translated, states[-1], tiny.unembedding) / 2
-    parameters = [*translators_of(lens)[0].parameters(), *translators_of(lens)[2].parameters()]
+    parameters = [*lens.all_translators()[0].parameters(), *lens.all_translators()[2].parameters()]
     gradients = torch.autograd.grad(expected.sum(), parameters)
     assert torch.allclose(figures[[0, 2]], expected, rtol=1e-4)
     assert figures[1] == 0
-    assert translators_of(lens)[1].weight.grad is None
+    assert lens.all_translators()[1].weight.grad is None
     for parameter, gradient in zip(parameters, gradients, strict=True):
         assert torch.allclose(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
 

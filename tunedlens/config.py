@@ -157,6 +157,11 @@ class TrainConfig(_Config):
         "128 × d_model, and at most a quarter of --tokens; for --fit closed-form 1,024 × d_model; "
         "for --fit jacobian 8,192)",
     )
+    sites: str | None = option(
+        None,
+        "further sites that get translators besides the stream entering each block (resid_pre), "
+        "separated by commas: resid_mid, attn_out, mlp_out",
+    )
     bias_only: bool = option(
         False, "train only the bias of every translator, h + b: the debiased logit lens"
     )
@@ -226,6 +231,8 @@ class TrainConfig(_Config):
         super().__post_init__()
         if self.fit in ONE_PASS and self.tokens is not None:
             raise InputError(f"--fit {self.fit} takes no steps; give --init-tokens, not --tokens")
+        if self.fit == "jacobian" and self.sites:
+            raise InputError("--fit jacobian has no further sites; leave out --sites")
         if self.bias_only and self.fit not in ("preconditioned", "closed-form"):
             raise InputError(
                 f"--bias-only works with --fit preconditioned and closed-form, not {self.fit}"

@@ -49,6 +49,7 @@ def save_lens(
     manifest = {
         "format": FORMAT,
         "lens": kind_of(lens),
+        "sites": lens.sites,
         "created": now(),
         "model": dataclasses.asdict(lens.identity),
         "lens_sha256": hashlib.sha256(weights).hexdigest(),
@@ -109,9 +110,10 @@ def load_lens_of_kind(
         InputError: there is no lens, it is damaged or of another kind, or it belongs to
             another model (other width, depth, vocabulary, norm or unembedding).
     """
-    lens = kind.from_model(model)
+    manifest = read_manifest(Path(folder))
+    lens = kind.from_model(model, manifest.get("sites", ["resid_pre"]))
     fill_lens(lens, Path(folder))
-    probe = read_manifest(Path(folder)).get("probe")
+    probe = manifest.get("probe")
     if (
         check
         and probe is not None

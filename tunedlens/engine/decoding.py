@@ -25,12 +25,16 @@ class Decoder:
 
     @torch.no_grad()
     def lens_logits(
-        self, lens: Lens, hidden: Float[Tensor, "tokens d_model"], layer: int
+        self,
+        lens: Lens,
+        hidden: Float[Tensor, "tokens d_model"],
+        layer: int,
+        site: str = "resid_pre",
     ) -> Float[Tensor, "tokens vocab"]:
         """Logits of a lens, computed with this decoder's unembedding."""
         if isinstance(lens, ResidualLens):
-            return self.model_logits(lens.transform_hidden(hidden, layer))
-        logits = lens(hidden, layer)
+            return self.model_logits(lens.transform_hidden(hidden, layer, site))
+        logits = lens(hidden, layer, site)
         return self._logits.resize_(logits.shape).copy_(logits)
 
     @torch.no_grad()

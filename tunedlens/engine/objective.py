@@ -261,23 +261,24 @@ def accumulate_gradient(
     The layers are processed one after the other, so the memory does not grow with their number.
 
     Args:
-        states: all states of the residual stream, the last one before the final norm.
+        states: the states at `lens.points`, and last the one before the final norm.
         model: from `objective.model_side`; computed if it is not given.
         keys: the keys of a sample of the vocabulary; by default those of all of it.
-        layers: the layers that take part; all by default.
+        layers: the indices of the points that take part; all by default.
         fraction: the fraction of the step's tokens that is in `states`.
 
     Returns:
-        The contribution of these tokens to the step's mean KL of every layer, in nats; 0 for
-        layers that take no part.
+        The contribution of these tokens to the step's mean KL at every point, in nats; 0 for
+        points that take no part.
     """
-    model = model or objective.model_side(states[-1])
-    kl, dtype = states[-1].new_zeros(lens.n_layers), objective.dtype
+    model, points = model or objective.model_side(states[-1]), lens.points
+    kl, dtype = states[-1].new_zeros(len(points)), objective.dtype
     factor = fraction / len(states[-1])
-    for layer in range(lens.n_layers) if layers is None else layers:
-        hidden, translator = states[layer], lens.translator(layer)
-        nats, gradient = objective.gradient(lens.transform_hidden(hidden, layer), model, keys)
-        kl[layer] = nats.sum() * factor
+    for index in range(len(points)) if layers is None else layers:
+        hidden, (site, layer) = states[index], points[index]
+        translator = lens.translator(layer, site)
+        nats, gradient = objective.gradient(lens.transform_hidden(hidden, layer, site), model, keys)
+        kl[index] = nats.sum() * factor
         weight_gradient = (gradient.T.to(dtype) @ hidden.to(dtype)).to(gradient.dtype)
         values = (weight_gradient, gradient.sum(0))
         for parameter, value in zip(translator.parameters(), values, strict=True):

@@ -84,6 +84,8 @@ class Evaluation:
     """Hash of the token ids (int32) of the scored blocks."""
     constant: list[str] = field(default_factory=list)
     """Names of the lenses that have the same distribution at every layer and position."""
+    sites: dict[str, str] = field(default_factory=dict)
+    """The site of every lens that reads another one than the stream between blocks, by name."""
     differences: list[Difference] = field(default_factory=list)
     """Every lens minus each one before it."""
     by_position: Grids = field(default_factory=dict)

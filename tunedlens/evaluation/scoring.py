@@ -1,6 +1,6 @@
 """Metrics of every lens at every layer, at the positions of one batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import NamedTuple, Self
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tunedlens.engine import Decoder, ModelDistribution, chunk_tokens, measure
 from tunedlens.evaluation.estimates import GROUPS
-from tunedlens.lenses import AffineLens, ConstantLens, Lens
-from tunedlens.model import FrozenModel
+from tunedlens.lenses import AffineLens, ConstantLens, Lens, ResidualLens
+from tunedlens.model import TRANSLATED_SITES, FrozenModel, HookPoint
 from tunedlens.tokenizer import TokenBytes
 
 TRANSFER_METRICS = ("kl_nats", "cross_entropy_nats")
@@ -25,9 +25,10 @@ class Layout(NamedTuple):
     a layer, a constant lens (once for all layers), or last the model.
     """
 
-    lenses: Mapping[str, Lens]
-    decodings: list[tuple[Lens | None, int]]
-    """Lens and layer of every row; None is the model, at the layer after the last block."""
+    columns: Mapping[str, tuple[Lens, str]]
+    """Lens and site of every column but the last, by name."""
+    decodings: list[tuple[Lens | None, HookPoint]]
+    """Lens and point of every row; None is the model, at the layer after the last block."""
     rows: Int[Tensor, "layers columns"]
     """The row of every column at every layer."""
     transfer_lenses: list[str]
@@ -40,20 +41,36 @@ class Layout(NamedTuple):
     def of(cls, model: FrozenModel, lenses: Mapping[str, Lens], *, transfer: bool) -> Self:
         """The layout for lenses of a model."""
         n_layers, vocab_size = model.identity.n_layers, model.identity.vocab_size
-        decodings: list[tuple[Lens | None, int]] = []
-        columns = []
-        for lens in lenses.values():
+        decodings: list[tuple[Lens | None, HookPoint]] = []
+        columns: dict[str, tuple[Lens, str]] = {}
+        rows_by_column = []
+        for name, lens in lenses.items():
             layers = range(1 if isinstance(lens, ConstantLens) else n_layers)
-            first = len(decodings)
-            columns.append([first + min(layer, layers[-1]) for layer in range(n_layers)])
-            decodings += [(lens, layer) for layer in layers]
-        columns.append([len(decodings)] * n_layers)
-        decodings.append((None, n_layers))
-        affine = [name for name, lens in lenses.items() if isinstance(lens, AffineLens)]
+            for site in _sites_of(lens, lenses.values()):
+                columns[name if site == "resid_pre" else f"{name} {site}"] = lens, site
+                first = len(decodings)
+                rows_by_column.append([first + min(i, layers[-1]) for i in range(n_layers)])
+                decodings += [(lens, HookPoint(site, layer)) for layer in layers]
+        rows_by_column.append([len(decodings)] * n_layers)
+        decodings.append((None, HookPoint("resid_pre", n_layers)))
+        affine = [
+            name
+            for name, lens in lenses.items()
+            if isinstance(lens, AffineLens) and lens.reads("resid_pre")
+        ]
         # Apple's GPUs have no float64.
         device = torch.device("cpu") if model.device.type == "mps" else model.device
-        rows, transfer_lenses = torch.tensor(columns).T, affine if transfer else []
-        return cls(lenses, decodings, rows, transfer_lenses, vocab_size, device)
+        rows, transfer_lenses = torch.tensor(rows_by_column).T, affine if transfer else []
+        return cls(columns, decodings, rows, transfer_lenses, vocab_size, device)
+
+
+def _sites_of(lens: Lens, lenses: Iterable[Lens]) -> list[str]:
+    """The sites at which a lens is scored: its own, or those of the others if it reads all."""
+    if isinstance(lens, AffineLens):
+        return [*lens.sites]
+    others = {site for other in lenses if isinstance(other, AffineLens) for site in other.sites}
+    further = others if isinstance(lens, ResidualLens) else set()
+    return [site for site in TRANSLATED_SITES if site in {"resid_pre"} | further]
 
 
 class Block(NamedTuple):
@@ -99,7 +116,9 @@ class Scorer:
         groups = torch.tensor([block.number % GROUPS for block in blocks])
         is_scored = torch.arange(ids.shape[1] - 1) < counts[:, None]
         mask = is_scored.to(device)
-        states = [state[:, :-1][mask] for state in self._model.residual_stream(ids.to(device))]
+        points = list(dict.fromkeys([point for _, point in layout.decodings]))
+        found = self._model.states_at(points, ids.to(device))
+        states = {point: state[:, :-1][mask] for point, state in zip(points, found, strict=True)}
         next_ids = ids[:, 1:][is_scored].to(device)
         block_of = is_scored.nonzero()[:, 0]
         in_block = (torch.arange(len(ids))[:, None] == block_of).double()
@@ -118,17 +137,18 @@ class Scorer:
         )
         size = chunk_tokens(layout.vocab_size, device)
         for part in (slice(start, start + size) for start in range(0, len(next_ids), size)):
-            logits = self._decoder.model_logits(states[-1][part])
+            logits = self._decoder.model_logits(states[layout.decodings[-1][1]][part])
             model = ModelDistribution.from_logits(logits)
-            for row, (lens, layer) in enumerate(layout.decodings):
-                logits = self._logits(lens, states[layer][part], layer)
+            for row, (lens, point) in enumerate(layout.decodings):
+                logits = self._logits(lens, states[point][part], point.layer, point.site)
                 values[:, row, part] = measure(self._metrics, logits, model, next_ids[part])
                 probs = logits  # `measure` overwrites the logits
                 probability_sums[:, row] += (in_group[:, part] @ probs).to(probability_sums)
             for column, name in enumerate(layout.transfer_lenses):
-                lens = layout.lenses[name]
+                lens, _ = layout.columns[name]
                 for translator, layer in product(range(n_layers), repeat=2):
-                    logits = self._logits(lens, states[layer][part], translator)
+                    state = states[HookPoint("resid_pre", layer)]
+                    logits = self._logits(lens, state[part], translator)
                     measured = measure(TRANSFER_METRICS, logits, model, next_ids[part])
                     sums = measured.cpu().double() @ in_block[:, part].mT
                     transfer[:, translator, layer, column] += sums
@@ -152,8 +172,12 @@ class Scorer:
         return self._token_bytes.next_bytes(ids)
 
     def _logits(
-        self, lens: Lens | None, hidden: Float[Tensor, "tokens d_model"], layer: int
+        self,
+        lens: Lens | None,
+        hidden: Float[Tensor, "tokens d_model"],
+        layer: int,
+        site: str = "resid_pre",
     ) -> Float[Tensor, "tokens vocab"]:
         if lens is None:
             return self._decoder.model_logits(hidden)
-        return self._decoder.lens_logits(lens, hidden, layer)
+        return self._decoder.lens_logits(lens, hidden, layer, site)

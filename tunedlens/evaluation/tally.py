@@ -30,7 +30,7 @@ class Tally:
     """
 
     def __init__(self, layout: Layout, config: ScoringConfig, positions: int) -> None:
-        self._layout, self._names = layout, list(layout.lenses)
+        self._layout, self._names = layout, list(layout.columns)
         n_layers, columns = layout.rows.shape
         metrics = (*per_token_metrics(config.metrics), "bits_per_byte")
         self._by_layer = {
@@ -108,7 +108,7 @@ class Tally:
         if not text_bytes:  # the bytes of the tokenizer's tokens are not known
             self._by_layer.pop("bits_per_byte")
             self._by_position.pop("bits_per_byte", None)
-        names, lenses = self._names, self._layout.lenses.items()
+        names, named = self._names, self._layout.columns.items()
         columns = torch.eye(len(names) + 1, dtype=torch.float64)
         pairs = [(i, j) for i in range(len(names)) for j in range(i)]
         contrasts = torch.stack([*columns, *(columns[i] - columns[j] for i, j in pairs)])
@@ -123,7 +123,8 @@ class Tally:
             text_bytes=text_bytes,
             blocks=round(float(kl.blocks[0])),
             tokens_sha256=tokens_sha256,
-            constant=[name for name, lens in lenses if isinstance(lens, ConstantLens)],
+            constant=[name for name, (lens, _) in named if isinstance(lens, ConstantLens)],
+            sites={name: site for name, (_, site) in named if site != "resid_pre"},
             differences=differences,
             by_position=self._position_grids(),
             transfer=_grids(self._transfer, self._layout.transfer_lenses),

@@ -43,7 +43,7 @@ class LeastSquares:
     a time are summed in float32 on the device of the states; the totals are float64 on the CPU.
 
     Args:
-        n_layers: the number of states to map.
+        n_layers: the number of states to map, over all sites.
     """
 
     def __init__(self, n_layers: int, d_model: int) -> None:

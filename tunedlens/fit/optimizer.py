@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tunedlens.fit.least_squares import LeastSquares, Translators
-from tunedlens.lenses import AffineLens, Translator
+from tunedlens.lenses import AffineLens
 
 Matrices = Float[Tensor, "layers rows columns"]
 _DAMPING = 1e-4
@@ -88,18 +88,18 @@ class PreconditionedMuon(LensOptimizer):
         self, lens: AffineLens, step_size: float, momentum: float, weight_decay: float
     ) -> None:
         self.lens = lens
-        self._average = type(lens)(lens.unembedding, lens.identity)
+        self._average = type(lens)(lens.unembedding, lens.identity, lens.sites)
         self._step_size, self._momentum, self._weight_decay = step_size, momentum, weight_decay
         initial = _columns(lens)
         width = initial.shape[-1]
         self._state = {
             "initial": initial,
-            "preconditioner": torch.eye(width, device=initial.device).repeat(lens.n_layers, 1, 1),
-            "initial_error": initial.new_ones(lens.n_layers),
+            "preconditioner": torch.eye(width, device=initial.device).repeat(len(initial), 1, 1),
+            "initial_error": initial.new_ones(len(initial)),
             "iterate": torch.zeros_like(initial),
             "average": torch.zeros_like(initial),
             "momentum": torch.zeros_like(initial),
-            "steps": initial.new_zeros(lens.n_layers),
+            "steps": initial.new_zeros(len(initial)),
         }
 
     def initialise(
@@ -165,7 +165,7 @@ class PreconditionedMuon(LensOptimizer):
         columns = torch.baddbmm(
             self._state["initial"], self._state[name], self._state["preconditioner"]
         )
-        for translator, value in zip(translators_of(lens), columns, strict=True):
+        for translator, value in zip(lens.all_translators(), columns, strict=True):
             translator.weight.data.copy_(value[:, :-1])
             translator.bias.data.copy_(value[:, -1])
 
@@ -220,8 +220,8 @@ class TorchOptimizer(LensOptimizer):
         weight_decay: float,
     ) -> None:
         self.lens = lens
-        weights = [translator.weight for translator in translators_of(lens)]
-        biases = [translator.bias for translator in translators_of(lens)]
+        weights = [translator.weight for translator in lens.all_translators()]
+        biases = [translator.bias for translator in lens.all_translators()]
         self._optimizers: list[torch.optim.Optimizer]
         if name == "muon":
             muon = torch.optim.Muon(weights, learning_rate, weight_decay, momentum)
@@ -235,7 +235,7 @@ class TorchOptimizer(LensOptimizer):
         self._rates = [optimizer.param_groups[0]["lr"] for optimizer in self._optimizers]
 
     def step(self, active: Sequence[bool], fraction_done: float) -> None:
-        for layer, translator in enumerate(translators_of(self.lens)):
+        for layer, translator in enumerate(self.lens.all_translators()):
             if not active[layer]:
                 translator.zero_grad()
         nn.utils.clip_grad_norm_(self.lens.parameters(), _MAX_GRADIENT_NORM)
@@ -268,14 +268,9 @@ class TorchOptimizer(LensOptimizer):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": values})
 
 
-def translators_of(lens: AffineLens) -> list[Translator]:
-    """The translators in the order of the layers."""
-    return [one.translator for one in lens.all_translators()]
-
-
 def _columns(lens: AffineLens) -> Translators:
     """`[A b]` of every layer."""
-    parts = [torch.cat([t.weight.data, t.bias.data[:, None]], 1) for t in translators_of(lens)]
+    parts = [torch.cat([t.weight.data, t.bias.data[:, None]], 1) for t in lens.all_translators()]
     return torch.stack(parts)
 
 
@@ -285,5 +280,5 @@ def translator_gradients(lens: AffineLens) -> Translators:
     def gradient(parameter: Tensor) -> Tensor:
         return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
-    pairs = [(gradient(t.weight), gradient(t.bias)) for t in translators_of(lens)]
+    pairs = [(gradient(t.weight), gradient(t.bias)) for t in lens.all_translators()]
     return torch.stack([torch.cat([weight, bias[:, None]], 1) for weight, bias in pairs])

@@ -44,12 +44,17 @@ class Lens(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, hidden: Float[Tensor, "*positions d_model"], layer: int
+        self, hidden: Float[Tensor, "*positions d_model"], layer: int, site: str = "resid_pre"
     ) -> Float[Tensor, "*positions vocab"]:
         """Raw logits of the state of `layer`.
 
+        Args:
+            hidden: the state.
+            layer: where it comes from.
+            site: one of `model.SITES`: by default the stream entering the block.
+
         Raises:
-            InputError: there is no such layer, or the width is not the model's.
+            InputError: there is no such layer or site, or the width is not the model's.
         """
 
 
@@ -73,7 +78,7 @@ class ResidualLens(Lens):
 
     @abstractmethod
     def transform_hidden(
-        self, hidden: Float[Tensor, "*positions d_model"], layer: int
+        self, hidden: Float[Tensor, "*positions d_model"], layer: int, site: str = "resid_pre"
     ) -> Float[Tensor, "*positions d_model"]:
         """The lens's prediction of the final state, before the final norm, in the lens's dtype.
 
@@ -81,10 +86,14 @@ class ResidualLens(Lens):
             InputError: there is no such layer, or the width is not the model's.
         """
 
+    def reads(self, site: str) -> bool:  # noqa: ARG002 - a lens without translators reads all
+        """Whether the lens reads the states of a site."""
+        return True
+
     def forward(
-        self, hidden: Float[Tensor, "*positions d_model"], layer: int
+        self, hidden: Float[Tensor, "*positions d_model"], layer: int, site: str = "resid_pre"
     ) -> Float[Tensor, "*positions vocab"]:
-        return self.unembedding(self.transform_hidden(hidden, layer))
+        return self.unembedding(self.transform_hidden(hidden, layer, site))
 
     def _checked(self, hidden: Tensor) -> Tensor:
         """Convert the hidden states to the lens's dtype.

@@ -21,7 +21,10 @@ class ConstantLens(Lens):
         self.register_buffer("log_probs", log_probs.float(), persistent=False)
 
     def forward(
-        self, hidden: Float[Tensor, "*positions d_model"], layer: int
+        self,
+        hidden: Float[Tensor, "*positions d_model"],
+        layer: int,
+        site: str = "resid_pre",  # noqa: ARG002 - it ignores all states
     ) -> Float[Tensor, "*positions vocab"]:
         self.resolve(layer)
         return self.log_probs.expand(*hidden.shape[:-1], -1)

@@ -14,7 +14,10 @@ class LogitLens(ResidualLens):
     """
 
     def transform_hidden(
-        self, hidden: Float[Tensor, "*positions d_model"], layer: int
+        self,
+        hidden: Float[Tensor, "*positions d_model"],
+        layer: int,
+        site: str = "resid_pre",  # noqa: ARG002 - it reads all sites alike
     ) -> Float[Tensor, "*positions d_model"]:
         self.resolve(layer)
         return self._checked(hidden)

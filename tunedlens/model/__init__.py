@@ -4,14 +4,17 @@ from tunedlens.model.frozen import FrozenModel
 from tunedlens.model.identity import ModelIdentity, require_same_model
 from tunedlens.model.loading import load_configured, load_model
 from tunedlens.model.probe import probe_kl, probe_tolerance, take_probe
-from tunedlens.model.sites import SITES
+from tunedlens.model.sites import SITES, TRANSLATED_SITES, HookPoint, hook_points
 from tunedlens.model.unembedding import Unembedding
 
 __all__ = [
     "SITES",
+    "TRANSLATED_SITES",
     "FrozenModel",
+    "HookPoint",
     "ModelIdentity",
     "Unembedding",
+    "hook_points",
     "load_configured",
     "load_model",
     "probe_kl",

@@ -1,6 +1,6 @@
 """A frozen causal language model: its residual stream and its unembedding."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 
@@ -23,6 +23,7 @@ from tunedlens.model.sites import (
     SITES,
     Args,
     BlockSites,
+    HookPoint,
     Kwargs,
     input_state,
     output_state,
@@ -155,6 +156,30 @@ class FrozenModel(nn.Module):
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False
             )
         return states
+
+    def states_at(
+        self,
+        points: Sequence[HookPoint],
+        input_ids: Int[Tensor, "batch seq"] | str,
+        attention_mask: Int[Tensor, "batch seq"] | None = None,
+    ) -> list[Float[Tensor, "batch seq d_model"]]:
+        """The states at any points of the model, in one forward pass.
+
+        Args:
+            points: sites and layers. The layer of `resid_pre` may be n, the last state.
+            input_ids: token ids, or one text.
+            attention_mask: 0 where there is padding.
+
+        Raises:
+            InputError: a block has no such site; see `sites`.
+        """
+        wanted = {point.site for point in points}
+        if wanted <= {"resid_pre", "resid_post"}:
+            stream = self.residual_stream(input_ids, attention_mask)
+            found = {"resid_pre": stream, "resid_post": stream[1:]}
+        else:
+            found = self.sites(input_ids, attention_mask, wanted)
+        return [found[point.site][point.layer] for point in points]
 
     def sites(
         self,

@@ -1,6 +1,6 @@
 """Captures the residual stream and its terms inside every block, with forward hooks."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -14,6 +14,29 @@ SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 """The sites of a block, in the order in which it computes them: the stream entering the block,
 what attention adds, the stream between attention and MLP, what the MLP adds, the stream leaving
 the block."""
+
+TRANSLATED_SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out")
+"""The sites that translators are keyed by; the stream leaving a block is the next `resid_pre`."""
+
+
+class HookPoint(NamedTuple):
+    """A site in one block."""
+
+    site: str
+    """One of `SITES`."""
+    layer: int
+    """The block; `resid_pre` also has layer n, the state that the final norm reads."""
+
+    @property
+    def label(self) -> str:
+        """The layer, with the site if that is not the stream between blocks."""
+        return str(self.layer) if self.site == "resid_pre" else f"{self.layer} {self.site}"
+
+
+def hook_points(sites: Sequence[str], n_layers: int) -> tuple[HookPoint, ...]:
+    """The points of every layer, by site."""
+    return tuple(HookPoint(site, layer) for site in sites for layer in range(n_layers))
+
 
 Args = tuple[object, ...]
 Kwargs = dict[str, object]

@@ -235,9 +235,10 @@ def card(name: str, manifest: JsonObject, evaluation: Evaluation) -> str:
     used = f"{progress['init_tokens']:,} tokens"
     if config["fit"] not in ONE_PASS:
         used += f" for the closed form and {progress['tokens']:,} for the steps"
+    kind = [lens for lens in evaluation.lenses if lens not in evaluation.sites][-1]
     return f"""# {name}
 
-A {evaluation.lenses[-1]} lens for `{provenance["model"]}`, made by tunedlens \
+A {kind} lens for `{provenance["model"]}`, made by tunedlens \
 {provenance["versions"]["tunedlens"]}.
 
 - Text: {text}, blocks of {config["corpus"]["seq_len"]} tokens.

@@ -102,6 +102,7 @@ def summary(evaluation: Evaluation) -> list[str]:
     means = {lens: evaluation.of_lens(lens, "kl_nats") for lens in evaluation.lenses}
     ranked = sorted(means, key=lambda lens: means[lens].value)
     varied = [lens for lens in ranked if lens not in evaluation.constant]
+    stream = [lens for lens in varied if lens not in evaluation.sites]
     listed = ", ".join(f"{lens} {plus_minus(means[lens])}" for lens in ranked)
     depths = ", ".join(
         f"{lens} {plus_minus(evaluation.of_lens(lens, 'mean_prediction_depth'))}" for lens in varied
@@ -113,7 +114,7 @@ def summary(evaluation: Evaluation) -> list[str]:
         own += "; the bytes of its tokens are not known, so bits per byte are left out"
     return [
         f"Mean KL(model ‖ lens) over layers, in nats: {listed}.",
-        *(_comparison(evaluation, varied[0], other) for other in varied[1:]),
+        *(_comparison(evaluation, stream[0], other) for other in stream[1:]),
         f"Mean prediction depth (of {evaluation.n_layers} layers): {depths}.",
         f"The model itself has {own}.",
     ]

@@ -124,7 +124,7 @@ def restore(run: Run) -> TrainState:
         InputError: the model, the text or a setting differs, or the run has no more to do.
     """
     _require_same_settings(run)
-    lens = TunedLens.from_model(run.model)
+    lens = TunedLens.from_model(run.model, run.plan.all_sites)
     if (run.output / checkpoint.STATE).is_file():
         tensors, saved = checkpoint.load_state(run.output)
         identity = dataclasses.asdict(run.model.identity)
@@ -193,6 +193,6 @@ def finish(run: Run, state: TrainState, tracker: Tracker, lens: AffineLens) -> E
         checkpoint.save_lens(lens, run.output, metadata)
         card = report.card(run.output.name, metadata, evaluation)
         files.write(run.output / "README.md", card)
-        plots.draw_learning_curve(state.progress.history, run.output)
+        plots.draw_learning_curve(state.progress.history, run.output, run.plan.all_sites)
         checkpoint.remove_state(run.output)
     return evaluation

@@ -18,8 +18,8 @@ def fit_closed_form(run: Run, optimizer: PreconditionedMuon, progress: Progress)
     The steps of a new run continue with the text that follows. A run that is extended keeps its
     lens, as one with `--init` does, and takes only the preconditioner and the scale of the steps.
     """
-    is_new, position, identity = progress.step == 0, progress.position, run.model.identity
-    sums = LeastSquares(identity.n_layers, identity.d_model)
+    is_new, position = progress.step == 0, progress.position
+    sums = LeastSquares(len(run.reader.points), run.model.identity.d_model)
     for input_ids in _first_batches(run, progress, "closed form"):
         for states in run.reader.read(input_ids):
             sums.add(states[:-1], states[-1])

@@ -22,7 +22,6 @@ from tunedlens.engine.vocab_sample import draw_sample
 from tunedlens.errors import InputError
 from tunedlens.evaluation import Evaluation
 from tunedlens.fit import PreconditionedMuon, ValidationResult, converged_layers
-from tunedlens.lenses import TunedLens
 from tunedlens.model import load_configured
 from tunedlens.tracking import Tracker, progress_bar
 from tunedlens.training import checkpointing, messages
@@ -30,7 +29,7 @@ from tunedlens.training.checkpointing import Interrupted, finish, stop_flag
 from tunedlens.training.first_pass import fit_closed_form, mean_jacobian
 from tunedlens.training.plan import next_validation_step
 from tunedlens.training.resolving import resolve
-from tunedlens.training.run import Progress, Run, TrainState, make_optimizer
+from tunedlens.training.run import Run, TrainState, initial_state
 
 _STEPS_PER_METRIC = 16
 """Reading a metric waits for the device, so it is not done at every step."""
@@ -74,15 +73,7 @@ def train(
         config = checkpointing.continued(config, output)
     plan = resolve(config, model, accelerator)
     run = Run(plan, output, model, accelerator)
-    if resume:
-        state = checkpointing.restore(run)
-    else:
-        lens, progress = TunedLens.from_model(model), Progress()
-        if plan.init is not None:
-            checkpoint.fill_lens(lens, Path(plan.init), any_model=True)
-            manifest = checkpoint.read_manifest(Path(plan.init))
-            progress.init_lens = {name: manifest[name] for name in ("model", "lens_sha256")}
-        state = TrainState(make_optimizer(lens, plan), progress)
+    state = checkpointing.restore(run) if resume else initial_state(run)
     messages.describe(run)
 
     mode = wandb if run.is_main else "disabled"
@@ -204,5 +195,8 @@ def _validate(run: Run, state: TrainState, tracker: Tracker) -> None:
         )
     progress.history.append(result)
     messages.say_validation(run, progress)
-    by_layer = {f"held_out/kl_nats/{layer}": value for layer, value in enumerate(kl_nats)}
+    by_layer = {
+        f"held_out/kl_nats/{point.label}": value
+        for point, value in zip(run.reader.points, kl_nats, strict=True)
+    }
     tracker.log(by_layer, result.step)

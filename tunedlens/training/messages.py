@@ -58,7 +58,11 @@ def say_validation(run: Run, progress: Progress) -> None:
     result = progress.history[-1]
     tokens = result.tokens + progress.init_tokens
     error = f" ± {result.standard_error:.4f}" if result.standard_error else ""
-    by_layer = " ".join(f"{kl:.3f}" for kl in result.kl_nats)
+    n_layers, values = run.model.identity.n_layers, [f"{kl:.3f}" for kl in result.kl_nats]
+    by_layer = " | ".join(
+        " ".join([*([site] if index else []), *values[index * n_layers : (index + 1) * n_layers]])
+        for index, site in enumerate(run.plan.all_sites)
+    )
     run.say(
         f"{tokens:>11,} tokens {result.seconds:>5.0f} s   held-out KL "
         f"{result.mean_kl_nats:.4f}{error} nats   by layer {by_layer}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tunedlens.config import BASELINES, ONE_PASS, Kernel, Precision, TrainConfig
 from tunedlens.corpus import ResolvedCorpus
-from tunedlens.model import FrozenModel
+from tunedlens.model import TRANSLATED_SITES, FrozenModel
 
 _VALIDATION_FRACTION, _TABLE_FRACTION = 0.1, 0.2
 """The largest fractions of a run's operations for validation and for the table at the end."""
@@ -51,6 +51,12 @@ class TrainPlan(TrainConfig):
         return 0 if self.fit in ONE_PASS else self.tokens or self.max_tokens
 
     @property
+    def all_sites(self) -> tuple[str, ...]:
+        """The sites that have translators, in the order in which a block computes them."""
+        further = self.sites.split(",") if self.sites else []
+        return tuple(site for site in TRANSLATED_SITES if site in ("resid_pre", *further))
+
+    @property
     def positions(self) -> int:
         """Positions of one block that are trained on."""
         return self.corpus.seq_len - self.skip_first
@@ -86,20 +92,20 @@ class Costs:
 
     def __init__(self, plan: TrainPlan, model: FrozenModel) -> None:
         self.plan, identity = plan, model.identity
-        n_layers, d_model = identity.n_layers, identity.d_model
+        n_points, d_model = identity.n_layers * len(plan.all_sites), identity.d_model
         fp32 = _FP32_COST if plan.precision == "bf16" else 1.0
         blocks = sum(parameter.numel() for parameter in model.blocks.parameters())
         forward = 2 * blocks * _FORWARD_COST
         product = 2 * d_model * identity.vocab_size
         rows = plan.vocab_sample or identity.vocab_size
-        self.first_pass: float = forward + n_layers * 4 * d_model**2 * fp32
+        self.first_pass: float = forward + n_points * 4 * d_model**2 * fp32
         if plan.fit == "jacobian":
             self.first_pass = forward * (1 + 2 * d_model)  # a backward pass for every dimension
         optimizer = 34 * d_model**3 / plan.step_tokens
         layer = 4 * d_model * rows + 2 * d_model**2 * (1 + fp32) + optimizer
-        self.step: float = forward + 2 * product + n_layers * layer
-        self.validation: float = forward + (n_layers + 2) * product
-        self.table: float = forward + 2 * n_layers * product * fp32
+        self.step: float = forward + 2 * product + n_points * layer
+        self.validation: float = forward + (n_points + 2) * product
+        self.table: float = forward + 2 * n_points * product * fp32
 
     def validation_tokens(self, tokens: int) -> int:
         """Affordable held-out positions of one validation, if the steps take this many tokens."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
@@ -10,7 +11,7 @@ from tunedlens.corpus import ResolvedCorpus, resolve_corpus
 from tunedlens.engine.backend import Backend, fastest_backend
 from tunedlens.errors import InputError
 from tunedlens.fit import DEFAULT_HYPERPARAMETERS
-from tunedlens.model import FrozenModel
+from tunedlens.model import TRANSLATED_SITES, FrozenModel, HookPoint
 from tunedlens.training.plan import Costs, TrainPlan
 
 _BASELINE_TOKENS = 512_000
@@ -53,6 +54,16 @@ def resolve(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -
 def _require_possible(
     config: TrainConfig, corpus: ResolvedCorpus, model: FrozenModel, processes: int
 ) -> None:
+    further = config.sites.split(",") if config.sites else []
+    if unknown := [site for site in further if site not in TRANSLATED_SITES]:
+        raise InputError(
+            f"--sites must be of {', '.join(TRANSLATED_SITES)}, separated by commas; got "
+            f"{', '.join(unknown)}"
+        )
+    if further:
+        # A block that has no such site says so here rather than after the first batch.
+        ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+        model.states_at([HookPoint(site, 0) for site in further], ids)
     if config.kernel == "attention" and model.device.type != "cpu":
         raise InputError("--kernel attention is for CPUs; leave it out, or choose products")
     if config.skip_first >= corpus.seq_len:

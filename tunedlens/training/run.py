@@ -7,12 +7,13 @@ from typing import NamedTuple, Self
 
 from accelerate import Accelerator
 
+from tunedlens import checkpoint
 from tunedlens.config import BASELINES
 from tunedlens.corpus import load_splits
 from tunedlens.engine.capped import make_objective
 from tunedlens.files import JsonObject
 from tunedlens.fit import LensOptimizer, PreconditionedMuon, TorchOptimizer, ValidationResult
-from tunedlens.lenses import AffineLens
+from tunedlens.lenses import AffineLens, TunedLens
 from tunedlens.model import FrozenModel
 from tunedlens.tracking import say
 from tunedlens.training.plan import Costs, TrainPlan
@@ -93,6 +94,21 @@ class TrainState(NamedTuple):
                 if last > first:
                     self.optimizer.revert(layer)
         return self.optimizer.result()
+
+
+def initial_state(run: Run) -> TrainState:
+    """The state of a new run: the logit lens, or the lens that `--init` names.
+
+    Raises:
+        InputError: the named lens cannot be read, or has another shape.
+    """
+    lens, progress = TunedLens.from_model(run.model, run.plan.all_sites), Progress()
+    if run.plan.init is not None:
+        folder = Path(run.plan.init)
+        checkpoint.fill_lens(lens, folder, any_model=True)
+        manifest = checkpoint.read_manifest(folder)
+        progress.init_lens = {name: manifest[name] for name in ("model", "lens_sha256")}
+    return TrainState(make_optimizer(lens, run.plan), progress)
 
 
 def make_optimizer(lens: AffineLens, plan: TrainPlan) -> LensOptimizer:

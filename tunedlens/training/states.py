@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tunedlens.engine.backend import DTYPES
-from tunedlens.model import FrozenModel
+from tunedlens.model import FrozenModel, HookPoint, hook_points
 from tunedlens.training.plan import TrainPlan
 
 
@@ -18,6 +18,9 @@ class StateReader:
     def __init__(self, model: FrozenModel, plan: TrainPlan, accelerator: Accelerator) -> None:
         self.model, self.plan, self.accelerator = model, plan, accelerator
         self.dtype = DTYPES[plan.precision]
+        self.points = hook_points(plan.all_sites, model.identity.n_layers)
+        """Where the states are read, in the order of the lens's translators."""
+        self._with_final = [*self.points, HookPoint("resid_pre", model.identity.n_layers)]
 
     def micro_batches(self, input_ids: Int[Tensor, "batch seq"]) -> Sequence[Tensor]:
         """This process's blocks, on the model's device, in micro-batches."""
@@ -35,11 +38,11 @@ class StateReader:
     def read(
         self, input_ids: Int[Tensor, "batch seq"]
     ) -> Iterator[list[Float[Tensor, "tokens d_model"]]]:
-        """All states of this process's blocks, one micro-batch at a time, in float32.
+        """The states of this process's blocks and the final one, by micro-batch, in float32.
 
         They are the model's own tensors if those are float32 and no position is skipped.
         """
         for rows in self.micro_batches(input_ids):
             with self.autocast():
-                states = self.model.residual_stream(rows)
+                states = self.model.states_at(self._with_final, rows)
             yield [state[:, self.plan.skip_first :].flatten(0, 1).float() for state in states]

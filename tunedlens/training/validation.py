@@ -59,14 +59,17 @@ class ValidationSet:
         computed once and kept.
         """
         start, positions = time.monotonic(), self._plan.positions
-        sums = RatioSums(lens.n_layers + 1)
+        points = self._reader.points
+        sums = RatioSums(len(points) + 1)
         for index, states in enumerate(self._read(self._validation_blocks)):
             if index == len(self._model_sides):
                 self._model_sides.append(objective.model_side(states[-1]))
             kl = torch.stack(
                 [
-                    objective.kl(lens.transform_hidden(state, layer), self._model_sides[index])
-                    for layer, state in enumerate(states[:-1])
+                    objective.kl(
+                        lens.transform_hidden(state, layer, site), self._model_sides[index]
+                    )
+                    for (site, layer), state in zip(points, states[:-1], strict=True)
                 ]
             )
             by_block = kl.cpu().double().unflatten(1, (-1, positions)).sum(-1)
@@ -79,8 +82,8 @@ class ValidationSet:
 
     def least_squares(self) -> LeastSquares:
         """The sums of the regression on held-out text, on which the ridge is chosen."""
-        identity = self._reader.model.identity
-        sums = LeastSquares(identity.n_layers, identity.d_model)
+        d_model = self._reader.model.identity.d_model
+        sums = LeastSquares(len(self._reader.points), d_model)
         for states in self._read(self._blocks):
             sums.add(states[:-1], states[-1])
         sums.reduce(self._reader.accelerator)

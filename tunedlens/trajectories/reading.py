@@ -11,12 +11,11 @@ from torch import Tensor
 
 from tunedlens.engine import Decoder, LensStatistics, ModelDistribution, distributions
 from tunedlens.errors import InputError
-from tunedlens.lenses import LogitLens
 from tunedlens.model import FrozenModel
 from tunedlens.tokenizer import token_text
 from tunedlens.trajectories.inputs import Lenses, named_lenses
 from tunedlens.trajectories.result import LensPredictions, Trajectory
-from tunedlens.trajectories.states import STREAM, next_ids, rows_of
+from tunedlens.trajectories.states import next_ids, rows_of
 
 LOGITS_AT_A_TIME = 2**25
 """The number of logits in memory, over all rows of all lenses."""
@@ -48,22 +47,19 @@ class Reader:
             1, LOGITS_AT_A_TIME // (vocab_size * len(self.rows) * len(self.lenses))
         )
         """The number of positions to decode at a time."""
-        inside = {row.site for row in self.rows} - {*STREAM}
         for name, lens in self.lenses.items():
-            if inside and not isinstance(lens, LogitLens):
+            if unread := sorted({row.site for row in self.rows if not lens.reads(row.site)}):
                 raise InputError(
-                    f"the lens {name} has translators for the stream between blocks only, not for "
-                    f"{', '.join(sorted(inside))}; read these with the logit lens"
+                    f"the lens {name} has no translators for {', '.join(unread)}; train it with "
+                    f"--sites {','.join(unread)}, or read these with the logit lens"
                 )
 
     def logits(self, states: Sequence[Float[Tensor, "chunk d_model"]]) -> Logits:
         """Raw logits of every lens, given the states of every row; valid until the next call."""
-        # The state that leaves a block is the one that enters the next.
-        layers = [row.layer + (row.site == "resid_post") for row in self.rows]
         hidden = [
-            lens.transform_hidden(state, layer)
+            lens.transform_hidden(state, row.layer, row.site)
             for lens in self.lenses.values()
-            for state, layer in zip(states, layers, strict=True)
+            for state, row in zip(states, self.rows, strict=True)
         ]
         logits = self._decoder.model_logits(torch.cat(hidden))
         by_lens = logits.view(len(self.lenses), len(self.rows), len(states[0]), -1)

@@ -5,7 +5,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tunedlens.errors import InputError
 from tunedlens.metrics import TRAJECTORY_METRICS
+from tunedlens.model import HookPoint
 from tunedlens.tokenizer import TokenText, visible
 
 if TYPE_CHECKING:
@@ -32,13 +33,8 @@ TOKENS: dict[str | int, str] = {
 """Tokens that differ from position to position, for the metrics of one token."""
 
 
-class Row(NamedTuple):
-    """A site in a layer of the model."""
-
-    site: str
-    """One of `model.sites.SITES`."""
-    layer: int
-    """The block; `resid_pre` also has layer n, the state that the final norm reads."""
+Row = HookPoint
+"""A row of a trajectory is a site in a layer of the model."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,6 @@ from tunedlens.errors import InputError
 from tunedlens.model import SITES, FrozenModel
 from tunedlens.trajectories.result import Row
 
-STREAM = ("resid_pre", "resid_post")
-"""The sites between blocks, which a lens with translators reads."""
 _TOKENS_AT_A_TIME = 2**13
 """The number of tokens in one forward pass, including padding."""
 
@@ -118,10 +116,4 @@ def _states(
     lengths = torch.tensor([len(ids) for ids in texts], device=model.device)
     mask = (torch.arange(input_ids.shape[1], device=model.device) < lengths[:, None]).long()
     attention_mask = None if len(lengths.unique()) == 1 else mask
-    sites = {row.site for row in rows}
-    if sites.issubset(STREAM):
-        stream = model.residual_stream(input_ids, attention_mask)
-        found = {"resid_pre": stream, "resid_post": stream[1:]}
-    else:
-        found = model.sites(input_ids, attention_mask, sites)
-    return [found[row.site][row.layer] for row in rows]
+    return model.states_at(rows, input_ids, attention_mask)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tunedlens.evaluation import MODEL, Evaluation
 from tunedlens.metrics import METRICS
+from tunedlens.model import SITES
 from tunedlens.report.plots.style import (
     MODEL_COLOR,
     Ends,
@@ -94,7 +95,7 @@ def by_position(evaluation: Evaluation) -> "Figure":
     """
     layers = sorted({round(i * (evaluation.n_layers - 1) / 3) for i in range(4)})
     lenses = [lens for lens in evaluation.lenses if lens in evaluation.by_position]
-    line_styles = styles(evaluation.lenses)
+    line_styles = styles(evaluation.lenses, evaluation.sites)
     with new_figure(2.3 * len(layers) + 1.0, 2.8) as figure:
         panels = figure.subplots(1, len(layers), squeeze=False, sharey=True)[0]
         ends: Ends = {}
@@ -187,7 +188,7 @@ DRAWINGS = {
 
 def _draw_lines(axes: "Axes", evaluation: Evaluation, metric: str) -> Ends:
     """Draw a line with a band for every lens; returns where the lines end."""
-    line_styles = styles(evaluation.lenses)
+    line_styles = styles(evaluation.lenses, evaluation.sites)
     columns = {lens: evaluation.by_layer(lens, metric) for lens in evaluation.lenses}
     is_log, top = METRICS[metric].is_log, math.inf
     if is_log:
@@ -196,8 +197,10 @@ def _draw_lines(axes: "Axes", evaluation: Evaluation, metric: str) -> Ends:
     ends: Ends = {}
     for lens, column in columns.items():
         style, first = line_styles[lens], column[0].value
+        # Within a layer, sites are in the order in which the block computes them.
+        offset = SITES.index(evaluation.sites.get(lens, "resid_pre")) / 4
         points = [
-            (layer, e.value if e.value <= top else math.nan, e.standard_error or 0.0)
+            (layer + offset, e.value if e.value <= top else math.nan, e.standard_error or 0.0)
             for layer, e in enumerate(column)
         ]
         _line_with_band(axes, points, style, is_log=is_log)
@@ -224,7 +227,7 @@ def _draw_lines(axes: "Axes", evaluation: Evaluation, metric: str) -> Ends:
 def _draw_bars(axes: "Axes", evaluation: Evaluation, metric: str) -> Ends:
     """Draw fractions of tokens by prediction depth; the lenses are named in a corner."""
     lenses = [lens for lens in evaluation.lenses if lens not in evaluation.constant]
-    line_styles = styles(evaluation.lenses)
+    line_styles = styles(evaluation.lenses, evaluation.sites)
     width = 0.8 / max(1, len(lenses))
     for index, lens in enumerate(lenses):
         column, color = evaluation.by_layer(lens, metric), line_styles[lens]["color"]

@@ -26,43 +26,55 @@ _MAX_TOKENS = 5
 _DASHES = {"solid": "-", "dashed": "--", "dotted": ":", "dash-dotted": "-."}
 
 
-def learning_curve(history: Sequence[ValidationResult]) -> "Figure":
+def learning_curve(
+    history: Sequence[ValidationResult], sites: Sequence[str] = ("resid_pre",)
+) -> "Figure":
     """Held-out KL of every layer against tokens, on log scales; layers are named on the right.
 
     The validation before the first step (the closed form, or the logit lens) is drawn at the
     left edge.
+
+    Args:
+        history: the validations of a run.
+        sites: the sites that have translators; each one has a panel.
     """
     import matplotlib
 
     tokens = [result.tokens for result in history]
     tokens[0] = tokens[0] or min((count for count in tokens if count), default=2) // 2
-    n_layers = len(history[0].kl_nats)
-    with new_figure(4.8, 3.4) as figure:
-        axes = figure.subplots()
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        ends: Ends = {}
-        for layer in range(n_layers):
-            line = [result.kl_nats[layer] for result in history]
-            color = matplotlib.colormaps["viridis"](0.9 * layer / max(1, n_layers - 1))
-            axes.plot(tokens, line, color=color, marker=".")
-            ends[str(layer) if layer else "layer 0"] = line[-1], color
-        mean = [result.mean_kl_nats for result in history]
-        axes.plot(tokens, mean, color="black", linestyle="--")
-        ends["mean"] = mean[-1], "black"
-        axes.set_xlabel(
-            f"tokens in steps, {history[-1].seconds:.0f} s in all; left edge: before the first step"
-        )
-        axes.set_ylabel("held-out KL(model ‖ lens), nats")
-        plain_log_ticks(axes)
-        name_lines(axes, ends, size=8)
+    n_layers = len(history[0].kl_nats) // len(sites)
+    with new_figure(4.8 * len(sites), 3.4) as figure:
+        panels = figure.subplots(1, len(sites), squeeze=False, sharey=True)[0]
+        for index, (site, axes) in enumerate(zip(sites, panels, strict=True)):
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            ends: Ends = {}
+            own = [kl.kl_nats[index * n_layers : (index + 1) * n_layers] for kl in history]
+            for layer, line in enumerate(zip(*own, strict=True)):
+                color = matplotlib.colormaps["viridis"](0.9 * layer / max(1, n_layers - 1))
+                axes.plot(tokens, line, color=color, marker=".")
+                ends[str(layer) if layer else "layer 0"] = line[-1], color
+            mean = [sum(values) / n_layers for values in own]
+            axes.plot(tokens, mean, color="black", linestyle="--")
+            ends["mean"] = mean[-1], "black"
+            if len(sites) > 1:
+                axes.set_title(site, fontsize=9)
+            axes.set_xlabel(
+                f"tokens in steps, {history[-1].seconds:.0f} s in all; "
+                "left edge: before the first step"
+            )
+            plain_log_ticks(axes)
+            name_lines(axes, ends, size=8)
+        panels[0].set_ylabel("held-out KL(model ‖ lens), nats")
     return figure
 
 
-def draw_learning_curve(history: Sequence[ValidationResult], folder: Path) -> None:
+def draw_learning_curve(
+    history: Sequence[ValidationResult], folder: Path, sites: Sequence[str] = ("resid_pre",)
+) -> None:
     """Draw it as PNG, SVG and PDF, if there are at least two validations."""
     if len(history) > 1:
-        save(learning_curve(history), folder / "learning_curve")
+        save(learning_curve(history, sites), folder / "learning_curve")
 
 
 def curves(

@@ -2,7 +2,7 @@
 
 import io
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -36,6 +36,11 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _COLORS = ("#56B4E9", "#E69F00", "#000000", "#7A4FBF")
 _MARKERS = ("v", "P", "X", "*", "h")
 _DASHES = ("-", "--", "-.")
+_SITE_STYLES: dict[str, Style] = {
+    "attn_out": {"marker": "^", "linestyle": (0, (1, 1))},
+    "resid_mid": {"marker": "D", "linestyle": (0, (4, 1))},
+    "mlp_out": {"marker": "v", "linestyle": (0, (3, 1, 1, 1))},
+}
 _WIDE_FONTS = (
     *("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei"),
     *("PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo", "Arial Unicode MS"),
@@ -57,10 +62,17 @@ _RC: Any = {
 }
 
 
-def styles(lenses: list[str]) -> dict[str, Style]:
-    """A different combination of colour, marker and dash for every lens."""
-    unknown = [lens for lens in lenses if lens not in _KNOWN]
-    return _KNOWN | {
+def styles(lenses: Sequence[str], sites: Mapping[str, str] | None = None) -> dict[str, Style]:
+    """A different combination of colour, marker and dash for every lens.
+
+    A lens has the same colour at all sites.
+
+    Args:
+        lenses: their names.
+        sites: the sites of those that read another one than the stream between blocks.
+    """
+    unknown = [lens for lens in lenses if lens not in _KNOWN and lens not in (sites or {})]
+    found = _KNOWN | {
         lens: {
             "color": _COLORS[i % len(_COLORS)],
             "marker": _MARKERS[i % len(_MARKERS)],
@@ -68,6 +80,10 @@ def styles(lenses: list[str]) -> dict[str, Style]:
         }
         for i, lens in enumerate(unknown)
     }
+    for lens, site in (sites or {}).items():
+        own = found[lens.removesuffix(f" {site}")]
+        found[lens] = own | _SITE_STYLES[site]
+    return found
 
 
 @contextmanager
