@@ -198,7 +198,9 @@ def test_bos_that_is_missing_is_named(tmp_path):
     config = {"config": {"corpus": {"bos": True}}}
     folder = save(TunedLens.from_model(model), tmp_path / "lens", model, **config)
     assert failures(doctor(model, folder)) == {}
-    model.bos_id = None
+    model.set_bos(False)
+    with pytest.warns(UserWarning, match=r"with BOS in front.*call model.set_bos\(True\)"):
+        load_lens(folder, model)
     found = failures(doctor(model, folder))
     assert found == {
         "texts begin as in the lens's training": "the lens was trained on text that starts with BOS"

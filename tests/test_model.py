@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import make_gpt2, make_llama
+from conftest import make_gpt2, make_llama, make_sentence_piece
 from transformers import (
     AutoModelForCausalLM,
     GPTNeoXConfig,
@@ -277,3 +277,18 @@ def test_pythia_without_parallel_blocks_has_a_stream_between(tokenizer):
     sites = model.sites(ids)
     handle.remove()
     assert torch.allclose(sites["resid_mid"][1], kept[0])
+
+
+def test_text_begins_with_bos_if_the_tokenizer_adds_it_or_the_user_asks(tokenizer):
+    llama = FrozenModel(make_llama(), make_sentence_piece())
+    assert llama.encode("the")[0, 0] == 1
+    llama.set_bos(False)
+    assert 1 not in llama.encode("the")
+    gpt2 = FrozenModel(make_gpt2(), tokenizer)
+    plain = gpt2.encode("x")
+    gpt2.set_bos(True)
+    assert gpt2.encode("x").tolist() == [[tokenizer.bos_token_id, *plain[0].tolist()]]
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.bos_token = None
+    with pytest.raises(InputError, match="has no BOS token"):
+        FrozenModel(make_gpt2(), tokenizer).set_bos(True)

@@ -125,6 +125,14 @@ def load_lens_of_kind(
             "blocks are others, or another version of transformers computes them otherwise",
             stacklevel=2,
         )
+    bos = manifest.get("config", {}).get("corpus", {}).get("bos")
+    if check and bos is not None and bos != (model.bos_id is not None):
+        warnings.warn(
+            f"the lens in {folder} was trained on text {'with' if bos else 'without'} BOS in "
+            f"front, and texts for {model.identity.name} are read {'without' if bos else 'with'} "
+            f"it; call model.set_bos({bos})",
+            stacklevel=2,
+        )
     return lens
 
 

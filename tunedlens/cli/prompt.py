@@ -29,7 +29,7 @@ def show_prompts(flags: dict[str, Any]) -> int:
     if "prompt_file" in flags:
         prompts = prompts + _read_file(flags.pop("prompt_file"))
     asked, output = flags.pop("lens", None), flags.pop("output", None)
-    stride = flags.pop("stride", None)
+    stride, bos = flags.pop("stride", None), flags.pop("bos", None)
     model_flags = {field.name for field in dataclasses.fields(ModelConfig)}
     if others := sorted(flags.keys() - model_flags):
         flag = f"--{others[0].replace('_', '-')}"
@@ -43,6 +43,10 @@ def show_prompts(flags: dict[str, Any]) -> int:
     output = output or (saved[0].folder if saved else Path()) / "prompts"
     files.require_writable(output)
     model = load_configured(config, None)
+    if bos is None and saved:
+        bos = saved[0].trained.corpus.bos
+    if bos is not None:
+        model.set_bos(bos)
     lenses: dict[str, ResidualLens] = {
         spec.name: checkpoint.load_lens(spec.folder, model) for spec in saved
     }

@@ -75,7 +75,7 @@ class FrozenModel(nn.Module):
                 f"{len(tokenizer):,} tokens; expected the tokenizer that it was trained with"
             )
         self.bos_id = beginning_of_sequence(tokenizer)
-        """The token that every text starts with. Set it to None to leave it out."""
+        """The token that every text starts with; None if there is none. See `set_bos`."""
         self._fingerprint = fingerprint
         if check:
             self.check_parts()
@@ -90,6 +90,16 @@ class FrozenModel(nn.Module):
             vocab_size=len(self.unembedding.weight),
             fingerprint=self._fingerprint or self.unembedding.fingerprint,
         )
+
+    def set_bos(self, has_bos: bool) -> None:
+        """Begin every text with the tokenizer's BOS token, or leave it out.
+
+        Raises:
+            InputError: the tokenizer has no BOS token.
+        """
+        if has_bos and self.tokenizer.bos_token_id is None:
+            raise InputError(f"the tokenizer of {self.name} has no BOS token; leave out --bos")
+        self.bos_id = self.tokenizer.bos_token_id if has_bos else None
 
     @property
     def device(self) -> torch.device:
