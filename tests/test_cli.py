@@ -385,7 +385,7 @@ def test_bad_input_to_train_is_one_line(here, asked, capsys):
         (["--dataset", "missing.txt"], "missing.txt", "no such file"),
         (["--dataset", "empty.txt"], "is empty"),
         (["--dataset", "short.txt"], "less than one block of 16"),
-        (["--model", here], "is no model"),
+        (["--model", here], "is not a model"),
         (["--model", here / "nowhere"], "expected a folder with a model"),
         (["--tokens", "0"], "--tokens must be at least 1, got 0"),
         (["--output", "file/run"], "cannot write to file/run"),

@@ -81,7 +81,7 @@ def test_closed_form_is_the_least_squares_lens(config, tmp_path):
     config = dataclasses.replace(config, fit="closed-form", tokens=None, ridge=1e-3)
     train(config, tmp_path / "run")
     lens, model = lens_of(tmp_path / "run", config), load_model(config.model.model, device="cpu")
-    splits = load_splits(config.corpus, model.tokenizer)
+    splits = load_splits(resolve_corpus(config.corpus, "", None), model.tokenizer)
     batches = splits.train.batches(4, 0)
     sums = LeastSquares(3, 16)
     for _ in range(2):  # 128 positions are two batches of 4 blocks of 16
