@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from tunedlens.checkpoint import MANIFEST, WEIGHTS, read_manifest, save_lens
@@ -27,7 +27,7 @@ def push_to_hub(
     private: bool | None = None,
     create_pr: bool = False,
     revision: str | None = None,
-    license_name: str | None = None,
+    license: str | None = None,  # noqa: A002 - the word of the hub
     evaluation: Evaluation | None = None,
 ) -> str:
     """Upload a lens with its card, for `load_lens` and `--lens` to read by its name.
@@ -42,7 +42,7 @@ def push_to_hub(
         private: whether a new repository is private; by default as your account has it.
         create_pr: open a pull request instead of a commit.
         revision: a branch to commit to, created if it does not exist.
-        license_name: for the card, such as `mit`.
+        license: for the card, such as `mit`.
         evaluation: for the card; by default that in the folder's `evaluation/`, if there is one.
 
     Returns:
@@ -60,7 +60,7 @@ def push_to_hub(
             _copy(Path(lens), staged)
             if evaluation is None and (Path(lens) / "evaluation").is_dir():
                 evaluation = read_evaluation(Path(lens) / "evaluation")
-        _write_card(staged, repo_id, license_name, evaluation)
+        _write_card(staged, repo_id, license, evaluation)
         return _upload(staged, repo_id, private, create_pr, revision)
 
 
@@ -82,7 +82,7 @@ def _copy(folder: Path, staged: Path) -> None:
 
 
 def _write_card(
-    staged: Path, repo_id: str, license_name: str | None, evaluation: Evaluation | None
+    staged: Path, repo_id: str, license_id: str | None, evaluation: Evaluation | None
 ) -> None:
     """Complete the card, or make one, and draw its picture."""
     manifest, path = read_manifest(staged), staged / _CARD
@@ -90,7 +90,7 @@ def _write_card(
         text = path.read_text(encoding="utf-8", errors="replace")
     else:
         text = card(repo_id.rpartition("/")[-1], manifest)
-    text = with_front_matter(text, manifest, license_name)
+    text = with_front_matter(text, manifest, license_id)
     if evaluation is not None:
         figure = plots.DRAWINGS["overview"].draw(evaluation)
         write(staged / _PICTURE, plots.rendered(figure, "png"))
@@ -103,16 +103,15 @@ def _upload(
     staged: Path, repo_id: str, private: bool | None, create_pr: bool, revision: str | None
 ) -> str:
     api = HfApi()
+    paths = sorted(path for path in staged.rglob("*") if path.is_file())
+    files = [CommitOperationAdd(path.relative_to(staged).as_posix(), path) for path in paths]
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=staged,
-            commit_message="Upload a lens with tunedlens",
-            revision=revision,
-            create_pr=create_pr,
+        message = "Upload a lens with tunedlens"
+        commit = api.create_commit(
+            repo_id, files, commit_message=message, revision=revision, create_pr=create_pr
         )
     except Exception as error:  # huggingface_hub raises many kinds of exception
         hint = ""

@@ -76,8 +76,9 @@ def local_folder(
             "or gated one needs `hf auth login`)"
         ) from error
     except Exception as error:  # huggingface_hub raises many kinds of exception
+        cause = first_line(error.__cause__ or error)
         raise InputError(
-            f"there is no folder {source}, and the hub cannot be read: {first_line(error)}"
+            f"there is no folder {source}, and the hub cannot be read: {cause}"
         ) from error
     folder = Path(copy, inner)
     if missing := [file for file in files if not (folder / file).is_file()]:

@@ -66,11 +66,11 @@ def trained_tokens(manifest: JsonObject) -> tuple[int, int]:
     return first_pass, progress["tokens"]
 
 
-def with_front_matter(text: str, manifest: JsonObject, license_name: str | None = None) -> str:
+def with_front_matter(text: str, manifest: JsonObject, license_id: str | None = None) -> str:
     """A card with the front matter of a lens; entries that the card has already are kept.
 
     Args:
-        license_name: replaces that of the card.
+        license_id: replaces the license of the card.
 
     Raises:
         InputError: the card begins with front matter that is not YAML.
@@ -83,8 +83,8 @@ def with_front_matter(text: str, manifest: JsonObject, license_name: str | None 
     except (yaml.YAMLError, TypeError) as error:
         raise InputError(f"the front matter of the card is damaged: {first_line(error)}") from error
     entries = _front_matter(manifest) | own
-    if license_name is not None:
-        entries["license"] = license_name
+    if license_id is not None:
+        entries["license"] = license_id
     body = text[found.end() :] if found else text
     return f"---\n{yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)}---\n\n{body}"
 
