@@ -16,9 +16,9 @@ import torch
 from timing import medians
 from torch import nn
 from transformers import AutoConfig
-from tunedlens.cli.memory import keep_freed_memory
 
 from tunedlens import TunedLens
+from tunedlens.cli.guard import keep_freed_memory
 from tunedlens.engine import accumulate_gradient
 from tunedlens.engine.objective import LensKL
 from tunedlens.engine.vocab_sample import draw_sample

@@ -1,16 +1,20 @@
 """Saved lenses, and the state of interrupted runs."""
 
+from tunedlens.checkpoint.hub import hub_name
 from tunedlens.checkpoint.lens_files import (
     KINDS,
     MANIFEST,
     ROOT,
+    WEIGHTS,
     fill_lens,
+    find_lens,
     kind_of,
     load_lens,
     load_lens_of_kind,
     newest_lens,
     read_manifest,
     save_lens,
+    saved_sites,
 )
 from tunedlens.checkpoint.run_state import (
     STATE,
@@ -27,8 +31,11 @@ __all__ = [
     "MANIFEST",
     "ROOT",
     "STATE",
+    "WEIGHTS",
     "State",
     "fill_lens",
+    "find_lens",
+    "hub_name",
     "kind_of",
     "load_lens",
     "load_lens_of_kind",
@@ -40,4 +47,5 @@ __all__ = [
     "save_lens",
     "save_state",
     "saved_config",
+    "saved_sites",
 ]

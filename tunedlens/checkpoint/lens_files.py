@@ -10,6 +10,7 @@ from typing import TypeVar
 import safetensors.torch
 import torch
 
+from tunedlens.checkpoint.hub import local_folder
 from tunedlens.errors import InputError
 from tunedlens.files import JsonObject, newest_folder, now, read_json, write, write_json
 from tunedlens.lenses import AffineLens, JacobianLens, TunedLens
@@ -85,34 +86,59 @@ def kind_of(lens: AffineLens) -> str:
     return next(name for name, kind in KINDS.items() if type(lens) is kind)
 
 
-def load_lens(folder: str | Path, model: FrozenModel, *, check: bool = True) -> AffineLens:
+def find_lens(
+    source: str | Path, subfolder: str | None = None, revision: str | None = None
+) -> Path:
+    """The folder of a lens; a lens on the hub is downloaded. See `hub.local_folder`."""
+    files = (MANIFEST, WEIGHTS)
+    return local_folder(source, files, subfolder=subfolder, revision=revision)
+
+
+def load_lens(
+    source: str | Path,
+    model: FrozenModel,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    check: bool = True,
+) -> AffineLens:
     """Read a lens of any kind that was saved for this model.
 
     Args:
+        source: a folder, or a name on the hub, `user/name[@revision][:subfolder]`.
+        model: the model that the lens was made for.
+        subfolder: the folder of the lens within `source`.
+        revision: branch, tag or commit on the hub.
         check: whether to warn if the model's predictions have changed since the lens was made.
 
     Raises:
-        InputError: there is no lens, it is damaged, or it belongs to another model.
+        InputError: there is no lens, it is damaged, it belongs to another model, or the hub
+            cannot be reached.
     """
-    kind = KINDS[read_manifest(Path(folder))["lens"]]
+    folder = find_lens(source, subfolder, revision)
+    kind = KINDS[read_manifest(folder)["lens"]]
     return load_lens_of_kind(kind, folder, model, check=check)
 
 
 def load_lens_of_kind(
-    kind: type[Kind], folder: str | Path, model: FrozenModel, *, check: bool = True
+    kind: type[Kind],
+    source: str | Path,
+    model: FrozenModel,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    check: bool = True,
 ) -> Kind:
-    """Read a lens of one kind that was saved for this model.
-
-    Args:
-        check: whether to warn if the model's predictions have changed since the lens was made.
+    """Read a lens of one kind that was saved for this model; see `load_lens`.
 
     Raises:
         InputError: there is no lens, it is damaged or of another kind, or it belongs to
             another model (other width, depth, vocabulary, norm or unembedding).
     """
-    manifest = read_manifest(Path(folder))
+    folder = find_lens(source, subfolder, revision)
+    manifest = read_manifest(folder)
     lens = kind.from_model(model, manifest.get("sites", ["resid_pre"]))
-    fill_lens(lens, Path(folder))
+    fill_lens(lens, folder)
     probe = manifest.get("probe")
     if (
         check
@@ -188,3 +214,17 @@ def newest_lens(root: Path) -> Path:
     if found is None:
         raise InputError(f"there is no lens under {root}; train one (train.py) or give --lens")
     return found
+
+
+def saved_sites(folder: Path) -> list[str]:
+    """The sites at which a saved lens has translators, from the header of its file.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    path = folder / WEIGHTS
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return list(dict.fromkeys(name.partition(".")[0] for name in file.keys()))  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path} is missing or damaged: {error}") from error

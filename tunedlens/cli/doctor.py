@@ -1,7 +1,6 @@
 """`tunedlens doctor`: examines a model, and a lens on it."""
 
 import dataclasses
-from pathlib import Path
 
 from tunedlens import checkpoint
 from tunedlens.cli.flags import configured, make_parser, parse
@@ -25,9 +24,9 @@ The exit status is 1 if a check fails.
 def doctor_command(arguments: Arguments = None) -> int:
     """`tunedlens doctor`. Returns the exit status."""
     parser = make_parser("tunedlens doctor", DOCTOR, ModelConfig)
-    parser.add_argument("--lens", type=Path, metavar="DIR", help="folder of a saved lens")
+    parser.add_argument("--lens", metavar="LENS", help="folder of a saved lens, or name on the hub")
     flags = parse(parser, arguments)
-    lens = flags.pop("lens", None)
+    lens = checkpoint.find_lens(flags.pop("lens")) if "lens" in flags else None
     base = ModelConfig()
     if lens is not None and "model" not in flags and "config" in checkpoint.read_manifest(lens):
         trained = checkpoint.saved_config(lens)

@@ -1,6 +1,7 @@
 """From the names of lenses to their folders and manifests."""
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,16 +27,20 @@ class LensSpec:
 
 @dataclass(frozen=True)
 class SavedLens(LensSpec):
-    """A lens in a folder."""
+    """A lens in a folder or on the hub."""
 
+    source: str
+    """The folder or the name on the hub, as it was given."""
     folder: Path
+    """The folder, or the local copy of the one on the hub."""
     manifest: JsonObject
     trained: TrainConfig
     """The config of its training; the defaults if the manifest has none."""
 
     @classmethod
-    def read(cls, name: str, folder: Path) -> "SavedLens":
-        """Read the manifest in a folder."""
+    def read(cls, name: str, source: str) -> "SavedLens":
+        """Read the manifest of a lens; one on the hub is downloaded."""
+        folder = checkpoint.find_lens(source)
         manifest = checkpoint.read_manifest(folder)
         trained = checkpoint.saved_config(folder) if "config" in manifest else TrainConfig()
         kind = manifest["lens"]
@@ -43,14 +48,28 @@ class SavedLens(LensSpec):
             kind = trained.fit
         if kind in ("tuned", "closed-form") and trained.bias_only:
             kind = "bias-only"
-        return cls(name, kind, folder, manifest, trained)
+        return cls(name, kind, source, folder, manifest, trained)
+
+    @property
+    def title(self) -> str:
+        """The last part of its path or of its name on the hub."""
+        name = checkpoint.hub_name(self.source)
+        return name.title if name else self.folder.resolve().name
+
+    @property
+    def results_folder(self) -> Path:
+        """Where results go: beside the lens, or for one on the hub, in a folder of its name."""
+        if checkpoint.hub_name(self.source) is None:
+            return self.folder
+        return checkpoint.ROOT / re.sub(r"[/@:]+", "--", self.source)
 
 
 def lens_specs(asked: Iterable[str], in_memory: Iterable[str] = ()) -> list[LensSpec]:
     """The logit lens and the lenses asked for, each with a unique name.
 
     Args:
-        asked: folders, `unigram`, `mean` or `logit`, each with an optional `NAME=` in front.
+        asked: folders, names on the hub, `unigram`, `mean` or `logit`, each with an optional
+            `NAME=` in front.
         in_memory: names of further lenses.
 
     Raises:
@@ -62,12 +81,12 @@ def lens_specs(asked: Iterable[str], in_memory: Iterable[str] = ()) -> list[Lens
         if rest in BASELINES:
             specs.append(LensSpec(name or rest, rest))
         elif rest != "logit":
-            specs.append(SavedLens.read(name, Path(rest)))
+            specs.append(SavedLens.read(name, rest))
     wanted = [spec.name or spec.kind for spec in specs]
     for index, spec in enumerate(specs):
         if not spec.name and isinstance(spec, SavedLens):
             is_taken = wanted.count(spec.kind) > 1
-            name = spec.folder.resolve().name if is_taken else spec.kind
+            name = spec.title if is_taken else spec.kind
             specs[index] = dataclasses.replace(spec, name=name)
     specs += [LensSpec(name, "in memory") for name in in_memory]
     names = [spec.name for spec in specs]
@@ -75,7 +94,7 @@ def lens_specs(asked: Iterable[str], in_memory: Iterable[str] = ()) -> list[Lens
         if "/" in spec.name:
             raise InputError(f"the lens name {spec.name} contains a slash; choose one without")
         if names.count(spec.name) > 1 or spec.name == "model":
-            source = spec.folder if isinstance(spec, SavedLens) else spec.kind
+            source = spec.source if isinstance(spec, SavedLens) else spec.kind
             raise InputError(
                 f"the lens name {spec.name} is taken; choose another: --lens NAME={source}"
             )
@@ -83,7 +102,7 @@ def lens_specs(asked: Iterable[str], in_memory: Iterable[str] = ()) -> list[Lens
 
 
 def saved_lenses(specs: Iterable[LensSpec]) -> list[SavedLens]:
-    """The lenses that are saved in a folder."""
+    """The lenses that are saved in a folder or on the hub."""
     return [spec for spec in specs if isinstance(spec, SavedLens)]
 
 
