@@ -1,13 +1,18 @@
-"""Saved lenses, and the state of interrupted runs."""
+"""Saved lenses, in our format and in others, and the state of interrupted runs."""
 
+from tunedlens.checkpoint.formats import (
+    describe_lens,
+    export_lens,
+    load_lens,
+    load_lens_of_kind,
+    local_path,
+)
 from tunedlens.checkpoint.lens_files import (
     KINDS,
     MANIFEST,
     ROOT,
     fill_lens,
     kind_of,
-    load_lens,
-    load_lens_of_kind,
     newest_lens,
     read_manifest,
     save_lens,
@@ -28,11 +33,14 @@ __all__ = [
     "ROOT",
     "STATE",
     "State",
+    "describe_lens",
+    "export_lens",
     "fill_lens",
     "kind_of",
     "load_lens",
     "load_lens_of_kind",
     "load_state",
+    "local_path",
     "newest_lens",
     "newest_state",
     "read_manifest",

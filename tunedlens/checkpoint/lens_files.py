@@ -5,7 +5,6 @@ import hashlib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import safetensors.torch
 
@@ -13,8 +12,6 @@ from tunedlens.errors import InputError
 from tunedlens.files import JsonObject, newest_folder, now, read_json, write, write_json
 from tunedlens.lenses import AffineLens, JacobianLens, TunedLens
 from tunedlens.model import FrozenModel, probe_kl, probe_tolerance, require_same_model
-
-Kind = TypeVar("Kind", bound=AffineLens)
 
 FORMAT = 1
 ROOT = Path("checkpoints")
@@ -81,34 +78,20 @@ def kind_of(lens: AffineLens) -> str:
     return next(name for name, kind in KINDS.items() if type(lens) is kind)
 
 
-def load_lens(folder: str | Path, model: FrozenModel, *, check: bool = True) -> AffineLens:
+def read_lens(folder: Path, model: FrozenModel, *, check: bool = True) -> AffineLens:
     """Read a lens of any kind that was saved for this model.
 
     Args:
         check: whether to warn if the model's predictions have changed since the lens was made.
 
     Raises:
-        InputError: there is no lens, it is damaged, or it belongs to another model.
+        InputError: there is no lens, it is damaged, or it belongs to another model (other width,
+            depth, vocabulary, norm or unembedding).
     """
-    kind = KINDS[read_manifest(Path(folder))["lens"]]
-    return load_lens_of_kind(kind, folder, model, check=check)
-
-
-def load_lens_of_kind(
-    kind: type[Kind], folder: str | Path, model: FrozenModel, *, check: bool = True
-) -> Kind:
-    """Read a lens of one kind that was saved for this model.
-
-    Args:
-        check: whether to warn if the model's predictions have changed since the lens was made.
-
-    Raises:
-        InputError: there is no lens, it is damaged or of another kind, or it belongs to
-            another model (other width, depth, vocabulary, norm or unembedding).
-    """
-    lens = kind.from_model(model)
-    fill_lens(lens, Path(folder))
-    probe = read_manifest(Path(folder)).get("probe")
+    manifest = read_manifest(folder)
+    lens = KINDS[manifest["lens"]].from_model(model)
+    fill_lens(lens, folder)
+    probe = manifest.get("probe")
     if (
         check
         and probe is not None
@@ -118,7 +101,7 @@ def load_lens_of_kind(
             f"the lens in {folder} was made for a model with the same norm and unembedding, but "
             f"{model.identity.name} computes otherwise (KL {kl:.3g} nats on a short text): its "
             "blocks are others, or another version of transformers computes them otherwise",
-            stacklevel=2,
+            stacklevel=3,
         )
     return lens
 

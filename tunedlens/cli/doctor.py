@@ -1,13 +1,11 @@
 """`tunedlens doctor`: examines a model, and a lens on it."""
 
 import dataclasses
-from pathlib import Path
-
-from tunedlens import checkpoint
 from tunedlens.cli.flags import configured, make_parser, parse
 from tunedlens.cli.guard import Arguments, command
 from tunedlens.config import ModelConfig
 from tunedlens.doctor import doctor
+from tunedlens.evaluation.lens_specs import SavedLens
 from tunedlens.model import load_configured
 from tunedlens.tracking import say
 
@@ -25,13 +23,12 @@ The exit status is 1 if a check fails.
 def doctor_command(arguments: Arguments = None) -> int:
     """`tunedlens doctor`. Returns the exit status."""
     parser = make_parser("tunedlens doctor", DOCTOR, ModelConfig)
-    parser.add_argument("--lens", type=Path, metavar="DIR", help="folder of a saved lens")
+    parser.add_argument("--lens", metavar="LENS", help="a saved lens of this or another library")
     flags = parse(parser, arguments)
     lens = flags.pop("lens", None)
     base = ModelConfig()
-    if lens is not None and "model" not in flags and "config" in checkpoint.read_manifest(lens):
-        trained = checkpoint.saved_config(lens)
-        base = dataclasses.replace(trained.model, device=None)
+    if lens is not None and "model" not in flags:
+        base = dataclasses.replace(SavedLens.read("", lens).trained.model, device=None)
     model = load_configured(configured(base, flags), None, check=False)
     diagnosis = doctor(model, lens)
     say(str(diagnosis))

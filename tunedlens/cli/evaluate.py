@@ -98,8 +98,8 @@ def _parser() -> argparse.ArgumentParser:
         "--lens",
         action="append",
         metavar="[NAME=]LENS",
-        help="folder of a saved lens, unigram or mean; give it several times for several lenses "
-        "(default: the newest saved lens)",
+        help="a saved lens of this or another library (docs/evaluation.md), unigram or mean; give it "
+        "several times for several lenses (default: the newest saved lens)",
     )
     texts = {
         "output": "folder for the results (default: evaluation/ beside the lens)",
@@ -142,7 +142,7 @@ def _default_output(
     name = "evaluation"
     if is_other_text and config.corpus.dataset is not None:
         name += f"-{Path(config.corpus.dataset).stem}"
-    folder = (saved[0].folder if saved else Path()) / name
+    folder = (saved[0].results if saved else Path()) / name
     with suppress(InputError):
         if config.tokens is not None and config.tokens < report.read_evaluation(folder).tokens:
             return folder.with_name(f"{name}-{config.tokens}-tokens")

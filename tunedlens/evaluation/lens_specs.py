@@ -26,18 +26,35 @@ class LensSpec:
 
 @dataclass(frozen=True)
 class SavedLens(LensSpec):
-    """A lens in a folder."""
+    """A lens in a folder or a file, in any format that `load_lens` reads."""
 
     folder: Path
     manifest: JsonObject
+    """As `describe_lens` returns it."""
     trained: TrainConfig
-    """The config of its training; the defaults if the manifest has none."""
+    """The config of its training; if the manifest has none, the defaults with its model."""
+
+    @property
+    def is_from_training(self) -> bool:
+        """Whether a training run saved it, so that its text is known."""
+        return "config" in self.manifest
+
+    @property
+    def results(self) -> Path:
+        """The default folder for results: the lens's own, or this one if it is not a run's."""
+        return self.folder if self.is_from_training else Path()
 
     @classmethod
-    def read(cls, name: str, folder: Path) -> "SavedLens":
-        """Read the manifest in a folder."""
-        manifest = checkpoint.read_manifest(folder)
-        trained = checkpoint.saved_config(folder) if "config" in manifest else TrainConfig()
+    def read(cls, name: str, path: str) -> "SavedLens":
+        """Read what a lens says of itself."""
+        folder = checkpoint.local_path(path)
+        manifest = checkpoint.describe_lens(folder)
+        if "config" in manifest:
+            trained = checkpoint.saved_config(folder)
+        else:
+            about = manifest["model"]
+            made_for = ModelConfig(about.get("name"), revision=about.get("revision"))
+            trained = TrainConfig(model=made_for)
         kind = manifest["lens"]
         if kind == "tuned" and trained.fit == "closed-form":
             kind = trained.fit
@@ -48,7 +65,8 @@ def lens_specs(asked: Iterable[str], in_memory: Iterable[str] = ()) -> list[Lens
     """The logit lens and the lenses asked for, each with a unique name.
 
     Args:
-        asked: folders, `unigram`, `mean` or `logit`, each with an optional `NAME=` in front.
+        asked: paths as `load_lens` reads them, `unigram`, `mean` or `logit`, each with an optional
+            `NAME=` in front.
         in_memory: names of further lenses.
 
     Raises:
@@ -56,16 +74,17 @@ def lens_specs(asked: Iterable[str], in_memory: Iterable[str] = ()) -> list[Lens
     """
     specs = [LensSpec("logit", "logit")]
     for text in asked:
-        name, _, rest = ("", "", text) if Path(text).is_dir() else text.rpartition("=")
+        name, _, rest = ("", "", text) if Path(text).exists() else text.rpartition("=")
         if rest in BASELINES:
             specs.append(LensSpec(name or rest, rest))
         elif rest != "logit":
-            specs.append(SavedLens.read(name, Path(rest)))
+            specs.append(SavedLens.read(name, rest))
     wanted = [spec.name or spec.kind for spec in specs]
     for index, spec in enumerate(specs):
         if not spec.name and isinstance(spec, SavedLens):
             is_taken = wanted.count(spec.kind) > 1
-            name = spec.folder.resolve().name if is_taken else spec.kind
+            own_name = spec.folder.resolve().name.removesuffix(".pt")
+            name = own_name if is_taken else spec.kind
             specs[index] = dataclasses.replace(spec, name=name)
     specs += [LensSpec(name, "in memory") for name in in_memory]
     names = [spec.name for spec in specs]
@@ -103,10 +122,11 @@ def model_as_trained(config: ModelConfig, saved: Sequence[SavedLens]) -> ModelCo
 
 
 def trained_on(saved: Sequence[SavedLens], dataset: str | None) -> list[SavedLens]:
-    """The lenses that were trained on a text; by default on the text of the first lens."""
-    if dataset is None and saved:
-        dataset = saved[0].trained.corpus.dataset
-    return [spec for spec in saved if _is_same(spec.trained.corpus.dataset, dataset)]
+    """The lenses that were trained on a text; by default on that of the first whose text is known."""
+    known = [spec for spec in saved if spec.is_from_training]
+    if dataset is None and known:
+        dataset = known[0].trained.corpus.dataset
+    return [spec for spec in known if _is_same(spec.trained.corpus.dataset, dataset)]
 
 
 def _is_same(one: str | None, other: str | None) -> bool:
