@@ -18,7 +18,6 @@ and the other two read them with their library and compare the logits:
 
 import argparse
 import importlib.metadata
-import json
 from pathlib import Path
 
 import torch
@@ -77,7 +76,9 @@ def compare(library: str, logits: dict[int, torch.Tensor], file: Path) -> None:
     """Print the largest difference between a library's logits and ours."""
     ours = load_file(file)
     errors = [float((logits[i] - ours[str(i)]).abs().max()) for i in logits]
-    print(f"{library} reads {file.stem}: layers {sorted(logits)}, logits differ by {max(errors):.1e}")
+    print(
+        f"{library} reads {file.stem}: layers {sorted(logits)}, logits differ by {max(errors):.1e}"
+    )
     assert max(errors) < 1e-4
 
 
@@ -104,7 +105,9 @@ def tuned_lens(ours: Path | None) -> None:
                 parameter.normal_(0.0, 0.3)
         folder = DATA / f"tuned-lens-{version}"
         lens.save(folder)
-        logits = {str(i): lens(state, i)[0, RECORDED].contiguous() for i, state in enumerate(states)}
+        logits = {
+            str(i): lens(state, i)[0, RECORDED].contiguous() for i, state in enumerate(states)
+        }
         save_file(logits, folder / "logits.safetensors")
 
 

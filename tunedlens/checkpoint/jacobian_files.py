@@ -34,9 +34,7 @@ def jacobian_model(path: Path) -> JsonObject:
     Raises:
         InputError: the file is damaged or holds no Jacobian lens.
     """
-    payload = _payload(path)
-    metadata = payload.get("metadata")
-    about = payload | (metadata if isinstance(metadata, dict) else {})
+    about = _about(_payload(path))
     return {"name": about.get("model_name"), "revision": about.get("model_revision")}
 
 
@@ -53,19 +51,21 @@ def read_jacobian_file(path: Path, model: FrozenModel) -> JacobianLens:
     payload = _payload(path)
     lens = JacobianLens.from_model(model)
     d_model, n_layers = lens.identity.d_model, lens.n_layers
-    metadata = payload.get("metadata")
-    about = payload | (metadata if isinstance(metadata, dict) else {})
-    target = about.get("target_layer", n_layers - 1)
-    if target != n_layers - 1:
-        raise InputError(
-            f"the Jacobians in {path} map to the output of block {target}, expected the last block "
-            f"of {model.name}, {n_layers - 1}; fit them again without a target layer"
-        )
-    found = {_block(key, path): matrix for key, matrix in payload["J"].items()}
+    shape = (d_model, d_model)
+    found = {
+        _block(key, path): checked(matrix, shape, f"J[{key}] in {path}")
+        for key, matrix in payload["J"].items()
+    }
     if found.keys() != set(range(n_layers - 1)):
         raise InputError(
             f"{path} has Jacobians for the outputs of blocks {_short(found)}, but {model.name} "
             f"needs exactly blocks 0 to {n_layers - 2}; fit the lens on all of them"
+        )
+    target = _about(payload).get("target_layer", n_layers - 1)
+    if target != n_layers - 1:
+        raise InputError(
+            f"the Jacobians in {path} map to the output of block {target}, expected the last block "
+            f"of {model.name}, {n_layers - 1}; fit them again without a target layer"
         )
     if _EMBEDDINGS not in payload:
         warnings.warn(
@@ -73,10 +73,11 @@ def read_jacobian_file(path: Path, model: FrozenModel) -> JacobianLens:
             "logit lens does",
             stacklevel=2,
         )
-    matrices = [payload.get(_EMBEDDINGS, torch.eye(d_model))]
-    matrices += [found[block] for block in range(n_layers - 1)]
-    shape = (d_model, d_model)
-    jacobians = [checked(matrix, shape, f"a Jacobian in {path}") for matrix in matrices]
+    embeddings = payload.get(_EMBEDDINGS, torch.eye(d_model))
+    jacobians = [
+        checked(embeddings, shape, f"{_EMBEDDINGS} in {path}"),
+        *(found[block] for block in range(n_layers - 1)),
+    ]
     return JacobianLens.from_jacobians(model, torch.stack(jacobians))
 
 
@@ -113,13 +114,20 @@ def write_jacobian_file(lens: JacobianLens, path: Path) -> None:
     write_pt(path, payload)
 
 
-def _payload(path: Path) -> dict[str, object]:
+def _payload(path: Path) -> JsonObject:
+    """The dict in a file: as plain as JSON but for the matrices."""
     payload = read_pt(path)
     if not isinstance(payload, dict) or not isinstance(payload.get("J"), dict):
         raise InputError(
             f"{path} is not a Jacobian lens: expected a dict with J, the matrices by block"
         )
     return payload
+
+
+def _about(payload: JsonObject) -> JsonObject:
+    """What a file says besides its matrices, at the top or under `metadata`."""
+    metadata = payload.get("metadata")
+    return payload | (metadata if isinstance(metadata, dict) else {})
 
 
 def _block(key: object, path: Path) -> int:

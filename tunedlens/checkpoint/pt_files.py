@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tunedlens.errors import InputError, first_line
+from tunedlens.errors import InputError
 from tunedlens.files import write
 
 
@@ -19,10 +19,12 @@ def read_pt(path: Path) -> object:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error}") from error
     except Exception as error:  # a damaged file can raise any kind of exception
         raise InputError(
-            f"{path} is missing or damaged, or holds more than tensors and plain values (which is "
-            f"never run): {first_line(error)}"
+            f"{path} cannot be read: it is damaged, or it holds more than tensors and plain "
+            "values, which could run code and is never read"
         ) from error
 
 

@@ -92,9 +92,7 @@ def read_tuned_lens_folder(folder: Path, model: FrozenModel) -> TunedLens:
     return lens
 
 
-def _require_same_unembedding(
-    params: Mapping[str, object], model: FrozenModel, path: Path
-) -> None:
+def _require_same_unembedding(params: Mapping[str, object], model: FrozenModel, path: Path) -> None:
     """Compare the copy of the final norm and the unembedding in an old file with the model's.
 
     Raises:

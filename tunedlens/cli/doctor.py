@@ -1,6 +1,7 @@
 """`tunedlens doctor`: examines a model, and a lens on it."""
 
 import dataclasses
+
 from tunedlens.cli.flags import configured, make_parser, parse
 from tunedlens.cli.guard import Arguments, command
 from tunedlens.config import ModelConfig

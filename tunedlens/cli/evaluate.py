@@ -98,8 +98,8 @@ def _parser() -> argparse.ArgumentParser:
         "--lens",
         action="append",
         metavar="[NAME=]LENS",
-        help="a saved lens of this or another library (docs/evaluation.md), unigram or mean; give it "
-        "several times for several lenses (default: the newest saved lens)",
+        help="a saved lens of this or another library (docs/evaluation.md), unigram or mean; give "
+        "it several times for several lenses (default: the newest saved lens)",
     )
     texts = {
         "output": "folder for the results (default: evaluation/ beside the lens)",

@@ -122,7 +122,7 @@ def model_as_trained(config: ModelConfig, saved: Sequence[SavedLens]) -> ModelCo
 
 
 def trained_on(saved: Sequence[SavedLens], dataset: str | None) -> list[SavedLens]:
-    """The lenses that were trained on a text; by default on that of the first whose text is known."""
+    """The lenses that were trained on a text; by default on the first text that is known."""
     known = [spec for spec in saved if spec.is_from_training]
     if dataset is None and known:
         dataset = known[0].trained.corpus.dataset
