@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from tunedlens import TunedLens
-from tunedlens.cli.memory import keep_freed_memory
+from tunedlens.cli.guard import keep_freed_memory
 from tunedlens.engine import accumulate_gradient
 from tunedlens.engine.objective import LensKL
 from tunedlens.engine.vocab_sample import draw_sample

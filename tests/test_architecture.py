@@ -30,6 +30,7 @@ ORDER = (
     "mlp_neurons",
     "tracking",
     "report",
+    "sharing",
     "training",
     "cli",
 )

@@ -10,8 +10,8 @@ import pickle
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
-import huggingface_hub
 import pytest
 import torch
 from conftest import make_gpt2
@@ -25,6 +25,7 @@ from tunedlens import (
     JacobianLens,
     TunedLens,
     builtin,
+    checkpoint,
     doctor,
     evaluate,
     export_lens,
@@ -290,32 +291,42 @@ def test_doctor_examines_a_lens_of_another_library(small):
     assert checks["the lens is nearer to the model than the logit lens"].passed is False
 
 
-def fake_hub(monkeypatch, root):
-    """A hub that has what lies in a folder, and remembers what was asked for."""
-    asked = []
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub that has what lies in a folder; `asked` tells what was asked for."""
 
-    def snapshot_download(repo_id, *, repo_type, allow_patterns):
-        asked.append((repo_id, repo_type, allow_patterns))
-        if repo_id != "AlignmentResearch/tuned-lens":
-            raise OSError("404: no such repository\nwith details")
-        return str(root)
+    def snapshot_download(repo_id, *, repo_type, revision, allow_patterns):
+        hub.asked.append((repo_id, repo_type, revision, allow_patterns))
+        return str(hub.folder)
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    return asked
+    hub = SimpleNamespace(folder=tmp_path / "hub", asked=[])
+    monkeypatch.setattr(checkpoint.hub, "snapshot_download", snapshot_download)
+    return hub
 
 
-def test_lens_on_the_hub_is_downloaded_without_its_neighbours(small, tmp_path, monkeypatch):
-    asked = fake_hub(monkeypatch, tmp_path)
-    shutil.copytree(DATA / "tuned-lens-0.2.0", tmp_path / "lens" / "me" / "tiny")
-    space = "space:AlignmentResearch/tuned-lens"
-    lens = load_lens(f"{space}/lens/me/tiny", small)
+def test_tuned_lens_on_the_hub_is_downloaded_without_its_neighbours(small, hub):
+    shutil.copytree(DATA / "tuned-lens-0.2.0", hub.folder / "lens" / "me" / "tiny")
+    lens = load_lens("space:AlignmentResearch/tuned-lens:lens/me/tiny", small)
     assert_logits(lens, small, load_file(DATA / "tuned-lens-0.2.0" / "logits.safetensors"))
-    patterns = ["lens/me/tiny", "lens/me/tiny/*"]
-    assert asked == [("AlignmentResearch/tuned-lens", "space", patterns)]
-    with pytest.raises(InputError, match=r"space AlignmentResearch/tuned-lens .* has no lens/you$"):
-        load_lens(f"{space}/lens/you", small)
-    with pytest.raises(InputError, match="cannot download model:me/x/lens: 404: no such reposit"):
-        load_lens("model:me/x/lens", small)
+    [(repo_id, repo_type, _, patterns)] = hub.asked
+    assert (repo_id, repo_type) == ("AlignmentResearch/tuned-lens", "space")
+    names = ("config.json", "lens.safetensors", "params.pt")
+    assert set(patterns) == {f"lens/me/tiny/{name}" for name in names}
+    expected = (
+        "lens/you, holds no lens: expected config.json and lens.safetensors, "
+        "or config.json and params.pt, and there is no config.json"
+    )
+    with pytest.raises(InputError, match=expected):
+        load_lens("space:AlignmentResearch/tuned-lens:lens/you", small)
+
+
+def test_jacobian_lens_on_the_hub_is_one_file(small, hub):
+    (hub.folder / "tiny").mkdir(parents=True)
+    shutil.copy(DATA / JACOBIAN, hub.folder / "tiny" / "lens.pt")
+    assert type(load_lens("neuronpedia/jacobian-lens:tiny/lens.pt", small)) is JacobianLens
+    assert hub.asked == [("neuronpedia/jacobian-lens", None, None, ["tiny/lens.pt"])]
+    with pytest.raises(InputError, match=r"jacobian-lens on the hub has no other\.pt"):
+        load_lens("neuronpedia/jacobian-lens:other.pt", small)
 
 
 @pytest.mark.network
@@ -323,4 +334,4 @@ def test_lens_of_the_real_hub_is_nearer_than_the_logit_lens():
     model = load_model("gpt2", device="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load_lens("space:AlignmentResearch/tuned-lens/lens/gpt2", model)
+        load_lens("space:AlignmentResearch/tuned-lens:lens/gpt2", model)

@@ -24,6 +24,7 @@ from tunedlens.mlp_neurons import neurons
 from tunedlens.model import FrozenModel, load_model
 from tunedlens.report import explorer, read_evaluation, top_k, write_report
 from tunedlens.report.plots import curves, heatmap
+from tunedlens.sharing import push_to_hub
 from tunedlens.training import train
 from tunedlens.trajectories import Comparison, Trajectory, compare, difference, trajectory
 from tunedlens.trajectories.frames import probabilities, scores, to_dataframe, words
@@ -33,6 +34,7 @@ from tunedlens.trajectories.storage import load_comparison, load_trajectory, sav
 # import everything, so the modules themselves need no circle.
 AffineLens.save = save_lens
 AffineLens.load = classmethod(load_lens_of_kind)  # type: ignore[assignment]
+AffineLens.push_to_hub = push_to_hub
 ResidualLens.generate = generate
 Trajectory.save = save
 Trajectory.load = staticmethod(load_trajectory)
@@ -74,6 +76,7 @@ __all__ = [
     "load_lens",
     "load_model",
     "neurons",
+    "push_to_hub",
     "read_evaluation",
     "score_lenses",
     "train",

@@ -259,8 +259,8 @@ class EvaluateConfig(ScoringConfig):
     """
 
     lenses: tuple[str, ...] = ()
-    """Folders of saved lenses, `unigram` or `mean`, each with an optional `NAME=` in front. The
-    logit lens is always added. If empty, the newest saved lens."""
+    """Folders of saved lenses, names on the hub, `unigram` or `mean`, each with an optional `NAME=`
+    in front. The logit lens is always added. If empty, the newest saved lens."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
     split: Split | None = option(

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tunedlens.checkpoint import describe_lens, load_lens
+from tunedlens.checkpoint import describe_lens, find_lens, load_lens
 from tunedlens.engine.distributions import kl_divergence
 from tunedlens.errors import InputError
 from tunedlens.lenses import AffineLens, LogitLens
@@ -77,13 +77,13 @@ def doctor(model: FrozenModel, lens: str | Path | None = None, text: str = _TEXT
 
     Args:
         model: may be made with `check=False`, so that faults are reported instead of raised.
-        lens: the folder of a saved lens.
+        lens: the folder of a saved lens, or its name on the hub.
         text: what the model reads; the first 128 tokens are used.
     """
     ids = model.encode(text, is_any_length=True)[:, : min(_TOKENS, model.context or _TOKENS)]
     checks = list(_model_checks(model, ids))
     if lens is not None:
-        checks += _lens_checks(model, Path(lens), ids)
+        checks += _lens_checks(model, find_lens(lens), ids)
     states = model.residual_stream(ids)
     norms = [state[0].float().norm(dim=-1) for state in states]
     sizes = [(float(norm[0]), float(norm[1:].median())) for norm in norms]

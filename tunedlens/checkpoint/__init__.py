@@ -3,19 +3,22 @@
 from tunedlens.checkpoint.formats import (
     describe_lens,
     export_lens,
+    find_lens,
     load_lens,
     load_lens_of_kind,
-    local_path,
 )
+from tunedlens.checkpoint.hub import hub_name
 from tunedlens.checkpoint.lens_files import (
     KINDS,
     MANIFEST,
     ROOT,
+    WEIGHTS,
     fill_lens,
     kind_of,
     newest_lens,
     read_manifest,
     save_lens,
+    saved_sites,
 )
 from tunedlens.checkpoint.run_state import (
     STATE,
@@ -32,15 +35,17 @@ __all__ = [
     "MANIFEST",
     "ROOT",
     "STATE",
+    "WEIGHTS",
     "State",
     "describe_lens",
     "export_lens",
     "fill_lens",
+    "find_lens",
+    "hub_name",
     "kind_of",
     "load_lens",
     "load_lens_of_kind",
     "load_state",
-    "local_path",
     "newest_lens",
     "newest_state",
     "read_manifest",
@@ -48,4 +53,5 @@ __all__ = [
     "save_lens",
     "save_state",
     "saved_config",
+    "saved_sites",
 ]

@@ -1,21 +1,27 @@
 """Lenses in every format that can be read, recognised by what a path holds."""
 
 import hashlib
-import re
 import warnings
 from pathlib import Path
 from typing import TypeVar
 
-import huggingface_hub
 import torch
 
+from tunedlens.checkpoint.hub import local_path
 from tunedlens.checkpoint.jacobian_files import (
     jacobian_model,
     read_jacobian_file,
     write_jacobian_file,
 )
-from tunedlens.checkpoint.lens_files import kind_of, read_lens, read_manifest
+from tunedlens.checkpoint.lens_files import (
+    MANIFEST,
+    WEIGHTS,
+    kind_of,
+    read_lens,
+    read_manifest,
+)
 from tunedlens.checkpoint.tuned_lens_folders import (
+    CONFIG,
     PARAMS,
     base_model,
     is_tuned_lens_folder,
@@ -23,34 +29,51 @@ from tunedlens.checkpoint.tuned_lens_folders import (
     write_tuned_lens_folder,
 )
 from tunedlens.engine.distributions import kl_divergence, log_probs
-from tunedlens.errors import InputError, first_line
+from tunedlens.errors import InputError
 from tunedlens.files import JsonObject
 from tunedlens.lenses import AffineLens, JacobianLens, LogitLens, TunedLens
 from tunedlens.model import FrozenModel, probe_ids
 
 Kind = TypeVar("Kind", bound=AffineLens)
 
-_ON_HUB = re.compile(r"(model|space|dataset):([^/:]+/[^/]+)/(.+?)/?")
+
+def find_lens(
+    source: str | Path, subfolder: str | None = None, revision: str | None = None
+) -> Path:
+    """The folder or file of a lens; a lens on the hub is downloaded. See `hub.local_path`."""
+    formats = ((MANIFEST, WEIGHTS), (CONFIG, PARAMS))
+    return local_path(source, formats, subfolder=subfolder, revision=revision)
 
 
-def load_lens(path: str | Path, model: FrozenModel, *, check: bool = True) -> AffineLens:
+def load_lens(
+    source: str | Path,
+    model: FrozenModel,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    check: bool = True,
+) -> AffineLens:
     """Read a lens of any kind that was made for this model.
 
-    What the path holds decides the format. Nothing in a file is run.
+    What the source holds decides the format. Nothing in a file is run.
 
     Args:
-        path: a folder that `train.py` or `save_lens` has written, a folder with a lens of the
-            library `tuned-lens`, a `.pt` file with a Jacobian lens of TransformerLens 4 or `jlens`,
-            or such a folder or file on the Hugging Face hub, as TYPE:OWNER/REPOSITORY/PATH with
-            TYPE model, space or dataset.
+        source: a folder that `train.py` or `save_lens` has written; a folder with a lens of the
+            library `tuned-lens`; a `.pt` file with a Jacobian lens of TransformerLens 4 or `jlens`;
+            or the name of such a folder or file on the hub,
+            `[space:]user/name[@revision][:subfolder]`.
+        model: the model that the lens was made for.
+        subfolder: the folder, or the `.pt` file, of the lens within `source`.
+        revision: branch, tag or commit on the hub.
         check: whether to warn if the model's predictions have changed since the lens was made or,
             for a tuned lens of another library, if it is farther from the model than the logit
             lens on a short text.
 
     Raises:
-        InputError: there is no lens, it is damaged, or it belongs to another model.
+        InputError: there is no lens, it is damaged, it belongs to another model, or the hub
+            cannot be reached.
     """
-    path = local_path(path)
+    path = find_lens(source, subfolder, revision)
     if path.is_file():
         return read_jacobian_file(path, model)
     if not is_tuned_lens_folder(path):
@@ -62,22 +85,31 @@ def load_lens(path: str | Path, model: FrozenModel, *, check: bool = True) -> Af
 
 
 def load_lens_of_kind(
-    kind: type[Kind], path: str | Path, model: FrozenModel, *, check: bool = True
+    kind: type[Kind],
+    source: str | Path,
+    model: FrozenModel,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    check: bool = True,
 ) -> Kind:
-    """Read a lens of one kind that was made for this model; the rest is as in `load_lens`.
+    """Read a lens of one kind that was made for this model; see `load_lens`.
 
     Raises:
         InputError: there is no lens, it is damaged or of another kind, or it belongs to
             another model (other width, depth, vocabulary, norm or unembedding).
     """
-    lens = load_lens(path, model, check=check)
+    lens = load_lens(source, model, subfolder=subfolder, revision=revision, check=check)
     if not isinstance(lens, kind):
-        raise InputError(f"{path} holds a {kind_of(lens)} lens, not a {kind.__name__}")
+        raise InputError(f"{source} holds a {kind_of(lens)} lens, not a {kind.__name__}")
     return lens
 
 
-def describe_lens(path: str | Path) -> JsonObject:
+def describe_lens(path: Path) -> JsonObject:
     """What a lens says of itself, without its model.
+
+    Args:
+        path: as `find_lens` returns it.
 
     Returns:
         The manifest of a lens in our format. For one of another library: its kind as `lens`, the
@@ -86,7 +118,6 @@ def describe_lens(path: str | Path) -> JsonObject:
     Raises:
         InputError: there is no lens, or it is damaged.
     """
-    path = local_path(path)
     if path.is_file():
         kind, about, weights = "jacobian", jacobian_model(path), path
     elif is_tuned_lens_folder(path):
@@ -120,27 +151,6 @@ def export_lens(lens: AffineLens, path: str | Path) -> None:
         write_jacobian_file(lens, path)
     else:
         raise InputError(f"only a tuned or a Jacobian lens can be exported, not a {kind_of(lens)}")
-
-
-def local_path(path: str | Path) -> Path:
-    """The path itself or, for a lens on the hub, that of its downloaded copy.
-
-    Raises:
-        InputError: the hub cannot be reached or has no such lens.
-    """
-    found = _ON_HUB.fullmatch(str(path))
-    if found is None:
-        return Path(path)
-    repo_type, repo_id, inside = found.groups()
-    try:
-        snapshot = huggingface_hub.snapshot_download(
-            repo_id, repo_type=repo_type, allow_patterns=[inside, f"{inside}/*"]
-        )
-    except Exception as error:  # the hub's client raises many kinds of exception
-        raise InputError(f"cannot download {path}: {first_line(error)}") from error
-    if not (local := Path(snapshot) / inside).exists():
-        raise InputError(f"the {repo_type} {repo_id} on the hub has no {inside}")
-    return local
 
 
 @torch.no_grad()

@@ -144,3 +144,17 @@ def newest_lens(root: Path) -> Path:
     if found is None:
         raise InputError(f"there is no lens under {root}; train one (train.py) or give --lens")
     return found
+
+
+def saved_sites(folder: Path) -> list[str]:
+    """The sites at which a saved lens has translators, from the header of its file.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    path = folder / WEIGHTS
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return list(dict.fromkeys(name.partition(".")[0] for name in file.keys()))  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path} is missing or damaged: {error}") from error

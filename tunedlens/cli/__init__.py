@@ -4,9 +4,10 @@ import sys
 
 from tunedlens.cli.doctor import doctor_command
 from tunedlens.cli.evaluate import evaluate_command
+from tunedlens.cli.listing import list_command
 from tunedlens.cli.train import train_command
 
-__all__ = ["doctor_command", "evaluate_command", "main", "train_command"]
+__all__ = ["doctor_command", "evaluate_command", "list_command", "main", "train_command"]
 
 
 def main() -> int:
@@ -15,8 +16,9 @@ def main() -> int:
         "train": train_command,
         "evaluate": evaluate_command,
         "doctor": doctor_command,
+        "list": list_command,
     }
     if len(sys.argv) > 1 and sys.argv[1] in commands:
         return commands[sys.argv[1]](sys.argv[2:])
-    print("usage: tunedlens {train,evaluate,doctor} [--help | flags]", file=sys.stderr)
+    print(f"usage: tunedlens {{{','.join(commands)}}} [--help | flags]", file=sys.stderr)
     return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from tunedlens import checkpoint
 from tunedlens.cli.flags import configured, make_parser, parse
 from tunedlens.cli.guard import Arguments, command
 from tunedlens.config import ModelConfig
@@ -24,12 +25,12 @@ The exit status is 1 if a check fails.
 def doctor_command(arguments: Arguments = None) -> int:
     """`tunedlens doctor`. Returns the exit status."""
     parser = make_parser("tunedlens doctor", DOCTOR, ModelConfig)
-    parser.add_argument("--lens", metavar="LENS", help="a saved lens of this or another library")
+    parser.add_argument("--lens", metavar="LENS", help="path of a lens, or name on the hub")
     flags = parse(parser, arguments)
-    lens = flags.pop("lens", None)
+    lens = checkpoint.find_lens(flags.pop("lens")) if "lens" in flags else None
     base = ModelConfig()
     if lens is not None and "model" not in flags:
-        base = dataclasses.replace(SavedLens.read("", lens).trained.model, device=None)
+        base = dataclasses.replace(SavedLens.read("", str(lens)).trained.model, device=None)
     model = load_configured(configured(base, flags), None, check=False)
     diagnosis = doctor(model, lens)
     say(str(diagnosis))

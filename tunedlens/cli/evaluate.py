@@ -66,7 +66,7 @@ def evaluate_command(arguments: Arguments = None) -> int:
     accelerator = Accelerator()
     is_main = accelerator.is_main_process
     if is_main and same_text and config.split in ("train", "all"):
-        say(f"note: --split {config.split} scores what {same_text[0].folder} was trained on")
+        say(f"note: --split {config.split} scores what {same_text[0].source} was trained on")
     with progress_bar(0, "evaluating", show=is_main) as bar:
 
         def advance(scored: int, total: int) -> None:
@@ -98,11 +98,12 @@ def _parser() -> argparse.ArgumentParser:
         "--lens",
         action="append",
         metavar="[NAME=]LENS",
-        help="a saved lens of this or another library (docs/evaluation.md), unigram or mean; give "
-        "it several times for several lenses (default: the newest saved lens)",
+        help="path of a lens, name on the hub (user/name[@revision][:subfolder]), unigram or mean; "
+        "give it several times for several lenses (default: the newest saved lens)",
     )
     texts = {
-        "output": "folder for the results (default: evaluation/ beside the lens)",
+        "output": "folder for the results (default: evaluation/ beside the lens, or under "
+        "checkpoints/ for a lens from the hub)",
         "redraw": "write tables and plots again from the results saved in this folder",
         "prompt-file": r"file with one prompt per line; \n in a line stands for a line break",
     }
@@ -142,7 +143,7 @@ def _default_output(
     name = "evaluation"
     if is_other_text and config.corpus.dataset is not None:
         name += f"-{Path(config.corpus.dataset).stem}"
-    folder = (saved[0].results if saved else Path()) / name
+    folder = (saved[0].results_folder if saved else Path()) / name
     with suppress(InputError):
         if config.tokens is not None and config.tokens < report.read_evaluation(folder).tokens:
             return folder.with_name(f"{name}-{config.tokens}-tokens")

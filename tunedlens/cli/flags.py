@@ -16,7 +16,9 @@ from tunedlens.errors import InputError
 Config = TypeVar("Config", bound=TrainConfig | EvaluateConfig | ModelConfig | CorpusConfig)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are raised."""
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (--help lists the flags)")
 
@@ -26,7 +28,7 @@ def make_parser(name: str, description: str, config: type) -> argparse.ArgumentP
 
     Flags that are not given are missing from the result.
     """
-    parser = _Parser(
+    parser = Parser(
         prog=name,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,

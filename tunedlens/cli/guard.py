@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+import huggingface_hub
 import transformers
 
 from tunedlens.errors import InputError
@@ -45,6 +46,7 @@ def command(run: Callable[[Arguments], int]) -> Callable[[Arguments], int]:
         os.environ.setdefault("DATASETS_VERBOSITY", "critical")
         transformers.logging.disable_progress_bar()
         transformers.logging.set_verbosity_error()
+        huggingface_hub.logging.set_verbosity_error()
         keep_freed_memory()
         try:
             return run(arguments)

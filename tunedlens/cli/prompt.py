@@ -40,7 +40,7 @@ def show_prompts(flags: dict[str, Any]) -> int:
         raise InputError("unigram and mean are the same for every prompt; leave them out")
     base = saved[0].trained.model if saved and "model" not in flags else ModelConfig()
     config = configured(dataclasses.replace(base, device=None), flags)
-    output = output or (saved[0].results if saved else Path()) / "prompts"
+    output = output or (saved[0].results_folder if saved else Path()) / "prompts"
     files.require_writable(output)
     model = load_configured(config, None)
     lenses: dict[str, ResidualLens] = {

@@ -1,6 +1,7 @@
 """From the names of lenses to their folders and manifests."""
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,28 +27,21 @@ class LensSpec:
 
 @dataclass(frozen=True)
 class SavedLens(LensSpec):
-    """A lens in a folder or a file, in any format that `load_lens` reads."""
+    """A lens on disk or on the hub, in any format that `load_lens` reads."""
 
+    source: str
+    """The path or the name on the hub, as it was given."""
     folder: Path
+    """The folder or the file, or the local copy of the one on the hub."""
     manifest: JsonObject
     """As `describe_lens` returns it."""
     trained: TrainConfig
     """The config of its training; if the manifest has none, the defaults with its model."""
 
-    @property
-    def is_from_training(self) -> bool:
-        """Whether a training run saved it, so that its text is known."""
-        return "config" in self.manifest
-
-    @property
-    def results(self) -> Path:
-        """The default folder for results: the lens's own, or this one if it is not a run's."""
-        return self.folder if self.is_from_training else Path()
-
     @classmethod
-    def read(cls, name: str, path: str) -> "SavedLens":
-        """Read what a lens says of itself."""
-        folder = checkpoint.local_path(path)
+    def read(cls, name: str, source: str) -> "SavedLens":
+        """Read what a lens says of itself; one on the hub is downloaded."""
+        folder = checkpoint.find_lens(source)
         manifest = checkpoint.describe_lens(folder)
         if "config" in manifest:
             trained = checkpoint.saved_config(folder)
@@ -58,14 +52,32 @@ class SavedLens(LensSpec):
         kind = manifest["lens"]
         if kind == "tuned" and trained.fit == "closed-form":
             kind = trained.fit
-        return cls(name, kind, folder, manifest, trained)
+        return cls(name, kind, source, folder, manifest, trained)
+
+    @property
+    def is_text_known(self) -> bool:
+        """Whether the lens says which text it was trained on."""
+        return "config" in self.manifest
+
+    @property
+    def title(self) -> str:
+        """The last part of its path or of its name on the hub."""
+        name = checkpoint.hub_name(self.source)
+        return name.title if name else self.folder.resolve().name
+
+    @property
+    def results_folder(self) -> Path:
+        """Where results go: beside the lens, or for one on the hub, in a folder of its name."""
+        if checkpoint.hub_name(self.source) is None:
+            return self.folder.with_suffix("") if self.folder.is_file() else self.folder
+        return checkpoint.ROOT / re.sub(r"[/@:]+", "--", self.source)
 
 
 def lens_specs(asked: Iterable[str], in_memory: Iterable[str] = ()) -> list[LensSpec]:
     """The logit lens and the lenses asked for, each with a unique name.
 
     Args:
-        asked: paths as `load_lens` reads them, `unigram`, `mean` or `logit`, each with an optional
+        asked: paths, names on the hub, `unigram`, `mean` or `logit`, each with an optional
             `NAME=` in front.
         in_memory: names of further lenses.
 
@@ -83,8 +95,7 @@ def lens_specs(asked: Iterable[str], in_memory: Iterable[str] = ()) -> list[Lens
     for index, spec in enumerate(specs):
         if not spec.name and isinstance(spec, SavedLens):
             is_taken = wanted.count(spec.kind) > 1
-            own_name = spec.folder.resolve().name.removesuffix(".pt")
-            name = own_name if is_taken else spec.kind
+            name = spec.title if is_taken else spec.kind
             specs[index] = dataclasses.replace(spec, name=name)
     specs += [LensSpec(name, "in memory") for name in in_memory]
     names = [spec.name for spec in specs]
@@ -92,7 +103,7 @@ def lens_specs(asked: Iterable[str], in_memory: Iterable[str] = ()) -> list[Lens
         if "/" in spec.name:
             raise InputError(f"the lens name {spec.name} contains a slash; choose one without")
         if names.count(spec.name) > 1 or spec.name == "model":
-            source = spec.folder if isinstance(spec, SavedLens) else spec.kind
+            source = spec.source if isinstance(spec, SavedLens) else spec.kind
             raise InputError(
                 f"the lens name {spec.name} is taken; choose another: --lens NAME={source}"
             )
@@ -100,7 +111,7 @@ def lens_specs(asked: Iterable[str], in_memory: Iterable[str] = ()) -> list[Lens
 
 
 def saved_lenses(specs: Iterable[LensSpec]) -> list[SavedLens]:
-    """The lenses that are saved in a folder."""
+    """The lenses that are saved in a folder or on the hub."""
     return [spec for spec in specs if isinstance(spec, SavedLens)]
 
 
@@ -123,7 +134,7 @@ def model_as_trained(config: ModelConfig, saved: Sequence[SavedLens]) -> ModelCo
 
 def trained_on(saved: Sequence[SavedLens], dataset: str | None) -> list[SavedLens]:
     """The lenses that were trained on a text; by default on the first text that is known."""
-    known = [spec for spec in saved if spec.is_from_training]
+    known = [spec for spec in saved if spec.is_text_known]
     if dataset is None and known:
         dataset = known[0].trained.corpus.dataset
     return [spec for spec in known if _is_same(spec.trained.corpus.dataset, dataset)]

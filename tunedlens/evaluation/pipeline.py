@@ -111,7 +111,8 @@ def _in_order(
 def _source(spec: LensSpec, training: CorpusSplits) -> JsonObject:
     """The origin of a lens."""
     if isinstance(spec, SavedLens):
-        return {"folder": str(spec.folder), "sha256": spec.manifest["lens_sha256"]}
+        where = "hub" if checkpoint.hub_name(spec.source) else "folder"
+        return {where: spec.source, "sha256": spec.manifest["lens_sha256"]}
     if spec.kind not in BASELINES:
         return {"kind": spec.kind}
     _, tokens = BASELINES[spec.kind]

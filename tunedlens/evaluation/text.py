@@ -141,7 +141,7 @@ def _require_held_out(
         # A file's name may be spelled in several ways.
         if vars(trained) | {"dataset": None} != vars(corpus) | {"dataset": None}:
             raise InputError(
-                f"{spec.folder} was trained on other blocks than {same_text[0].folder}, and these "
+                f"{spec.source} was trained on other blocks than {same_text[0].source}, and these "
                 "may include blocks that are held out here; give another --dataset, or --split all"
             )
         # The embedded text differs between Pythons, but a file never changes sides.
@@ -150,7 +150,7 @@ def _require_held_out(
         then = spec.manifest.get("corpus", {}).get("validation", about)
         if then.get("tokens_sha256") != about.get("tokens_sha256"):
             raise InputError(
-                f"{corpus.dataset} has changed since {spec.folder} was trained on it, so the "
+                f"{corpus.dataset} has changed since {spec.source} was trained on it, so the "
                 "blocks held out now may have been trained on; give another --dataset, or "
                 "--split all"
             )

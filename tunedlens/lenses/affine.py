@@ -47,6 +47,8 @@ class AffineLens(ResidualLens):
     """See `tunedlens.checkpoint.save_lens`."""
     load: ClassVar[Callable[..., "AffineLens"]]
     """See `tunedlens.checkpoint.load_lens_of_kind`."""
+    push_to_hub: ClassVar[Callable[..., str]]
+    """See `tunedlens.sharing.push_to_hub`."""
 
     def __init__(self, unembedding: Unembedding, identity: ModelIdentity) -> None:
         super().__init__(unembedding, identity)

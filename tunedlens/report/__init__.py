@@ -1,7 +1,7 @@
 """Results as tables, files and one page."""
 
+from tunedlens.report.card import card
 from tunedlens.report.files import (
-    card,
     pictures,
     read_evaluation,
     require_own,

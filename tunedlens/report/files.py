@@ -1,4 +1,4 @@
-"""Reports on disk: of an evaluation, of one text, and the README of a lens."""
+"""Reports on disk: of an evaluation and of one text."""
 
 import csv
 import io
@@ -9,11 +9,10 @@ from dataclasses import astuple
 from pathlib import Path
 from urllib.parse import quote
 
-from tunedlens.config import ONE_PASS
 from tunedlens.errors import InputError
 from tunedlens.evaluation import MODEL, Evaluation
 from tunedlens.evaluation.results import Grids
-from tunedlens.files import JsonObject, read_json, write, write_json
+from tunedlens.files import read_json, write, write_json
 from tunedlens.report import plots
 from tunedlens.report.html.explorer import explorer
 from tunedlens.report.html.page import page
@@ -223,29 +222,3 @@ def _markdown_of_text(
         *(f"Best tokens: {title}\n\n{table.to_markdown()}" for title, table in tables.items()),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def card(name: str, manifest: JsonObject, evaluation: Evaluation) -> str:
-    """The README of a saved lens: how it was made, and its KL table."""
-    config, corpus = manifest["config"], manifest["corpus"]["train"]
-    progress, provenance = manifest["progress"], manifest["provenance"]
-    text = corpus["dataset"]
-    if "tokens_sha256" in corpus:
-        text += f" ({corpus['bytes']:,} bytes; tokens' SHA-256 {corpus['tokens_sha256'][:16]}…)"
-    used = f"{progress['init_tokens']:,} tokens"
-    if config["fit"] not in ONE_PASS:
-        used += f" for the closed form and {progress['tokens']:,} for the steps"
-    return f"""# {name}
-
-A {evaluation.lenses[-1]} lens for `{provenance["model"]}`, made by tunedlens \
-{provenance["versions"]["tunedlens"]}.
-
-- Text: {text}, blocks of {config["corpus"]["seq_len"]} tokens.
-- Fit: {config["fit"]}, with {used}, in {progress["seconds"]:.0f} s on {provenance["device"]} \
-({config["precision"]}), seed {config["seed"]}.
-- Everything else is in `config.json`; load it with `tunedlens.load_lens`.
-
-KL(model ‖ lens) in nats on {evaluation.tokens:,} held-out tokens, ± one standard error:
-
-{markdown(kl_rows(evaluation))}
-"""

@@ -191,7 +191,8 @@ def finish(run: Run, state: TrainState, tracker: Tracker, lens: AffineLens) -> E
             "provenance": describe_run(run.model),
         }
         checkpoint.save_lens(lens, run.output, metadata)
-        card = report.card(run.output.name, metadata, evaluation)
+        manifest = checkpoint.read_manifest(run.output)
+        card = report.card(run.output.name, manifest, evaluation)
         files.write(run.output / "README.md", card)
         plots.draw_learning_curve(state.progress.history, run.output)
         checkpoint.remove_state(run.output)

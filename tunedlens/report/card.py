@@ -1,0 +1,118 @@
+"""The README of a saved lens, with the front matter that the Hugging Face hub reads."""
+
+import re
+from contextlib import suppress
+
+import yaml
+
+from tunedlens.config import ONE_PASS
+from tunedlens.corpus.sources import is_on_hub
+from tunedlens.errors import InputError, first_line
+from tunedlens.evaluation import Evaluation
+from tunedlens.files import JsonObject
+from tunedlens.report.tables import kl_rows, markdown, scored_text, summary
+
+_FRONT_MATTER = re.compile(r"---\n(.*?)^---\n+", re.DOTALL | re.MULTILINE)
+
+
+def card(name: str, manifest: JsonObject, evaluation: Evaluation | None = None) -> str:
+    """The README of a saved lens: how it was made, and its KL table.
+
+    Args:
+        name: the title.
+        manifest: the content of `config.json`.
+        evaluation: held-out results of the training.
+    """
+    parts = [
+        f"# {name}",
+        f"A {manifest['lens']} lens for `{manifest['model']['name']}`, made by tunedlens.",
+        "\n".join([
+            *(_training(manifest) if "config" in manifest else ()),
+            "- Everything else is in `config.json`; load the lens with `tunedlens.load_lens`.",
+        ]),
+    ]  # fmt: skip
+    if evaluation is not None:
+        parts += [
+            f"KL(model ‖ lens) in nats on {evaluation.tokens:,} held-out tokens, ± one standard "
+            "error:",
+            markdown(kl_rows(evaluation)),
+        ]
+    return with_front_matter("\n\n".join(parts) + "\n", manifest)
+
+
+def _training(manifest: JsonObject) -> list[str]:
+    """The text and the fit of a lens that was made by `train`."""
+    config, corpus, run = manifest["config"], manifest["corpus"]["train"], manifest["provenance"]
+    text = corpus["dataset"]
+    if "tokens_sha256" in corpus:
+        text += f" ({corpus['bytes']:,} bytes; tokens' SHA-256 {corpus['tokens_sha256'][:16]}…)"
+    first_pass, steps = trained_tokens(manifest)
+    used = f"{first_pass:,} tokens"
+    if config["fit"] not in ONE_PASS:
+        used += f" for the closed form and {steps:,} for the steps"
+    seconds = manifest["progress"]["seconds"]
+    return [
+        f"- Text: {text}, blocks of {config['corpus']['seq_len']} tokens.",
+        f"- Fit: {config['fit']}, with {used}, in {seconds:.0f} s on {run['device']} "
+        f"({config['precision']}), seed {config['seed']}.",
+        f"- Version: tunedlens {run['versions']['tunedlens']}.",
+    ]
+
+
+def trained_tokens(manifest: JsonObject) -> tuple[int, int]:
+    """Positions of the first pass and of the steps of a lens that was made by `train`."""
+    progress = manifest["progress"]
+    first_pass = progress.get("init_tokens", progress.get("start_tokens", 0))  # 0.1.0: start_tokens
+    return first_pass, progress["tokens"]
+
+
+def with_front_matter(text: str, manifest: JsonObject, license_id: str | None = None) -> str:
+    """A card with the front matter of a lens; entries that the card has already are kept.
+
+    Args:
+        license_id: replaces the license of the card.
+
+    Raises:
+        InputError: the card begins with front matter that is not YAML.
+    """
+    found = _FRONT_MATTER.match(text)
+    try:
+        own = yaml.safe_load(found[1]) or {} if found else {}
+        if not isinstance(own, dict):
+            raise TypeError("expected lines like `license: mit`")
+    except (yaml.YAMLError, TypeError) as error:
+        raise InputError(f"the front matter of the card is damaged: {first_line(error)}") from error
+    entries = _front_matter(manifest) | own
+    if license_id is not None:
+        entries["license"] = license_id
+    body = text[found.end() :] if found else text
+    return f"---\n{yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)}---\n\n{body}"
+
+
+def _front_matter(manifest: JsonObject) -> JsonObject:
+    """What the hub shows and searches; it must know the model and the dataset by their names."""
+    entries: JsonObject = {"library_name": "tunedlens"}
+    model = manifest["model"]
+    if model.get("revision") is not None:  # only a model from the hub has one
+        entries["base_model"] = model["name"]
+    dataset = manifest.get("config", {}).get("corpus", {}).get("dataset")
+    with suppress(InputError):
+        if dataset is not None and is_on_hub(dataset):
+            entries["datasets"] = [dataset]
+    return entries | {"tags": [f"{manifest['lens']}-lens", "interpretability"]}
+
+
+def evaluation_section(evaluation: Evaluation, picture: str) -> str:
+    """The results of an evaluation, as a section of a card.
+
+    Args:
+        picture: the path of a plot, from the card.
+    """
+    parts = [
+        "\n## Evaluation",
+        "\n".join(summary(evaluation)),
+        f"{scored_text(evaluation)}. ± is one standard error, clustered by block.",
+        markdown(kl_rows(evaluation)),
+        f"![KL to the model's final distribution and other metrics, by layer]({picture})",
+    ]
+    return "\n\n".join(parts) + "\n"
