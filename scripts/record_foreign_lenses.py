@@ -54,22 +54,27 @@ def make_model() -> None:
 
 
 def write_ours(folder: Path) -> None:
-    """Random lenses of this project, exported, with their logits by layer."""
-    from tunedlens import JacobianLens, TunedLens, export_lens, load_model
+    """Random lenses of this project and the recorded ones, exported, with their logits by layer."""
+    from tunedlens import JacobianLens, TunedLens, export_lens, load_lens, load_model
 
     model = load_model(DATA / "model", device="cpu")
     torch.manual_seed(1)
     tuned = TunedLens.from_model(model)
     for parameter in tuned.parameters():
         parameter.data.normal_(0.0, 0.3)
-    jacobian = JacobianLens.from_jacobians(model, torch.randn(3, 8, 8))
-    export_lens(tuned, folder / "tuned")
-    export_lens(jacobian, folder / "jacobian.pt")
+    lenses = {
+        "tuned": tuned,
+        "tuned-back": load_lens(DATA / "tuned-lens-0.2.0", model, check=False),
+        "tuned-old-back": load_lens(DATA / "tuned-lens-0.0.5", model, check=False),
+        "jacobian.pt": JacobianLens.from_jacobians(model, torch.randn(3, 8, 8)),
+        "jacobian-back.pt": load_lens(DATA / "transformer-lens-4.3.0.pt", model),
+    }
     states = model.residual_stream(IDS)
     with torch.no_grad():
-        for name, lens in (("tuned", tuned), ("jacobian", jacobian)):
+        for name, lens in lenses.items():
+            export_lens(lens, folder / name)
             logits = {str(i): lens(states[i], i).contiguous() for i in range(3)}
-            save_file(logits, folder / f"{name}.safetensors")
+            save_file(logits, folder / f"{name.removesuffix('.pt')}.safetensors")
 
 
 def compare(library: str, logits: dict[int, torch.Tensor], file: Path) -> None:
@@ -93,9 +98,10 @@ def tuned_lens(ours: Path | None) -> None:
     *states, _ = model(IDS, output_hidden_states=True).hidden_states
     with torch.no_grad():
         if ours is not None:
-            lens = TunedLens.from_model_and_pretrained(model, str(ours / "tuned"))
-            logits = {i: lens(state, i) for i, state in enumerate(states)}
-            compare(f"tuned-lens {version}", logits, ours / "tuned.safetensors")
+            for name in ("tuned", "tuned-back", "tuned-old-back"):
+                lens = TunedLens.from_model_and_pretrained(model, str(ours / name))
+                logits = {i: lens(state, i) for i, state in enumerate(states)}
+                compare(f"tuned-lens {version}", logits, ours / f"{name}.safetensors")
             return
         torch.manual_seed(2)
         is_old = version.startswith("0.0.")
@@ -123,23 +129,24 @@ def jacobian(ours: Path | None) -> None:
     bridge = TransformerBridge.boot_transformers(
         str(DATA / "model"), hf_model=model, tokenizer=tokenizer, device="cpu"
     )
+
+    def read(path: Path) -> dict[int, torch.Tensor]:
+        lens = JacobianLens.from_pretrained(str(path), model=bridge)
+        result = lens.readout(bridge, IDS, return_full_logits=True)
+        # Their l is the output of block l, which is state l + 1 here.
+        return {i + 1: result.lens_logits[i][None] for i in lens.source_layers}
+
     if ours is not None:
-        lens = JacobianLens.from_pretrained(str(ours / "jacobian.pt"), model=bridge)
-    else:
-        lens = JacobianLens.fit(bridge, ["a small text"], corpus="none", skip_first_positions=2)
-        lens.metadata["model_name"] = bridge.cfg.model_name = "tiny"
-        lens.save(str(DATA / f"transformer-lens-{version}.pt"))
-        lens = JacobianLens.load(str(DATA / f"transformer-lens-{version}.pt"))  # in half precision
-    read = lens.readout(bridge, IDS, return_full_logits=True)
-    # Their l is the output of block l, which is state l + 1 here.
-    logits = {i + 1: read.lens_logits[i][None] for i in lens.source_layers}
-    if ours is not None:
-        compare(f"transformer-lens {version}", logits, ours / "jacobian.safetensors")
+        for name in ("jacobian.pt", "jacobian-back.pt"):
+            file = (ours / name).with_suffix(".safetensors")
+            compare(f"transformer-lens {version}", read(ours / name), file)
         return
-    save_file(
-        {str(i): one[0, RECORDED].contiguous() for i, one in logits.items()},
-        DATA / f"transformer-lens-{version}.safetensors",
-    )
+    lens = JacobianLens.fit(bridge, ["a small text"], corpus="none", skip_first_positions=2)
+    lens.metadata["model_name"] = bridge.cfg.model_name = "tiny"
+    file = DATA / f"transformer-lens-{version}.pt"
+    lens.save(str(file))
+    logits = {str(i): one[0, RECORDED].contiguous() for i, one in read(file).items()}
+    save_file(logits, file.with_suffix(".safetensors"))
 
 
 def main() -> None:

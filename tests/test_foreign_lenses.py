@@ -112,6 +112,13 @@ def test_published_jacobian_lens_says_that_it_has_none_for_the_embeddings(small)
     assert torch.equal(lens.transform_hidden(state, 0), state)
 
 
+def test_jacobian_lens_that_is_written_back_still_says_so(small, tmp_path):
+    export_lens(load_lens(DATA / JACOBIAN, small), tmp_path / "back.pt")
+    with pytest.warns(UserWarning, match="no Jacobian for layer 0, the embeddings"):
+        lens = load_lens(tmp_path / "back.pt", small)
+    assert_logits(lens, small, load_file(DATA / JACOBIAN.replace(".pt", ".safetensors")))
+
+
 @pytest.mark.parametrize("release", RELEASES)
 def test_lens_of_tuned_lens_is_of_its_kind_and_for_its_model(release):
     about = describe_lens(DATA / f"tuned-lens-{release}")

@@ -5,8 +5,8 @@ the output of block l, which is state l + 1 here, to the output of the last bloc
 file of a model with n blocks has the matrices 0 to n - 2, for our states 1 to n - 1. It has none
 for state 0, the embeddings.
 
-Files written here have an additional matrix for state 0 under `J_embeddings`, which the other
-libraries ignore.
+Files written here have an additional matrix for state 0 under `J_embeddings`, unless it is the
+identity; the other libraries ignore it.
 
 Source:
     https://github.com/TransformerLensOrg/TransformerLens,
@@ -109,8 +109,9 @@ def write_jacobian_file(lens: JacobianLens, path: Path) -> None:
         "model_name": lens.identity.name,
         "model_revision": lens.identity.revision,
         "metadata": {"target_layer": lens.n_layers - 1},
-        _EMBEDDINGS: matrices[0],
     }
+    if not torch.equal(matrices[0], identity):
+        payload[_EMBEDDINGS] = matrices[0]
     write_pt(path, payload)
 
 
