@@ -215,6 +215,14 @@ def test_params_that_do_not_fit_are_refused(small, copy, change, message):
         load_lens(folder, small)
 
 
+@pytest.mark.parametrize("name", [None, 3, ["a"]])
+def test_lens_with_a_strange_name_of_its_model_is_for_an_unknown_one(copy, name):
+    path = copy("tuned-lens-0.2.0") / "config.json"
+    changes = {"base_model_name_or_path": name, "model_config": name}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert describe_lens(path.parent)["model"]["name"] is None
+
+
 @pytest.mark.parametrize("change", [{"extra_layers": 1}, {"reuse_unembedding": False}])
 def test_old_lens_with_layers_of_its_own_is_refused(small, copy, change):
     path = copy("tuned-lens-0.0.5") / "config.json"

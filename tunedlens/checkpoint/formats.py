@@ -125,7 +125,8 @@ def describe_lens(path: Path) -> JsonObject:
     else:
         return read_manifest(path)
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    return {"lens": kind, "model": about, "lens_sha256": digest}
+    made_for = {key: value if isinstance(value, str) else None for key, value in about.items()}
+    return {"lens": kind, "model": made_for, "lens_sha256": digest}
 
 
 def export_lens(lens: AffineLens, path: str | Path) -> None:

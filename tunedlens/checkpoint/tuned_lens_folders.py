@@ -41,9 +41,10 @@ def base_model(folder: Path) -> JsonObject:
         InputError: the config is damaged.
     """
     config = read_json(folder / CONFIG, f"{folder} holds no {CONFIG}")
-    old = config.get("model_config") or {}
+    old = config.get("model_config")
+    old_name = old.get("_name_or_path") if isinstance(old, dict) else None
     return {
-        "name": config.get("base_model_name_or_path") or old.get("_name_or_path"),
+        "name": config.get("base_model_name_or_path") or old_name,
         "revision": config.get("base_model_revision"),
     }
 
