@@ -414,6 +414,13 @@ def test_evaluate_scores_saved_and_given_lenses_on_held_out_text(tiny, corpus, t
     assert evaluation.tokens_sha256 == expected.tokens_sha256
 
 
+def test_evaluate_scores_both_sides_for_a_lens_that_does_not_say_its_text(model, tmp_path):
+    random_lens(model).save(tmp_path / "lens")
+    evaluation = evaluate(EvaluateConfig(lenses=(str(tmp_path / "lens"),), tokens=64), model=model)
+    assert evaluation.provenance["config"]["split"] == "all"
+    assert evaluation.tokens == 64
+
+
 def test_evaluate_takes_the_held_out_side_by_default_for_a_lens_in_memory(tiny, corpus):
     evaluation = evaluate(
         EvaluateConfig(corpus=corpus), model=tiny, lenses={"mine": random_lens(tiny)}

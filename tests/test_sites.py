@@ -18,6 +18,7 @@ from tunedlens import (
     ScoringConfig,
     TrainConfig,
     TunedLens,
+    export_lens,
     load_lens,
     load_model,
     score_lenses,
@@ -172,6 +173,8 @@ def test_sites_that_a_lens_or_a_model_does_not_have_are_refused(tiny, tokenizer,
         trajectory(tiny, random_lens(tiny), "import os", sites=["resid_mid"])
     with pytest.raises(InputError, match=r"translators at resid_pre, attn_out.* got 'resid_post'"):
         TunedLens.from_model(tiny, ["resid_post"])
+    with pytest.raises(InputError, match="other libraries read translators at resid_pre only"):
+        export_lens(lens_at(tiny, SITES), tmp_path / "export")
     with pytest.raises(InputError, match="not at mlp_out; train it with --sites mlp_out"):
         random_lens(tiny)(torch.zeros(1, 16), 0, "mlp_out")
     with pytest.raises(InputError, match=r"--sites must be of .* got resid_post"):

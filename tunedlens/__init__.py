@@ -5,7 +5,7 @@
 >>> lens = TunedLens.load("checkpoints/embedded", model)
 """
 
-from tunedlens.checkpoint import load_lens, load_lens_of_kind, save_lens
+from tunedlens.checkpoint import export_lens, load_lens, load_lens_of_kind, save_lens
 from tunedlens.config import CorpusConfig, EvaluateConfig, ModelConfig, ScoringConfig, TrainConfig
 from tunedlens.doctor import Diagnosis, doctor
 from tunedlens.errors import InputError
@@ -72,6 +72,7 @@ __all__ = [
     "difference",
     "doctor",
     "evaluate",
+    "export_lens",
     "load_lens",
     "load_model",
     "neurons",

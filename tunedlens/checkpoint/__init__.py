@@ -1,5 +1,12 @@
-"""Saved lenses, and the state of interrupted runs."""
+"""Saved lenses, in our format and in others, and the state of interrupted runs."""
 
+from tunedlens.checkpoint.formats import (
+    describe_lens,
+    export_lens,
+    find_lens,
+    load_lens,
+    load_lens_of_kind,
+)
 from tunedlens.checkpoint.hub import hub_name
 from tunedlens.checkpoint.lens_files import (
     KINDS,
@@ -7,10 +14,7 @@ from tunedlens.checkpoint.lens_files import (
     ROOT,
     WEIGHTS,
     fill_lens,
-    find_lens,
     kind_of,
-    load_lens,
-    load_lens_of_kind,
     newest_lens,
     read_manifest,
     save_lens,
@@ -33,6 +37,8 @@ __all__ = [
     "STATE",
     "WEIGHTS",
     "State",
+    "describe_lens",
+    "export_lens",
     "fill_lens",
     "find_lens",
     "hub_name",

@@ -3,6 +3,7 @@
 import glob
 import re
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,26 +31,26 @@ class HubName(NamedTuple):
 
 
 def hub_name(source: str | Path) -> HubName | None:
-    """The parts of a name on the hub; None for a `Path`, an existing folder or any other text."""
-    if isinstance(source, Path) or Path(source).is_dir():
+    """The parts of a name on the hub; None for a `Path`, an existing path or any other text."""
+    if isinstance(source, Path) or Path(source).exists():
         return None
     found = _NAME.fullmatch(source)
     return HubName(*found.groups()) if found else None
 
 
-def local_folder(
+def local_path(
     source: str | Path,
-    files: Sequence[str],
+    formats: Sequence[Sequence[str]],
     *,
     subfolder: str | None = None,
     revision: str | None = None,
 ) -> Path:
-    """A folder by its path, or the local copy of one on the hub.
+    """A folder or file by its path, or the local copy of one on the hub.
 
     Args:
         source: a path, or a name as in `HubName`.
-        files: the files that are needed; nothing else is downloaded.
-        subfolder: the folder within `source`.
+        formats: the files of each format that a folder can have; nothing else is downloaded.
+        subfolder: the folder, or the `.pt` file, within `source`.
         revision: branch, tag or commit on the hub.
 
     Raises:
@@ -61,12 +62,14 @@ def local_folder(
             raise InputError(f"{source} is a folder and has no revision; got {revision}")
         return Path(source, subfolder or "")
     inner, revision = subfolder or name.subfolder or "", revision or name.revision
+    is_file = inner.endswith(".pt")
+    wanted = [inner] if is_file else [str(Path(inner, file)) for file in chain(*formats)]
     try:
         copy = snapshot_download(
             name.repo_id,
             repo_type=name.kind,
             revision=revision,
-            allow_patterns=[glob.escape(str(Path(inner, file))) for file in files],
+            allow_patterns=[glob.escape(file) for file in wanted],
         )
     except RevisionNotFoundError as error:
         raise InputError(f"{name.repo_id} on the hub has no revision {revision}") from error
@@ -80,10 +83,14 @@ def local_folder(
         raise InputError(
             f"there is no folder {source}, and the hub cannot be read: {cause}"
         ) from error
-    folder = Path(copy, inner)
-    if missing := [file for file in files if not (folder / file).is_file()]:
+    path = Path(copy, inner)
+    if is_file and not path.is_file():
+        raise InputError(f"{name.repo_id} on the hub has no {inner}")
+    missing = [[file for file in files if not (path / file).is_file()] for files in formats]
+    if not is_file and all(missing):
         where = f"{name.repo_id} on the hub" + (f", in {inner}," if inner else "")
+        expected = ", or ".join(" and ".join(files) for files in formats)
         raise InputError(
-            f"{where} holds no lens: expected {' and '.join(files)}, and there is no {missing[0]}"
+            f"{where} holds no lens: expected {expected}, and there is no {missing[0][0]}"
         )
-    return folder
+    return path

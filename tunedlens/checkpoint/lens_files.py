@@ -5,18 +5,14 @@ import hashlib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import safetensors.torch
 import torch
 
-from tunedlens.checkpoint.hub import local_folder
 from tunedlens.errors import InputError
 from tunedlens.files import JsonObject, newest_folder, now, read_json, write, write_json
 from tunedlens.lenses import AffineLens, JacobianLens, TunedLens
 from tunedlens.model import FrozenModel, probe_kl, probe_tolerance, require_same_model
-
-Kind = TypeVar("Kind", bound=AffineLens)
 
 FORMAT = 1
 ROOT = Path("checkpoints")
@@ -86,58 +82,18 @@ def kind_of(lens: AffineLens) -> str:
     return next(name for name, kind in KINDS.items() if type(lens) is kind)
 
 
-def find_lens(
-    source: str | Path, subfolder: str | None = None, revision: str | None = None
-) -> Path:
-    """The folder of a lens; a lens on the hub is downloaded. See `hub.local_folder`."""
-    files = (MANIFEST, WEIGHTS)
-    return local_folder(source, files, subfolder=subfolder, revision=revision)
-
-
-def load_lens(
-    source: str | Path,
-    model: FrozenModel,
-    *,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    check: bool = True,
-) -> AffineLens:
+def read_lens(folder: Path, model: FrozenModel, *, check: bool = True) -> AffineLens:
     """Read a lens of any kind that was saved for this model.
 
     Args:
-        source: a folder, or a name on the hub, `user/name[@revision][:subfolder]`.
-        model: the model that the lens was made for.
-        subfolder: the folder of the lens within `source`.
-        revision: branch, tag or commit on the hub.
         check: whether to warn if the model's predictions have changed since the lens was made.
 
     Raises:
-        InputError: there is no lens, it is damaged, it belongs to another model, or the hub
-            cannot be reached.
+        InputError: there is no lens, it is damaged, or it belongs to another model (other width,
+            depth, vocabulary, norm or unembedding).
     """
-    folder = find_lens(source, subfolder, revision)
-    kind = KINDS[read_manifest(folder)["lens"]]
-    return load_lens_of_kind(kind, folder, model, check=check)
-
-
-def load_lens_of_kind(
-    kind: type[Kind],
-    source: str | Path,
-    model: FrozenModel,
-    *,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    check: bool = True,
-) -> Kind:
-    """Read a lens of one kind that was saved for this model; see `load_lens`.
-
-    Raises:
-        InputError: there is no lens, it is damaged or of another kind, or it belongs to
-            another model (other width, depth, vocabulary, norm or unembedding).
-    """
-    folder = find_lens(source, subfolder, revision)
     manifest = read_manifest(folder)
-    lens = kind.from_model(model, manifest.get("sites", ["resid_pre"]))
+    lens = KINDS[manifest["lens"]].from_model(model, manifest.get("sites", ["resid_pre"]))
     fill_lens(lens, folder)
     probe = manifest.get("probe")
     if (
@@ -149,7 +105,7 @@ def load_lens_of_kind(
             f"the lens in {folder} was made for a model with the same norm and unembedding, but "
             f"{model.identity.name} computes otherwise (KL {kl:.3g} nats on a short text): its "
             "blocks are others, or another version of transformers computes them otherwise",
-            stacklevel=2,
+            stacklevel=3,
         )
     bos = manifest.get("config", {}).get("corpus", {}).get("bos")
     if check and bos is not None and bos != (model.bos_id is not None):
@@ -157,7 +113,7 @@ def load_lens_of_kind(
             f"the lens in {folder} was trained on text {'with' if bos else 'without'} BOS in "
             f"front, and texts for {model.identity.name} are read {'without' if bos else 'with'} "
             f"it; call model.set_bos({bos})",
-            stacklevel=2,
+            stacklevel=3,
         )
     return lens
 

@@ -7,6 +7,7 @@ from tunedlens.cli.flags import configured, make_parser, parse
 from tunedlens.cli.guard import Arguments, command
 from tunedlens.config import ModelConfig
 from tunedlens.doctor import doctor
+from tunedlens.evaluation.lens_specs import SavedLens
 from tunedlens.model import load_configured
 from tunedlens.tracking import say
 
@@ -24,13 +25,12 @@ The exit status is 1 if a check fails.
 def doctor_command(arguments: Arguments = None) -> int:
     """`tunedlens doctor`. Returns the exit status."""
     parser = make_parser("tunedlens doctor", DOCTOR, ModelConfig)
-    parser.add_argument("--lens", metavar="LENS", help="folder of a saved lens, or name on the hub")
+    parser.add_argument("--lens", metavar="LENS", help="path of a lens, or name on the hub")
     flags = parse(parser, arguments)
     lens = checkpoint.find_lens(flags.pop("lens")) if "lens" in flags else None
     base = ModelConfig()
-    if lens is not None and "model" not in flags and "config" in checkpoint.read_manifest(lens):
-        trained = checkpoint.saved_config(lens)
-        base = dataclasses.replace(trained.model, device=None)
+    if lens is not None and "model" not in flags:
+        base = dataclasses.replace(SavedLens.read("", str(lens)).trained.model, device=None)
     model = load_configured(configured(base, flags), None, check=False)
     diagnosis = doctor(model, lens)
     say(str(diagnosis))

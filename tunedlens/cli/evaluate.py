@@ -98,8 +98,8 @@ def _parser() -> argparse.ArgumentParser:
         "--lens",
         action="append",
         metavar="[NAME=]LENS",
-        help="folder of a saved lens, name on the hub (user/name[@revision][:subfolder]), unigram "
-        "or mean; give it several times for several lenses (default: the newest saved lens)",
+        help="path of a lens, name on the hub (user/name[@revision][:subfolder]), unigram or mean; "
+        "give it several times for several lenses (default: the newest saved lens)",
     )
     texts = {
         "output": "folder for the results (default: evaluation/ beside the lens, or under "

@@ -27,28 +27,39 @@ class LensSpec:
 
 @dataclass(frozen=True)
 class SavedLens(LensSpec):
-    """A lens in a folder or on the hub."""
+    """A lens on disk or on the hub, in any format that `load_lens` reads."""
 
     source: str
-    """The folder or the name on the hub, as it was given."""
+    """The path or the name on the hub, as it was given."""
     folder: Path
-    """The folder, or the local copy of the one on the hub."""
+    """The folder or the file, or the local copy of the one on the hub."""
     manifest: JsonObject
+    """As `describe_lens` returns it."""
     trained: TrainConfig
-    """The config of its training; the defaults if the manifest has none."""
+    """The config of its training; if the manifest has none, the defaults with its model."""
 
     @classmethod
     def read(cls, name: str, source: str) -> "SavedLens":
-        """Read the manifest of a lens; one on the hub is downloaded."""
+        """Read what a lens says of itself; one on the hub is downloaded."""
         folder = checkpoint.find_lens(source)
-        manifest = checkpoint.read_manifest(folder)
-        trained = checkpoint.saved_config(folder) if "config" in manifest else TrainConfig()
+        manifest = checkpoint.describe_lens(folder)
+        if "config" in manifest:
+            trained = checkpoint.saved_config(folder)
+        else:
+            about = manifest["model"]
+            made_for = ModelConfig(about.get("name"), revision=about.get("revision"))
+            trained = TrainConfig(model=made_for)
         kind = manifest["lens"]
         if kind == "tuned" and trained.fit == "closed-form":
             kind = trained.fit
         if kind in ("tuned", "closed-form") and trained.bias_only:
             kind = "bias-only"
         return cls(name, kind, source, folder, manifest, trained)
+
+    @property
+    def is_text_known(self) -> bool:
+        """Whether the lens says which text it was trained on."""
+        return "config" in self.manifest
 
     @property
     def title(self) -> str:
@@ -60,7 +71,7 @@ class SavedLens(LensSpec):
     def results_folder(self) -> Path:
         """Where results go: beside the lens, or for one on the hub, in a folder of its name."""
         if checkpoint.hub_name(self.source) is None:
-            return self.folder
+            return self.folder.with_suffix("") if self.folder.is_file() else self.folder
         return checkpoint.ROOT / re.sub(r"[/@:]+", "--", self.source)
 
 
@@ -68,7 +79,7 @@ def lens_specs(asked: Iterable[str], in_memory: Iterable[str] = ()) -> list[Lens
     """The logit lens and the lenses asked for, each with a unique name.
 
     Args:
-        asked: folders, names on the hub, `unigram`, `mean` or `logit`, each with an optional
+        asked: paths, names on the hub, `unigram`, `mean` or `logit`, each with an optional
             `NAME=` in front.
         in_memory: names of further lenses.
 
@@ -77,7 +88,7 @@ def lens_specs(asked: Iterable[str], in_memory: Iterable[str] = ()) -> list[Lens
     """
     specs = [LensSpec("logit", "logit")]
     for text in asked:
-        name, _, rest = ("", "", text) if Path(text).is_dir() else text.rpartition("=")
+        name, _, rest = ("", "", text) if Path(text).exists() else text.rpartition("=")
         if rest in BASELINES:
             specs.append(LensSpec(name or rest, rest))
         elif rest != "logit":
@@ -124,10 +135,11 @@ def model_as_trained(config: ModelConfig, saved: Sequence[SavedLens]) -> ModelCo
 
 
 def trained_on(saved: Sequence[SavedLens], dataset: str | None) -> list[SavedLens]:
-    """The lenses that were trained on a text; by default on the text of the first lens."""
-    if dataset is None and saved:
-        dataset = saved[0].trained.corpus.dataset
-    return [spec for spec in saved if _is_same(spec.trained.corpus.dataset, dataset)]
+    """The lenses that were trained on a text; by default on the first text that is known."""
+    known = [spec for spec in saved if spec.is_text_known]
+    if dataset is None and known:
+        dataset = known[0].trained.corpus.dataset
+    return [spec for spec in known if _is_same(spec.trained.corpus.dataset, dataset)]
 
 
 def _is_same(one: str | None, other: str | None) -> bool:

@@ -3,7 +3,7 @@
 from tunedlens.model.frozen import FrozenModel
 from tunedlens.model.identity import ModelIdentity, require_same_model
 from tunedlens.model.loading import load_configured, load_model
-from tunedlens.model.probe import probe_kl, probe_tolerance, take_probe
+from tunedlens.model.probe import probe_ids, probe_kl, probe_tolerance, take_probe
 from tunedlens.model.sites import SITES, TRANSLATED_SITES, HookPoint, hook_points
 from tunedlens.model.unembedding import Unembedding
 
@@ -17,6 +17,7 @@ __all__ = [
     "hook_points",
     "load_configured",
     "load_model",
+    "probe_ids",
     "probe_kl",
     "probe_tolerance",
     "require_same_model",

@@ -7,7 +7,7 @@ fine-tuned body, or a release of transformers that computes it otherwise.
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tunedlens.errors import InputError
@@ -18,6 +18,11 @@ _TEXT = "The capital of France is Paris. 1, 2, 3, 4, 5, 6, 7. def main():\n    r
 _TOKENS, _POSITIONS, _TOP_K = 24, 8, 8
 
 
+def probe_ids(model: FrozenModel) -> Int[Tensor, "1 seq"]:
+    """The tokens of the short text, on the model's device."""
+    return model.encode(_TEXT, is_any_length=True)[:, : min(_TOKENS, model.context or _TOKENS)]
+
+
 @torch.no_grad()
 def take_probe(model: FrozenModel) -> JsonObject:
     """The model's most likely next tokens at the last few positions of a short text.
@@ -26,7 +31,7 @@ def take_probe(model: FrozenModel) -> JsonObject:
         The ids of the text, and by position the ids of the most likely tokens and their
         log-probabilities in nats. It can be written as JSON.
     """
-    ids = model.encode(_TEXT, is_any_length=True)[0, : min(_TOKENS, model.context or _TOKENS)]
+    ids = probe_ids(model)[0]
     log_probs = _log_probs(model, ids.tolist())[-_POSITIONS:]
     top = log_probs.topk(min(_TOP_K, log_probs.shape[-1]))
     values = [[round(value, 6) for value in row] for row in top.values.tolist()]

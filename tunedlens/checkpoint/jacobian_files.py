@@ -1,0 +1,144 @@
+"""Jacobian lenses in the format of `jlens`, TransformerLens 4 and neuronpedia/jacobian-lens.
+
+A lens is one `.pt` file with a dict. Its `J` holds a matrix by the number of a block: `J[l]` maps
+the output of block l, which is state l + 1 here, to the output of the last block. So a complete
+file of a model with n blocks has the matrices 0 to n - 2, for our states 1 to n - 1. It has none
+for state 0, the embeddings.
+
+Files written here have an additional matrix for state 0 under `J_embeddings`, unless it is the
+identity; the other libraries ignore it.
+
+Source:
+    https://github.com/TransformerLensOrg/TransformerLens,
+    `transformer_lens/tools/analysis/jacobian_lens.py`.
+"""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from tunedlens.checkpoint.pt_files import checked, read_pt, write_pt
+from tunedlens.errors import InputError
+from tunedlens.files import JsonObject
+from tunedlens.lenses import JacobianLens
+from tunedlens.model import FrozenModel
+
+_EMBEDDINGS = "J_embeddings"
+
+
+def jacobian_model(path: Path) -> JsonObject:
+    """The name and the revision of the model that a lens was made for, as far as its file says.
+
+    Raises:
+        InputError: the file is damaged or holds no Jacobian lens.
+    """
+    about = _about(_payload(path))
+    return {"name": about.get("model_name"), "revision": about.get("model_revision")}
+
+
+def read_jacobian_file(path: Path, model: FrozenModel) -> JacobianLens:
+    """Read a lens that another library has written.
+
+    If the file has no Jacobian for state 0, the embeddings, the lens decodes them as the logit lens
+    does, and a warning says so.
+
+    Raises:
+        InputError: the file is damaged, a shape is not the model's, layers are missing, or the
+            matrices map to another layer than the last one.
+    """
+    payload = _payload(path)
+    lens = JacobianLens.from_model(model)
+    d_model, n_layers = lens.identity.d_model, lens.n_layers
+    shape = (d_model, d_model)
+    found = {
+        _block(key, path): checked(matrix, shape, f"J[{key}] in {path}")
+        for key, matrix in payload["J"].items()
+    }
+    if found.keys() != set(range(n_layers - 1)):
+        raise InputError(
+            f"{path} has Jacobians for the outputs of blocks {_short(found)}, but {model.name} "
+            f"needs exactly blocks 0 to {n_layers - 2}; fit the lens on all of them"
+        )
+    target = _about(payload).get("target_layer", n_layers - 1)
+    if target != n_layers - 1:
+        raise InputError(
+            f"the Jacobians in {path} map to the output of block {target}, expected the last block "
+            f"of {model.name}, {n_layers - 1}; fit them again without a target layer"
+        )
+    if _EMBEDDINGS not in payload:
+        warnings.warn(
+            f"{path} has no Jacobian for layer 0, the embeddings: the lens decodes layer 0 as the "
+            "logit lens does",
+            stacklevel=2,
+        )
+    embeddings = payload.get(_EMBEDDINGS, torch.eye(d_model))
+    jacobians = [
+        checked(embeddings, shape, f"{_EMBEDDINGS} in {path}"),
+        *(found[block] for block in range(n_layers - 1)),
+    ]
+    return JacobianLens.from_jacobians(model, torch.stack(jacobians))
+
+
+def write_jacobian_file(lens: JacobianLens, path: Path) -> None:
+    """Write a lens so that TransformerLens 4 and `jlens` read it, in float32.
+
+    The number of prompts is written as 0, which is how TransformerLens reads an unknown one.
+
+    Raises:
+        InputError: a translator has a bias, for which the format has no place, or the file cannot
+            be written.
+    """
+    identity = torch.eye(lens.identity.d_model)
+    matrices = []
+    for layer in range(lens.n_layers):
+        translator = lens.translator(layer)
+        if translator.bias.any():
+            raise InputError(
+                f"layer {layer} of the lens has a bias, but a file of Jacobians has no place for it"
+            )
+        matrices.append(translator.weight.detach().cpu() + identity)
+    payload = {
+        "J": dict(enumerate(matrices[1:])),
+        "n_prompts": 0,
+        "source_layers": list(range(lens.n_layers - 1)),
+        "d_model": lens.identity.d_model,
+        # At the top, because TransformerLens refuses a lens whose metadata spell the model's name
+        # in another way than it does.
+        "model_name": lens.identity.name,
+        "model_revision": lens.identity.revision,
+        "metadata": {"target_layer": lens.n_layers - 1},
+    }
+    if not torch.equal(matrices[0], identity):
+        payload[_EMBEDDINGS] = matrices[0]
+    write_pt(path, payload)
+
+
+def _payload(path: Path) -> JsonObject:
+    """The dict in a file: as plain as JSON but for the matrices."""
+    payload = read_pt(path)
+    if not isinstance(payload, dict) or not isinstance(payload.get("J"), dict):
+        raise InputError(
+            f"{path} is not a Jacobian lens: expected a dict with J, the matrices by block"
+        )
+    return payload
+
+
+def _about(payload: JsonObject) -> JsonObject:
+    """What a file says besides its matrices, at the top or under `metadata`."""
+    metadata = payload.get("metadata")
+    return payload | (metadata if isinstance(metadata, dict) else {})
+
+
+def _block(key: object, path: Path) -> int:
+    if isinstance(key, int | str) and str(key).isdecimal():
+        return int(key)
+    raise InputError(f"{path} has a Jacobian for {key!r}, expected the number of a block")
+
+
+def _short(found: Mapping[int, object]) -> str:
+    blocks = sorted(found)
+    if blocks == list(range(len(blocks))) and len(blocks) > 1:
+        return f"0 to {len(blocks) - 1}"
+    return ", ".join(map(str, blocks)) or "none"
