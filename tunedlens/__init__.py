@@ -22,6 +22,7 @@ from tunedlens.lenses import (
 )
 from tunedlens.mlp_neurons import neurons
 from tunedlens.model import FrozenModel, load_model
+from tunedlens.neighbours import as_transformer_lens
 from tunedlens.report import explorer, read_evaluation, top_k, write_report
 from tunedlens.report.plots import curves, heatmap
 from tunedlens.training import train
@@ -33,6 +34,7 @@ from tunedlens.trajectories.storage import load_comparison, load_trajectory, sav
 # import everything, so the modules themselves need no circle.
 AffineLens.save = save_lens
 AffineLens.load = classmethod(load_lens_of_kind)  # type: ignore[assignment]
+AffineLens.as_transformer_lens = as_transformer_lens
 ResidualLens.generate = generate
 Trajectory.save = save
 Trajectory.load = staticmethod(load_trajectory)

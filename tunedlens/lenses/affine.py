@@ -52,6 +52,8 @@ class AffineLens(ResidualLens):
     """See `tunedlens.checkpoint.save_lens`."""
     load: ClassVar[Callable[..., "AffineLens"]]
     """See `tunedlens.checkpoint.load_lens_of_kind`."""
+    as_transformer_lens: ClassVar[Callable[..., Callable[[Tensor, int], Tensor]]]
+    """See `tunedlens.neighbours.as_transformer_lens`."""
 
     def __init__(
         self,
