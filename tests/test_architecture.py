@@ -28,6 +28,7 @@ ORDER = (
     "generation",
     "doctor",
     "mlp_neurons",
+    "neighbours",
     "tracking",
     "report",
     "sharing",

@@ -22,6 +22,7 @@ from tunedlens.lenses import (
 )
 from tunedlens.mlp_neurons import neurons
 from tunedlens.model import FrozenModel, load_model
+from tunedlens.neighbours import as_transformer_lens
 from tunedlens.report import explorer, read_evaluation, top_k, write_report
 from tunedlens.report.plots import curves, heatmap
 from tunedlens.sharing import push_to_hub
@@ -35,6 +36,7 @@ from tunedlens.trajectories.storage import load_comparison, load_trajectory, sav
 AffineLens.save = save_lens
 AffineLens.load = classmethod(load_lens_of_kind)  # type: ignore[assignment]
 AffineLens.push_to_hub = push_to_hub
+AffineLens.as_transformer_lens = as_transformer_lens
 ResidualLens.generate = generate
 Trajectory.save = save
 Trajectory.load = staticmethod(load_trajectory)

@@ -54,6 +54,8 @@ class AffineLens(ResidualLens):
     """See `tunedlens.checkpoint.load_lens_of_kind`."""
     push_to_hub: ClassVar[Callable[..., str]]
     """See `tunedlens.sharing.push_to_hub`."""
+    as_transformer_lens: ClassVar[Callable[..., Callable[[Tensor, int], Tensor]]]
+    """See `tunedlens.neighbours.as_transformer_lens`."""
 
     def __init__(
         self,
