@@ -17,6 +17,7 @@ ORDER = (
     "tokenizer",
     "corpus",
     "model",
+    "sampling",
     "provenance",
     "lenses",
     "engine",

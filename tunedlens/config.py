@@ -44,6 +44,7 @@ _0_OR_MORE = _Range("0 or more", lambda value: 0 <= value < math.inf)
 _ACCEPTED = {
     "seq_len": _Range("at least 2", lambda value: value >= 2),
     "tokens": _AT_LEAST_1,
+    "self_tokens": _AT_LEAST_1,
     "max_tokens": _AT_LEAST_1,
     "init_tokens": _AT_LEAST_1,
     "batch_size": _AT_LEAST_1,
@@ -107,8 +108,9 @@ class CorpusConfig(_Config):
 
     dataset: str | None = option(
         None,
-        "file, folder, glob (.txt .md .py .jsonl .json .csv .parquet) or hub name; without it, "
-        "the embedded model's own text, or OpenWebText from the hub for another model",
+        "file, folder, glob (.txt .md .py .jsonl .json .csv .parquet) or hub name, or self for "
+        "text sampled from the model; without it, the embedded model's own text, or OpenWebText "
+        "from the hub for another model",
     )
     dataset_config: str | None = option(None, "configuration of a dataset on the hub")
     dataset_split: str = option("train", "split of a dataset on the hub")
@@ -120,6 +122,9 @@ class CorpusConfig(_Config):
     )
     text_column: str | None = option(
         None, "column with the text; without it, `text` or the only column of strings"
+    )
+    self_tokens: int | None = option(
+        None, "tokens to sample for --dataset self (default: as many as the run needs at most)"
     )
     streaming: bool = option(False, "read the text while training instead of all at once")
     seq_len: int | None = option(

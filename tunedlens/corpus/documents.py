@@ -43,6 +43,7 @@ class Packer:
         self.seq_len = seq_len
         self.text_tokens = seq_len - has_bos
         """Tokens of text in a block."""
+        self.eos_id: int = tokenizer.eos_token_id
         self._tokenizer = tokenizer
         self._bos_id = tokenizer.bos_token_id if has_bos else None
         self._token_bytes = TokenBytes.of(tokenizer, len(tokenizer))
@@ -54,12 +55,17 @@ class Packer:
         encoded = self._tokenizer(
             texts, add_special_tokens=False, split_special_tokens=True, verbose=False
         )
-        eos = self._tokenizer.eos_token_id
-        documents = []
+        eos, documents = self.eos_id, []
         for text, ids in zip(texts, encoded["input_ids"], strict=True):
             self._compare_bytes(text, torch.tensor([eos, *ids]))
             documents.append(torch.tensor([*ids, eos], dtype=torch.int32))
         return documents
+
+    def count_bytes(self, ids: Int[Tensor, " tokens"]) -> int:
+        """The bytes of text that the tokens after the first stand for."""
+        if self._token_bytes is None:
+            return len(str(self._tokenizer.decode(ids[1:], skip_special_tokens=True)).encode())
+        return int(self._token_bytes.next_bytes(ids).sum())
 
     def to_blocks(self, stream: Int[Tensor, " tokens"]) -> Int[Tensor, "blocks seq"]:
         """Cut a stream of tokens into blocks; what fills no block at its end is left out."""
@@ -90,7 +96,7 @@ class Document(NamedTuple):
     """The last one is EOS."""
     text_bytes: int
     fraction: float
-    """`hash_fraction` of the text."""
+    """`hash_fraction` of the text or the token ids."""
 
 
 def encoded(documents: "Dataset", packer: Packer) -> list[Document]:
@@ -106,6 +112,16 @@ def encode_texts(texts: list[str], packer: Packer) -> list[Document]:
         Document(document, len(text.encode()), hash_fraction(text))
         for text, document in zip(texts, ids, strict=True)
     ]
+
+
+def from_ids(documents: list[list[int]], packer: Packer) -> list[Document]:
+    """Token ids as documents; an EOS is added at the end of each."""
+    found = []
+    for tokens in documents:
+        ids = torch.tensor([packer.eos_id, *tokens, packer.eos_id], dtype=torch.int32)
+        fraction = hash_fraction(ids.numpy().tobytes())
+        found.append(Document(ids[1:], packer.count_bytes(ids), fraction))
+    return found
 
 
 def hold_out(fractions: list[float]) -> list[bool]:

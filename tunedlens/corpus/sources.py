@@ -15,6 +15,9 @@ from tunedlens.errors import InputError, first_line
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
 
+SELF = "self"
+"""The name of the text that is sampled from the model."""
+
 _TEXT_SUFFIXES = {".txt", ".md", ".py"}
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _SUFFIXES = " ".join(sorted([*_TEXT_SUFFIXES, *_BUILDERS]))
@@ -50,7 +53,7 @@ def is_on_hub(name: str) -> bool:
     Raises:
         InputError: it is a path with nothing to read at its end.
     """
-    return name != builtin.NAME and _local_files(name) is None
+    return name not in (builtin.NAME, SELF) and _local_files(name) is None
 
 
 def is_stream(documents: "Dataset | IterableDataset") -> bool:

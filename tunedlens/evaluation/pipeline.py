@@ -40,6 +40,7 @@ def evaluate(
     lenses: Mapping[str, Lens] | None = None,
     accelerator: Accelerator | None = None,
     progress: Callable[[int, int], None] | None = None,
+    sampled: Callable[[int, int], None] | None = None,
     command: Sequence[str] | None = None,
 ) -> Evaluation:
     """Evaluate lenses as `evaluate.py` does; `tunedlens.write_report` writes the results.
@@ -54,6 +55,8 @@ def evaluate(
             saved lens is not the default.
         accelerator: the processes and the device.
         progress: called with the positions that were just scored and the positions to score.
+        sampled: for the text `self`, called with the tokens that were just sampled and the tokens
+            to sample.
         command: recorded as the command that was run; by default this process's own.
 
     Raises:
@@ -70,7 +73,7 @@ def evaluate(
         config = dataclasses.replace(config, model=model_as_trained(config.model, saved))
         model = load_configured(config.model, accelerator.device)
     loaded = {spec.name: checkpoint.load_lens(spec.folder, model) for spec in saved}
-    text = load_text(config, specs, model)
+    text = load_text(config, specs, model, sampled)
     model_config = dataclasses.replace(config.model, model=model.name)
     config = dataclasses.replace(text.config, model=model_config)
     evaluation = score_lenses(

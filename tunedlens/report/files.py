@@ -230,6 +230,8 @@ def card(name: str, manifest: JsonObject, evaluation: Evaluation) -> str:
     config, corpus = manifest["config"], manifest["corpus"]["train"]
     progress, provenance = manifest["progress"], manifest["provenance"]
     text = corpus["dataset"]
+    if "sampled" in corpus:
+        text += ", sampled from the model"
     if "tokens_sha256" in corpus:
         text += f" ({corpus['bytes']:,} bytes; tokens' SHA-256 {corpus['tokens_sha256'][:16]}…)"
     used = f"{progress['init_tokens']:,} tokens"
