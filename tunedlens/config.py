@@ -91,6 +91,9 @@ class ModelConfig(_Config):
     revision: str | None = option(None, "branch, tag or commit of a model on the hub")
     dtype: Dtype = option("float32", "dtype of the model's weights")
     device: str | None = option(None, "cpu, cuda, mps, ...; without it, the fastest one available")
+    adapter: str | None = option(
+        None, "folder or hub name of a PEFT adapter that is merged into the model (needs peft)"
+    )
     gguf_file: str | None = option(
         None, "GGUF file in the folder or on the hub that holds the weights"
     )
@@ -122,6 +125,11 @@ class CorpusConfig(_Config):
     )
     text_column: str | None = option(
         None, "column with the text; without it, `text` or the only column of strings"
+    )
+    chat: bool = option(
+        False,
+        "render the conversations of the column `messages` (lists of {role, content}; see "
+        "--text-column) with the tokenizer's chat template; a --prompt becomes a user's turn",
     )
     self_tokens: int | None = option(
         None, "tokens to sample for --dataset self (default: as many as the run needs at most)"

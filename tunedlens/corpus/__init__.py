@@ -93,9 +93,10 @@ def load_splits(config: ResolvedCorpus, tokenizer: PreTrainedTokenizerBase) -> C
         InputError: there is no such text, it is empty or too short, has no such column,
             or the hub cannot be reached.
     """
-    assert config.dataset != SELF, "only the model can sample its text"
     _require_consistent(config)
-    packer, name = Packer(tokenizer, config.seq_len, has_bos=config.bos), config.dataset
+    assert config.dataset != SELF, "only the model can sample its text"
+    packer = Packer(tokenizer, config.seq_len, has_bos=config.bos, is_chat=config.chat)
+    name = config.dataset
 
     def corpus(documents: Any, held_out: bool | None = None) -> Corpus:
         if is_stream(documents):
@@ -107,9 +108,9 @@ def load_splits(config: ResolvedCorpus, tokenizer: PreTrainedTokenizerBase) -> C
             lambda: corpus(embedded_documents("train")),
             lambda: corpus(embedded_documents("validation")),
         )
-    train = read_documents(config, config.dataset_split)
+    train = read_documents(config, config.dataset_split, tokenizer)
     if config.validation_split is not None:
-        validation = read_documents(config, config.validation_split)
+        validation = read_documents(config, config.validation_split, tokenizer)
         return CorpusSplits(lambda: corpus(train), lambda: corpus(validation))
     if is_stream(train):
         return CorpusSplits(
@@ -150,6 +151,8 @@ def _require_consistent(config: ResolvedCorpus) -> None:
                 raise InputError(
                     f"{flag} {value} is for datasets on the hub; {config.dataset} is local"
                 )
+    if config.chat and config.dataset in (builtin.NAME, SELF):
+        raise InputError(f"--chat needs rows of conversations; --dataset {config.dataset} has none")
     if config.dataset != SELF and config.self_tokens is not None:
         raise InputError(f"--self-tokens is for --dataset {SELF}; leave it out")
     if config.dataset == SELF and (config.streaming or config.text_column is not None):

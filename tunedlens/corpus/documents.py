@@ -24,13 +24,20 @@ class Packer:
     Args:
         seq_len: tokens in a block.
         has_bos: whether every block starts with BOS.
+        is_chat: whether special tokens that a text spells out are those tokens, because a chat
+            template wrote them. A BOS or EOS where the packer puts one is not doubled.
 
     Raises:
         InputError: the tokenizer has no EOS token, or no BOS token that is asked for.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, seq_len: int, *, has_bos: bool = False
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        seq_len: int,
+        *,
+        has_bos: bool = False,
+        is_chat: bool = False,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise InputError(
@@ -47,17 +54,24 @@ class Packer:
         self._tokenizer = tokenizer
         self._bos_id = tokenizer.bos_token_id if has_bos else None
         self._token_bytes = TokenBytes.of(tokenizer, len(tokenizer))
-        self._has_warned = False
+        self._is_chat, self._has_warned = is_chat, False
 
     def encode(self, texts: list[str]) -> list[Int[Tensor, " tokens"]]:
         """Token ids of each text, with EOS at the end."""
-        # A text that spells out "<|endoftext|>" means those characters, not the token.
+        # A text that spells out "<|endoftext|>" means those characters, not the token, unless a
+        # template wrote it.
         encoded = self._tokenizer(
-            texts, add_special_tokens=False, split_special_tokens=True, verbose=False
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=not self._is_chat,
+            verbose=False,
         )
         eos, documents = self.eos_id, []
         for text, ids in zip(texts, encoded["input_ids"], strict=True):
             self._compare_bytes(text, torch.tensor([eos, *ids]))
+            if self._is_chat:
+                starts, ends = ids[:1] == [self._bos_id], ids[-1:] == [eos]
+                ids = ids[starts : len(ids) - ends]
             documents.append(torch.tensor([*ids, eos], dtype=torch.int32))
         return documents
 
@@ -80,6 +94,10 @@ class Packer:
         if self._token_bytes is None or self._has_warned:
             return
         expected, actual = len(text.encode()), int(self._token_bytes.next_bytes(ids).sum())
+        if self._is_chat:
+            special = ids[1:][self._token_bytes.is_special[ids[1:]]].tolist()
+            names = self._tokenizer.convert_ids_to_tokens(special)
+            expected -= sum(len(name.encode()) for name in names)
         if expected != actual:
             self._has_warned = True
             warnings.warn(

@@ -55,8 +55,7 @@ def evaluate(
             saved lens is not the default.
         accelerator: the processes and the device.
         progress: called with the positions that were just scored and the positions to score.
-        sampled: for the text `self`, called with the tokens that were just sampled and the tokens
-            to sample.
+        sampled: the same for the tokens that are sampled from the model, for the text `self`.
         command: recorded as the command that was run; by default this process's own.
 
     Raises:
@@ -72,15 +71,16 @@ def evaluate(
     if model is None:
         config = dataclasses.replace(config, model=model_as_trained(config.model, saved))
         model = load_configured(config.model, accelerator.device)
+    else:
+        named = dataclasses.replace(config.model, model=model.name)
+        config = dataclasses.replace(config, model=named)
     loaded = {spec.name: checkpoint.load_lens(spec.folder, model) for spec in saved}
     text = load_text(config, specs, model, sampled)
-    model_config = dataclasses.replace(config.model, model=model.name)
-    config = dataclasses.replace(text.config, model=model_config)
     evaluation = score_lenses(
         model,
         _in_order(specs, {**loaded, **(lenses or {})}, model, text.training),
         text.blocks,
-        config,
+        text.config,
         accelerator=accelerator,
         progress=None if progress is None else lambda count: progress(count, text.tokens),
     )
@@ -90,7 +90,7 @@ def evaluate(
             **describe_run(model, command),
             "lenses": {spec.name: _source(spec, text.training) for spec in specs[1:]},
             "corpus": text.description,
-            "config": dataclasses.asdict(config),
+            "config": dataclasses.asdict(text.config),
             "processes": accelerator.num_processes,
         },
     )
