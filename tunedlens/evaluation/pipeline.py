@@ -49,7 +49,6 @@ def evaluate(
     otherwise. In several processes, each one scores its part and all return the whole.
 
     Args:
-        config: the lenses, the model, the text and the metrics.
         model: a loaded model, instead of `config.model`.
         lenses: lenses in memory by name, besides those of the config. If there are any, the newest
             saved lens is not the default.
