@@ -17,6 +17,7 @@ ORDER = (
     "tokenizer",
     "corpus",
     "model",
+    "sampling",
     "provenance",
     "lenses",
     "engine",
@@ -38,7 +39,7 @@ ORDER = (
 """The rooms of the package. A module imports from its own room and from those before it.
 `tunedlens/__init__.py` imports everything and is imported by nothing inside."""
 
-HOMES = {"wandb": "tracking", "matplotlib": "report", "datasets": "corpus"}
+HOMES = {"wandb": "tracking", "matplotlib": "report", "datasets": "corpus", "peft": "model"}
 """Packages that are slow to import, and the one room that imports each, inside functions."""
 
 

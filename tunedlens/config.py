@@ -44,6 +44,7 @@ _0_OR_MORE = _Range("0 or more", lambda value: 0 <= value < math.inf)
 _ACCEPTED = {
     "seq_len": _Range("at least 2", lambda value: value >= 2),
     "tokens": _AT_LEAST_1,
+    "self_tokens": _AT_LEAST_1,
     "max_tokens": _AT_LEAST_1,
     "init_tokens": _AT_LEAST_1,
     "batch_size": _AT_LEAST_1,
@@ -90,6 +91,9 @@ class ModelConfig(_Config):
     revision: str | None = option(None, "branch, tag or commit of a model on the hub")
     dtype: Dtype = option("float32", "dtype of the model's weights")
     device: str | None = option(None, "cpu, cuda, mps, ...; without it, the fastest one available")
+    adapter: str | None = option(
+        None, "folder or hub name of a PEFT adapter that is merged into the model (needs peft)"
+    )
     gguf_file: str | None = option(
         None, "GGUF file in the folder or on the hub that holds the weights"
     )
@@ -107,8 +111,9 @@ class CorpusConfig(_Config):
 
     dataset: str | None = option(
         None,
-        "file, folder, glob (.txt .md .py .jsonl .json .csv .parquet) or hub name; without it, "
-        "the embedded model's own text, or OpenWebText from the hub for another model",
+        "file, folder, glob (.txt .md .py .jsonl .json .csv .parquet) or hub name, or self for "
+        "text sampled from the model; without it, the embedded model's own text, or OpenWebText "
+        "from the hub for another model",
     )
     dataset_config: str | None = option(None, "configuration of a dataset on the hub")
     dataset_split: str = option("train", "split of a dataset on the hub")
@@ -120,6 +125,14 @@ class CorpusConfig(_Config):
     )
     text_column: str | None = option(
         None, "column with the text; without it, `text` or the only column of strings"
+    )
+    chat: bool = option(
+        False,
+        "render the conversations of the column `messages` (lists of {role, content}; see "
+        "--text-column) with the tokenizer's chat template; a --prompt becomes a user's turn",
+    )
+    self_tokens: int | None = option(
+        None, "tokens to sample for --dataset self (default: as many as the run needs at most)"
     )
     streaming: bool = option(False, "read the text while training instead of all at once")
     seq_len: int | None = option(

@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from tunedlens.errors import InputError
 from tunedlens.lenses import ResidualLens, require_made_for
 from tunedlens.model import FrozenModel
+from tunedlens.sampling import only_settings
 
 
 def generate(
@@ -101,16 +102,12 @@ def _writer(
     lens: ResidualLens, model: FrozenModel, layer: int, config: GenerationConfig
 ) -> Iterator[PreTrainedModel]:
     """The model with the logits of the layer and with `config` as its only settings."""
-    original = model.model.generation_config
-    model.model.generation_config = config
-    try:
+    with only_settings(model, config):
         if layer == lens.n_layers:  # the model itself, in its own dtype
             yield model.model
         else:
             with model.decoded_by(lambda hidden: lens(hidden, layer), layer) as writer:
                 yield writer
-    finally:
-        model.model.generation_config = original
 
 
 def _sampling(

@@ -2,14 +2,16 @@
 
 import json
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from tunedlens.errors import InputError, first_line
 
 _VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"})
 _WORD_START = "▁"  # SentencePiece's letter for a space
@@ -59,6 +61,38 @@ def beginning_of_sequence(tokenizer: PreTrainedTokenizerBase) -> int | None:
     ids = tokenizer("a")["input_ids"]
     bos = tokenizer.bos_token_id
     return bos if bos is not None and ids[:1] == [bos] else None
+
+
+def chat_text(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, object]],
+    *,
+    for_reply: bool = False,
+) -> str:
+    """A conversation as text, in the form of the tokenizer's chat template.
+
+    Args:
+        messages: turns with `role` and `content`. Keys that are None are left out.
+        for_reply: whether the text ends where the model's reply begins.
+
+    Raises:
+        InputError: the tokenizer has no chat template, or the template refuses the conversation.
+    """
+    if tokenizer.chat_template is None:
+        raise InputError(
+            f"the tokenizer {tokenizer.name_or_path} has no chat template; leave out --chat, or "
+            "take a model that was trained on conversations"
+        )
+    turns: list[Any] = [{k: v for k, v in turn.items() if v is not None} for turn in messages]
+    try:
+        return str(
+            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=for_reply)
+        )
+    except Exception as error:  # a template may raise anything
+        raise InputError(
+            f"the chat template of {tokenizer.name_or_path} refuses a conversation: "
+            f"{first_line(error)}"
+        ) from error
 
 
 class TokenBytes(NamedTuple):

@@ -69,11 +69,18 @@ def evaluate_command(arguments: Arguments = None) -> int:
         say(f"note: --split {config.split} scores what {same_text[0].source} was trained on")
     with progress_bar(0, "evaluating", show=is_main) as bar:
 
-        def advance(scored: int, total: int) -> None:
+        def sample(tokens: int, total: int) -> None:
             bar.total = total
+            bar.update(tokens)
+
+        def advance(scored: int, total: int) -> None:
+            if bar.total != total:
+                bar.reset(total)
             bar.update(scored)
 
-        evaluation = evaluate(config, accelerator=accelerator, progress=advance, command=command)
+        evaluation = evaluate(
+            config, accelerator=accelerator, progress=advance, sampled=sample, command=command
+        )
     if not is_main:
         return 0
     report.write_report(evaluation, output)

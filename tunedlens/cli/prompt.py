@@ -16,6 +16,7 @@ from tunedlens.errors import InputError
 from tunedlens.evaluation.lens_specs import BASELINES, LensSpec, lens_specs, saved_lenses
 from tunedlens.lenses import LogitLens, ResidualLens
 from tunedlens.model import FrozenModel, load_configured
+from tunedlens.tokenizer import chat_text
 from tunedlens.tracking import say
 from tunedlens.trajectories import Trajectory, trajectory
 
@@ -30,6 +31,7 @@ def show_prompts(flags: dict[str, Any]) -> int:
         prompts = prompts + _read_file(flags.pop("prompt_file"))
     asked, output = flags.pop("lens", None), flags.pop("output", None)
     stride, bos = flags.pop("stride", None), flags.pop("bos", None)
+    is_chat = flags.pop("chat", False)
     model_flags = {field.name for field in dataclasses.fields(ModelConfig)}
     if others := sorted(flags.keys() - model_flags):
         flag = f"--{others[0].replace('_', '-')}"
@@ -51,6 +53,9 @@ def show_prompts(flags: dict[str, Any]) -> int:
         spec.name: checkpoint.load_lens(spec.folder, model) for spec in saved
     }
     lenses["logit"] = LogitLens.from_model(model)
+    if is_chat:
+        turns = [{"role": "user", "content": prompt} for prompt in prompts]
+        prompts = [chat_text(model.tokenizer, [turn], for_reply=True) for turn in turns]
     _write_prompts(model, lenses, prompts, stride, output)
     return 0
 

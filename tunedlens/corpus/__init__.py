@@ -8,9 +8,10 @@ from transformers import PreTrainedTokenizerBase
 from tunedlens import builtin
 from tunedlens.config import CorpusConfig
 from tunedlens.corpus.blocks import Batch, Corpus, TextRanOutError
-from tunedlens.corpus.documents import Packer, encoded
+from tunedlens.corpus.documents import Packer, encoded, from_ids
 from tunedlens.corpus.packed import PackedCorpus
 from tunedlens.corpus.sources import (
+    SELF,
     embedded_documents,
     is_on_hub,
     is_stream,
@@ -22,6 +23,8 @@ from tunedlens.errors import InputError
 
 __all__ = [
     "DEFAULT_HUB_DATASET",
+    "LONGEST_DEFAULT_BLOCK",
+    "SELF",
     "Batch",
     "Corpus",
     "CorpusSplits",
@@ -32,12 +35,14 @@ __all__ = [
     "TextRanOutError",
     "load_splits",
     "resolve_corpus",
+    "split_ids",
 ]
 
 DEFAULT_HUB_DATASET = "vietgpt/openwebtext_en"
 """OpenWebText, an open remake of GPT-2's own training text, as Parquet files."""
 
 LONGEST_DEFAULT_BLOCK = 1024
+"""In tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +94,9 @@ def load_splits(config: ResolvedCorpus, tokenizer: PreTrainedTokenizerBase) -> C
             or the hub cannot be reached.
     """
     _require_consistent(config)
-    packer, name = Packer(tokenizer, config.seq_len, has_bos=config.bos), config.dataset
+    assert config.dataset != SELF, "only the model can sample its text"
+    packer = Packer(tokenizer, config.seq_len, has_bos=config.bos, is_chat=config.chat)
+    name = config.dataset
 
     def corpus(documents: Any, held_out: bool | None = None) -> Corpus:
         if is_stream(documents):
@@ -101,15 +108,29 @@ def load_splits(config: ResolvedCorpus, tokenizer: PreTrainedTokenizerBase) -> C
             lambda: corpus(embedded_documents("train")),
             lambda: corpus(embedded_documents("validation")),
         )
-    train = read_documents(config, config.dataset_split)
+    train = read_documents(config, config.dataset_split, tokenizer)
     if config.validation_split is not None:
-        validation = read_documents(config, config.validation_split)
+        validation = read_documents(config, config.validation_split, tokenizer)
         return CorpusSplits(lambda: corpus(train), lambda: corpus(validation))
     if is_stream(train):
         return CorpusSplits(
             lambda: corpus(train, held_out=False), lambda: corpus(train, held_out=True)
         )
-    return split_by_hash(train, packer, name)
+    return split_by_hash(encoded(train, packer), packer, name)
+
+
+def split_ids(
+    config: ResolvedCorpus, tokenizer: PreTrainedTokenizerBase, documents: list[list[int]]
+) -> CorpusSplits:
+    """Split documents that are token ids, without EOS, into training and validation.
+
+    Raises:
+        InputError: there are not two blocks, one for each split, or a setting is for text that
+            is read.
+    """
+    _require_consistent(config)
+    packer = Packer(tokenizer, config.seq_len, has_bos=config.bos)
+    return split_by_hash(from_ids(documents, packer), packer, config.dataset)
 
 
 def _require_consistent(config: ResolvedCorpus) -> None:
@@ -130,3 +151,10 @@ def _require_consistent(config: ResolvedCorpus) -> None:
                 raise InputError(
                     f"{flag} {value} is for datasets on the hub; {config.dataset} is local"
                 )
+    if config.chat and config.dataset in (builtin.NAME, SELF):
+        raise InputError(f"--chat needs rows of conversations; --dataset {config.dataset} has none")
+    if config.dataset != SELF and config.self_tokens is not None:
+        raise InputError(f"--self-tokens is for --dataset {SELF}; leave it out")
+    if config.dataset == SELF and (config.streaming or config.text_column is not None):
+        flag = "--streaming" if config.streaming else "--text-column"
+        raise InputError(f"{flag} is for text that is read; --dataset {SELF} samples it")

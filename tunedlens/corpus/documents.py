@@ -24,13 +24,20 @@ class Packer:
     Args:
         seq_len: tokens in a block.
         has_bos: whether every block starts with BOS.
+        is_chat: whether special tokens that a text spells out are those tokens, because a chat
+            template wrote them. A BOS or EOS where the packer puts one is not doubled.
 
     Raises:
         InputError: the tokenizer has no EOS token, or no BOS token that is asked for.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, seq_len: int, *, has_bos: bool = False
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        seq_len: int,
+        *,
+        has_bos: bool = False,
+        is_chat: bool = False,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise InputError(
@@ -43,23 +50,36 @@ class Packer:
         self.seq_len = seq_len
         self.text_tokens = seq_len - has_bos
         """Tokens of text in a block."""
+        self.eos_id: int = tokenizer.eos_token_id
         self._tokenizer = tokenizer
         self._bos_id = tokenizer.bos_token_id if has_bos else None
         self._token_bytes = TokenBytes.of(tokenizer, len(tokenizer))
-        self._has_warned = False
+        self._is_chat, self._has_warned = is_chat, False
 
     def encode(self, texts: list[str]) -> list[Int[Tensor, " tokens"]]:
         """Token ids of each text, with EOS at the end."""
-        # A text that spells out "<|endoftext|>" means those characters, not the token.
+        # A text that spells out "<|endoftext|>" means those characters, not the token, unless a
+        # template wrote it.
         encoded = self._tokenizer(
-            texts, add_special_tokens=False, split_special_tokens=True, verbose=False
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=not self._is_chat,
+            verbose=False,
         )
-        eos = self._tokenizer.eos_token_id
-        documents = []
+        eos, documents = self.eos_id, []
         for text, ids in zip(texts, encoded["input_ids"], strict=True):
             self._compare_bytes(text, torch.tensor([eos, *ids]))
+            if self._is_chat:
+                starts, ends = ids[:1] == [self._bos_id], ids[-1:] == [eos]
+                ids = ids[starts : len(ids) - ends]
             documents.append(torch.tensor([*ids, eos], dtype=torch.int32))
         return documents
+
+    def count_bytes(self, ids: Int[Tensor, " tokens"]) -> int:
+        """The bytes of text that the tokens after the first stand for."""
+        if self._token_bytes is None:
+            return len(str(self._tokenizer.decode(ids[1:], skip_special_tokens=True)).encode())
+        return int(self._token_bytes.next_bytes(ids).sum())
 
     def to_blocks(self, stream: Int[Tensor, " tokens"]) -> Int[Tensor, "blocks seq"]:
         """Cut a stream of tokens into blocks; what fills no block at its end is left out."""
@@ -74,6 +94,10 @@ class Packer:
         if self._token_bytes is None or self._has_warned:
             return
         expected, actual = len(text.encode()), int(self._token_bytes.next_bytes(ids).sum())
+        if self._is_chat:
+            special = ids[1:][self._token_bytes.is_special[ids[1:]]].tolist()
+            names = self._tokenizer.convert_ids_to_tokens(special)
+            expected -= sum(len(name.encode()) for name in names)
         if expected != actual:
             self._has_warned = True
             warnings.warn(
@@ -90,7 +114,7 @@ class Document(NamedTuple):
     """The last one is EOS."""
     text_bytes: int
     fraction: float
-    """`hash_fraction` of the text."""
+    """`hash_fraction` of the text or the token ids."""
 
 
 def encoded(documents: "Dataset", packer: Packer) -> list[Document]:
@@ -106,6 +130,16 @@ def encode_texts(texts: list[str], packer: Packer) -> list[Document]:
         Document(document, len(text.encode()), hash_fraction(text))
         for text, document in zip(texts, ids, strict=True)
     ]
+
+
+def from_ids(documents: list[list[int]], packer: Packer) -> list[Document]:
+    """Token ids as documents; an EOS is added at the end of each."""
+    found = []
+    for tokens in documents:
+        ids = torch.tensor([packer.eos_id, *tokens, packer.eos_id], dtype=torch.int32)
+        fraction = hash_fraction(ids.numpy().tobytes())
+        found.append(Document(ids[1:], packer.count_bytes(ids), fraction))
+    return found
 
 
 def hold_out(fractions: list[float]) -> list[bool]:

@@ -4,16 +4,23 @@ All of it comes out as a dataset with one column, `text`, a document a row.
 """
 
 import glob
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from transformers import PreTrainedTokenizerBase
 
 from tunedlens import builtin
 from tunedlens.config import CorpusConfig
 from tunedlens.corpus.standard_library import standard_library
 from tunedlens.errors import InputError, first_line
+from tunedlens.tokenizer import chat_text
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
+
+SELF = "self"
+"""The name of the text that is sampled from the model."""
 
 _TEXT_SUFFIXES = {".txt", ".md", ".py"}
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -33,15 +40,25 @@ def embedded_documents(split: Literal["train", "validation"]) -> "Dataset":
     return _in_memory([file.text for file in files])
 
 
-def read_documents(config: CorpusConfig, split: str) -> "Dataset | IterableDataset":
+def read_documents(
+    config: CorpusConfig, split: str, tokenizer: PreTrainedTokenizerBase
+) -> "Dataset | IterableDataset":
     """The documents of `config.dataset`: local if there is such a path, else on the hub.
+
+    Args:
+        tokenizer: renders conversations, with `config.chat`.
 
     Raises:
         InputError: there is no such text, it cannot be read, or it has no such column.
     """
     name = str(config.dataset)
     files = _local_files(name)
-    return _load(config, split, name) if files is None else _read_local(config, files)
+
+    def load(path: str, file: str | None = None) -> "Dataset | IterableDataset":
+        rows = _load(config, split if file is None else "train", path, file)
+        return _rendered(rows, tokenizer) if config.chat else rows
+
+    return load(name) if files is None else _read_local(config, files, load)
 
 
 def is_on_hub(name: str) -> bool:
@@ -50,7 +67,7 @@ def is_on_hub(name: str) -> bool:
     Raises:
         InputError: it is a path with nothing to read at its end.
     """
-    return name != builtin.NAME and _local_files(name) is None
+    return name not in (builtin.NAME, SELF) and _local_files(name) is None
 
 
 def is_stream(documents: "Dataset | IterableDataset") -> bool:
@@ -88,15 +105,17 @@ def _is_readable(path: Path) -> bool:
     return path.suffix.lower() in _TEXT_SUFFIXES | _BUILDERS.keys()
 
 
-def _read_local(config: CorpusConfig, files: list[Path]) -> "Dataset | IterableDataset":
+def _read_local(
+    config: CorpusConfig, files: list[Path], load: Callable[[str, str], Any]
+) -> "Dataset | IterableDataset":
     """Files of text are read whole in any case; rows are streamed if that is asked for."""
     import datasets
 
     texts = [file for file in files if file.suffix.lower() in _TEXT_SUFFIXES]
+    if texts and config.chat:
+        raise InputError(f"--chat needs rows of conversations; {texts[0]} has none")
     tables = [file for file in files if file not in texts]
-    parts: list[Any] = [
-        _load(config, "train", _BUILDERS[file.suffix.lower()], str(file)) for file in tables
-    ]
+    parts: list[Any] = [load(_BUILDERS[file.suffix.lower()], str(file)) for file in tables]
     if texts:
         whole = _in_memory([_read_text(file) for file in texts])
         if config.streaming and tables:
@@ -128,11 +147,41 @@ def _load(
         cause = first_line(error.__cause__ or error)
         hint = "" if file else " (a dataset on the hub needs a network)"
         raise InputError(f"cannot read the dataset {where}: {cause}{hint}") from error
-    column = _text_column(dict(features or {}), config.text_column, where)
+    choose = _chat_column if config.chat else _text_column
+    column = choose(dict(features or {}), config.text_column, where)
     rows = rows.select_columns([column])
     if column != "text":
         rows = rows.rename_column(column, "text")
-    return rows if config.streaming else rows.cast(_features())
+    return rows if config.streaming or config.chat else rows.cast(_features())
+
+
+def _rendered(
+    rows: "Dataset | IterableDataset", tokenizer: PreTrainedTokenizerBase
+) -> "Dataset | IterableDataset":
+    """Conversations as text."""
+
+    def render(messages: list[dict[str, object]] | None) -> str:
+        return chat_text(tokenizer, messages) if messages else ""
+
+    if not is_stream(rows):
+        return _in_memory([render(row["text"]) for row in rows])
+    return rows.map(lambda row: {"text": render(row["text"])}, features=_features("string"))
+
+
+def _chat_column(features: dict[str, Any], wanted: str | None, where: str) -> str:
+    column = wanted or "messages"
+    if column not in features:
+        raise InputError(
+            f"{where} has no column {column!r} of conversations; choose one with --text-column; "
+            f"it has {', '.join(features) or 'none'}"
+        )
+    turn = getattr(features[column], "feature", None)
+    if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+        raise InputError(
+            f"the column {column!r} of {where} holds no conversations (lists of role and content); "
+            f"it has {features[column]}"
+        )
+    return column
 
 
 def _text_column(features: dict[str, Any], wanted: str | None, where: str) -> str:

@@ -2,14 +2,10 @@
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from tunedlens.corpus.blocks import Corpus
-from tunedlens.corpus.documents import Packer, encoded, hold_out
+from tunedlens.corpus.documents import Document, Packer, hold_out
 from tunedlens.corpus.packed import PackedCorpus
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 class CorpusSplits:
@@ -32,7 +28,7 @@ class CorpusSplits:
         return self._validation()
 
 
-def split_by_hash(documents: "Dataset", packer: Packer, name: str) -> CorpusSplits:
+def split_by_hash(documents: list[Document], packer: Packer, name: str) -> CorpusSplits:
     """Hold out a fraction of the documents by the hash of each.
 
     A single document is split by blocks instead, and so are documents of which one split
@@ -41,14 +37,13 @@ def split_by_hash(documents: "Dataset", packer: Packer, name: str) -> CorpusSpli
     Raises:
         InputError: there are not two blocks, one for each split.
     """
-    everything = encoded(documents, packer)
-    held_out = hold_out([document.fraction for document in everything])
+    held_out = hold_out([document.fraction for document in documents])
     splits = [
-        [d for d, held in zip(everything, held_out, strict=True) if held == is_validation]
+        [d for d, held in zip(documents, held_out, strict=True) if held == is_validation]
         for is_validation in (False, True)
     ]
     if all(sum(len(d.ids) for d in split) >= packer.text_tokens for split in splits):
         train, validation = (PackedCorpus.pack(split, packer, name) for split in splits)
     else:
-        train, validation = PackedCorpus.pack(everything, packer, name).split()
+        train, validation = PackedCorpus.pack(documents, packer, name).split()
     return CorpusSplits(lambda: train, lambda: validation)

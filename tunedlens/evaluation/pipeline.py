@@ -40,6 +40,7 @@ def evaluate(
     lenses: Mapping[str, Lens] | None = None,
     accelerator: Accelerator | None = None,
     progress: Callable[[int, int], None] | None = None,
+    sampled: Callable[[int, int], None] | None = None,
     command: Sequence[str] | None = None,
 ) -> Evaluation:
     """Evaluate lenses as `evaluate.py` does; `tunedlens.write_report` writes the results.
@@ -48,12 +49,12 @@ def evaluate(
     otherwise. In several processes, each one scores its part and all return the whole.
 
     Args:
-        config: the lenses, the model, the text and the metrics.
         model: a loaded model, instead of `config.model`.
         lenses: lenses in memory by name, besides those of the config. If there are any, the newest
             saved lens is not the default.
         accelerator: the processes and the device.
         progress: called with the positions that were just scored and the positions to score.
+        sampled: the same for the tokens that are sampled from the model, for the text `self`.
         command: recorded as the command that was run; by default this process's own.
 
     Raises:
@@ -69,15 +70,16 @@ def evaluate(
     if model is None:
         config = dataclasses.replace(config, model=model_as_trained(config.model, saved))
         model = load_configured(config.model, accelerator.device)
+    else:
+        named = dataclasses.replace(config.model, model=model.name)
+        config = dataclasses.replace(config, model=named)
     loaded = {spec.name: checkpoint.load_lens(spec.folder, model) for spec in saved}
-    text = load_text(config, specs, model)
-    model_config = dataclasses.replace(config.model, model=model.name)
-    config = dataclasses.replace(text.config, model=model_config)
+    text = load_text(config, specs, model, sampled)
     evaluation = score_lenses(
         model,
         _in_order(specs, {**loaded, **(lenses or {})}, model, text.training),
         text.blocks,
-        config,
+        text.config,
         accelerator=accelerator,
         progress=None if progress is None else lambda count: progress(count, text.tokens),
     )
@@ -87,7 +89,7 @@ def evaluate(
             **describe_run(model, command),
             "lenses": {spec.name: _source(spec, text.training) for spec in specs[1:]},
             "corpus": text.description,
-            "config": dataclasses.asdict(config),
+            "config": dataclasses.asdict(text.config),
             "processes": accelerator.num_processes,
         },
     )

@@ -1,7 +1,7 @@
 """Which text an evaluation scores: never what a lens was trained on, unless asked to."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tunedlens import builtin
 from tunedlens.config import CorpusConfig, EvaluateConfig, Split
-from tunedlens.corpus import CorpusSplits, ResolvedCorpus, load_splits, resolve_corpus
+from tunedlens.corpus import SELF, CorpusSplits, ResolvedCorpus, resolve_corpus
 from tunedlens.errors import InputError
 from tunedlens.evaluation.lens_specs import (
     BASELINES,
@@ -21,6 +21,7 @@ from tunedlens.evaluation.lens_specs import (
 )
 from tunedlens.files import JsonObject
 from tunedlens.model import FrozenModel
+from tunedlens.sampling import load_or_sample
 
 DEFAULT_TOKENS = 65_536
 
@@ -39,8 +40,17 @@ class ScoredText(NamedTuple):
     """The text that baselines are made from."""
 
 
-def load_text(config: EvaluateConfig, specs: Sequence[LensSpec], model: FrozenModel) -> ScoredText:
+def load_text(
+    config: EvaluateConfig,
+    specs: Sequence[LensSpec],
+    model: FrozenModel,
+    sampled: Callable[[int, int], object] | None = None,
+) -> ScoredText:
     """Load the text that a config names, or else that of the lenses' training.
+
+    Args:
+        sampled: for the text `self`, called with the tokens that were just sampled and the tokens
+            to sample.
 
     Raises:
         InputError: there is no such text, what is held out may have been trained on, or there are
@@ -48,12 +58,24 @@ def load_text(config: EvaluateConfig, specs: Sequence[LensSpec], model: FrozenMo
     """
 
     def resolved(corpus: CorpusConfig) -> ResolvedCorpus:
-        return resolve_corpus(corpus, model.name, model.context, model.bos_id is not None)
+        found = resolve_corpus(corpus, model.name, model.context, model.bos_id is not None)
+        if found.dataset != SELF or found.self_tokens is not None:
+            return found
+        # Each side of the split may leave out nearly a block.
+        blocks = -(-(config.tokens or DEFAULT_TOKENS) // (found.seq_len - 1)) + 2
+        return dataclasses.replace(found, self_tokens=blocks * found.seq_len)
+
+    def load(corpus: ResolvedCorpus) -> CorpusSplits:
+        def progress(count: int) -> None:
+            if sampled is not None:
+                sampled(count, corpus.self_tokens or 0)
+
+        return load_or_sample(corpus, model, progress)
 
     saved = saved_lenses(specs)
     same_text = trained_on(saved, config.corpus.dataset)
     corpus = resolved(_corpus_as_trained(config.corpus, saved, same_text))
-    splits = load_splits(corpus, model.tokenizer)
+    splits = load(corpus)
     # Without a saved lens, baselines and lenses in memory come from the corpus's training side.
     has_training_side = same_text or (not saved and len(specs) > 1)
     split = config.split or ("validation" if has_training_side else "all")
@@ -69,7 +91,7 @@ def load_text(config: EvaluateConfig, specs: Sequence[LensSpec], model: FrozenMo
     tokens = _tokens(config.tokens, corpus, split, list(about.values()))
     training = splits
     if saved and not same_text and any(spec.kind in BASELINES for spec in specs):
-        training = load_splits(resolved(saved[0].trained.corpus), model.tokenizer)
+        training = load(resolved(saved[0].trained.corpus))
     return ScoredText(
         dataclasses.replace(config, corpus=corpus, split=split, tokens=tokens),
         tokens,
@@ -148,9 +170,16 @@ def _require_held_out(
         if trained.dataset == builtin.NAME:
             continue
         then = spec.manifest.get("corpus", {}).get("validation", about)
-        if then.get("tokens_sha256") != about.get("tokens_sha256"):
+        if then.get("tokens_sha256") == about.get("tokens_sha256"):
+            continue
+        if trained.dataset == SELF:
             raise InputError(
-                f"{corpus.dataset} has changed since {spec.source} was trained on it, so the "
-                "blocks held out now may have been trained on; give another --dataset, or "
-                "--split all"
+                f"the text that {spec.source} was trained on cannot be sampled again: the model, "
+                "the device, the number of threads or a version differs; give another --dataset, "
+                "or --split all"
             )
+        raise InputError(
+            f"{corpus.dataset} has changed since {spec.source} was trained on it, so the "
+            "blocks held out now may have been trained on; give another --dataset, or "
+            "--split all"
+        )

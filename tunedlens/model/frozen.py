@@ -113,6 +113,8 @@ class FrozenModel(nn.Module):
     def encode(self, text: str, *, is_any_length: bool = False) -> Int[Tensor, "1 seq"]:
         """Token ids of one text, on the model's device, with BOS in front if the model has one.
 
+        A text that spells out BOS at its start, as chat templates do, gets no second one.
+
         Args:
             is_any_length: whether the text may be longer than the context.
 
@@ -122,7 +124,7 @@ class FrozenModel(nn.Module):
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if not ids:
             raise InputError("the text has no tokens; give at least one character")
-        if self.bos_id is not None:
+        if self.bos_id is not None and ids[0] != self.bos_id:
             ids = [self.bos_id, *ids]
         if self.context is not None and len(ids) > self.context and not is_any_length:
             raise InputError(

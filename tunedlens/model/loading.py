@@ -1,5 +1,6 @@
 """Loads a model from a folder, the hub or the package."""
 
+import warnings
 from pathlib import Path
 from typing import cast
 
@@ -18,6 +19,7 @@ def load_model(
     revision: str | None = None,
     dtype: str = "float32",
     device: str | torch.device | None = None,
+    adapter: str | Path | None = None,
     gguf_file: str | None = None,
     blocks: str | None = None,
     final_norm: str | None = None,
@@ -31,6 +33,7 @@ def load_model(
         revision: branch, tag or commit on the hub.
         dtype: float32, bfloat16 or float16; weights in another dtype are converted.
         device: by default the accelerator if there is one, otherwise the CPU.
+        adapter: folder or hub name of a PEFT adapter, which is merged into the model.
         gguf_file: the name of a GGUF file in the folder or on the hub to read the weights from.
         blocks: see `FrozenModel`; only for a model whose structure is not recognised.
         final_norm: see `FrozenModel`.
@@ -47,21 +50,19 @@ def load_model(
     # Only float32 and bfloat16 keep the fingerprint, so float16 is reached by way of float32.
     load_dtype = torch.float32 if dtype == "float16" else getattr(torch, dtype)
     try:
+        options = {"revision": revision, "dtype": load_dtype, "output_loading_info": True}
         result: object = transformers.AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=revision,
-            dtype=load_dtype,
-            output_loading_info=True,
-            **weights,
+            source, **options, **weights
         )
         loaded, info = cast("tuple[transformers.PreTrainedModel, dict[str, set[str]]]", result)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision, **weights)
-        if info["missing_keys"]:
-            raise ValueError(
-                f"the weights {', '.join(sorted(info['missing_keys'])[:3])} are missing"
-            )
+        if missing := sorted(info["missing_keys"])[:3]:
+            raise ValueError(f"the weights {', '.join(missing)} are missing")
     except Exception as error:  # transformers raises many kinds of exception
         raise InputError(f"cannot load the model {name}: {first_line(error)}") from error
+    if adapter is not None:
+        loaded = _with_adapter(loaded, name, str(adapter))
+        name = f"{name} + {adapter}"
     fingerprint = None
     if dtype == "float16":
         exact = FrozenModel(loaded, tokenizer, blocks=blocks, final_norm=final_norm, check=False)
@@ -82,11 +83,45 @@ def load_configured(
         revision=config.revision,
         dtype=config.dtype,
         device=config.device or device,
+        adapter=config.adapter,
         gguf_file=config.gguf_file,
         blocks=config.blocks,
         final_norm=config.final_norm,
         check=check,
     )
+
+
+def _with_adapter(
+    model: transformers.PreTrainedModel, name: str, adapter: str
+) -> transformers.PreTrainedModel:
+    """The model with a PEFT adapter merged into its weights.
+
+    Raises:
+        InputError: peft is not installed, or there is no such adapter for this model.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise InputError("--adapter needs peft; install it with: pip install peft") from error
+    folder = Path(adapter).expanduser()
+    expected = ("adapter_config.json", "adapter_model.safetensors")
+    if folder.is_dir() or adapter.startswith((".", "/", "~")):
+        if not all((folder / file).is_file() for file in expected):
+            raise InputError(f"{adapter} is no PEFT adapter: expected {' and '.join(expected)}")
+        adapter = str(folder)
+    try:
+        with warnings.catch_warnings():
+            # peft warns of weights that it does not find, and leaves them out.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            with_adapter = peft.PeftModel.from_pretrained(model, adapter)
+        saved = peft.utils.load_peft_weights(adapter, device="cpu").keys()
+        if unused := saved - peft.get_peft_model_state_dict(with_adapter).keys():
+            raise ValueError(f"the model has no place for {min(unused)}")
+        return cast("transformers.PreTrainedModel", with_adapter.merge_and_unload())
+    except Exception as error:  # peft raises many kinds of exception
+        raise InputError(
+            f"cannot load the adapter {adapter} on {name}: {first_line(error)}"
+        ) from error
 
 
 def _model_source(name: str, gguf_file: str | None = None) -> str:

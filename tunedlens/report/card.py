@@ -44,6 +44,8 @@ def _training(manifest: JsonObject) -> list[str]:
     """The text and the fit of a lens that was made by `train`."""
     config, corpus, run = manifest["config"], manifest["corpus"]["train"], manifest["provenance"]
     text = corpus["dataset"]
+    if "sampled" in corpus:
+        text += ", sampled from the model"
     if "tokens_sha256" in corpus:
         text += f" ({corpus['bytes']:,} bytes; tokens' SHA-256 {corpus['tokens_sha256'][:16]}…)"
     first_pass, steps = trained_tokens(manifest)

@@ -153,7 +153,8 @@ def restore(run: Run) -> TrainState:
     if text != run.splits.train.about.get("tokens_sha256"):
         raise InputError(
             f"the text {run.plan.corpus.dataset} is not the one that {run.output} was trained on: "
-            "it has changed since then (the embedded text changes with Python)"
+            "it has changed since then (the embedded text changes with Python, and sampled text "
+            "with the device, the threads and the versions)"
         )
     return TrainState(optimizer, progress)
 

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tunedlens.config import ONE_PASS
-from tunedlens.corpus import DEFAULT_HUB_DATASET
+from tunedlens.corpus import DEFAULT_HUB_DATASET, SELF
 from tunedlens.training.plan import count_validations
 from tunedlens.training.run import Progress, Run
 
@@ -22,8 +22,8 @@ def describe(run: Run) -> None:
         f"model     {identity.name}: {identity.n_layers} layers, d_model {identity.d_model}, "
         f"vocabulary {identity.vocab_size:,}, {plan.model.dtype} on {run.model.device}"
     )
-    by_default = plan.corpus.dataset == DEFAULT_HUB_DATASET
-    run.say(f"text      {text['dataset']}{' (the default; see --dataset)' if by_default else ''}")
+    remarks = {DEFAULT_HUB_DATASET: " (the default; see --dataset)", SELF: ", by the model itself"}
+    run.say(f"text      {text['dataset']}{remarks.get(plan.corpus.dataset, '')}")
     blocks = f"blocks of {plan.corpus.seq_len} tokens"
     if text.get("streamed"):
         run.say(f"          streamed, in {blocks}")

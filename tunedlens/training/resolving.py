@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from tunedlens.config import BASELINES, TrainConfig
-from tunedlens.corpus import ResolvedCorpus, resolve_corpus
+from tunedlens.corpus import SELF, ResolvedCorpus, resolve_corpus
 from tunedlens.engine.backend import Backend, fastest_backend
 from tunedlens.errors import InputError
 from tunedlens.fit import DEFAULT_HYPERPARAMETERS
@@ -48,6 +48,11 @@ def resolve(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -
         affordable = Costs(plan, model).validation_tokens(expected)
         tokens = min(affordable, plan.evaluate_tokens or affordable)
         plan = dataclasses.replace(plan, validation_tokens=tokens)
+    if corpus.dataset == SELF and corpus.self_tokens is None:
+        held_out = plan.validation_tokens + Costs(plan, model).table_tokens(plan.budget)
+        blocks = -(-(plan.init_tokens + plan.budget + held_out) // plan.positions)
+        corpus = dataclasses.replace(corpus, self_tokens=blocks * corpus.seq_len)
+        plan = dataclasses.replace(plan, corpus=corpus)
     return plan
 
 

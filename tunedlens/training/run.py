@@ -9,13 +9,14 @@ from accelerate import Accelerator
 
 from tunedlens import checkpoint
 from tunedlens.config import BASELINES
-from tunedlens.corpus import load_splits
+from tunedlens.corpus import SELF
 from tunedlens.engine.capped import make_objective
 from tunedlens.files import JsonObject
 from tunedlens.fit import LensOptimizer, PreconditionedMuon, TorchOptimizer, ValidationResult
 from tunedlens.lenses import AffineLens, TunedLens
 from tunedlens.model import FrozenModel
-from tunedlens.tracking import say
+from tunedlens.sampling import load_or_sample
+from tunedlens.tracking import progress_bar, say
 from tunedlens.training.plan import Costs, TrainPlan
 from tunedlens.training.states import StateReader
 from tunedlens.training.validation import ValidationSet
@@ -34,7 +35,9 @@ class Run:
         self.plan, self.output, self.model, self.accelerator = plan, output, model, accelerator
         self.is_main: bool = accelerator.is_main_process
         """Whether this process is the one that writes files and messages."""
-        self.splits = load_splits(plan.corpus, model.tokenizer)
+        is_sampled = self.is_main and plan.corpus.dataset == SELF
+        with progress_bar(plan.corpus.self_tokens or 0, "sampling text", show=is_sampled) as bar:
+            self.splits = load_or_sample(plan.corpus, model, bar.update)
         self.costs = Costs(plan, model)
         self.reader = StateReader(model, plan, accelerator)
         table_tokens = self.costs.table_tokens(plan.budget)

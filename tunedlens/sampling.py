@@ -1,0 +1,151 @@
+"""Text that a model writes itself, for training on a model whose own text nobody has."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from jaxtyping import Int
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria
+
+from tunedlens.corpus import (
+    LONGEST_DEFAULT_BLOCK,
+    SELF,
+    CorpusSplits,
+    ResolvedCorpus,
+    load_splits,
+    split_ids,
+)
+from tunedlens.errors import InputError
+from tunedlens.model import FrozenModel
+
+_DOCUMENTS_AT_A_TIME = 32
+"""Rounding, and so a sample, depends on the size of a batch."""
+
+Advance = Callable[[int], object]
+"""Called with the number of tokens that were just sampled."""
+
+
+def load_or_sample(
+    config: ResolvedCorpus, model: FrozenModel, progress: Advance | None = None
+) -> CorpusSplits:
+    """Read a text, or sample it from the model if it is `self`, and split it.
+
+    Raises:
+        InputError: see `load_splits` and `sample_documents`.
+    """
+    if config.dataset != SELF:
+        return load_splits(config, model.tokenizer)
+    assert config.self_tokens is not None
+    longest = max(config.seq_len, LONGEST_DEFAULT_BLOCK)
+    if model.context is not None:
+        longest = min(longest, model.context)
+    documents = sample_documents(model, config.self_tokens, longest, progress)
+    splits = split_ids(config, model.tokenizer, documents)
+    for side in (splits.train, splits.validation):
+        side.about["sampled"] = {
+            "model": model.name,
+            "tokens_at_least": config.self_tokens,
+            "temperature": 1.0,
+            "longest_document": longest - 1,
+            "documents_at_a_time": _DOCUMENTS_AT_A_TIME,
+        }
+    return splits
+
+
+def sample_documents(
+    model: FrozenModel, tokens: int, longest: int, progress: Advance | None = None
+) -> list[list[int]]:
+    """Sample whole documents at temperature 1 until they have enough tokens.
+
+    Each one starts after BOS (EOS if the tokenizer has no BOS) and ends before EOS, or where it
+    is too long. Batch i is sampled with seed i. The processes share the batches, so the result
+    does not depend on their number.
+
+    Args:
+        tokens: how many are enough, with an EOS after every document.
+        longest: the most tokens of a document, including the one that it starts after.
+
+    Raises:
+        InputError: the tokenizer has no EOS token, or every document of a batch is empty.
+    """
+    if model.tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer of {model.name} has no EOS token to end a document with")
+    state = PartialState()
+    advance: Advance = progress or (lambda _: None)
+    found: list[list[int]] = []
+    count = 0
+    for first in itertools.count(0, state.num_processes):
+        own = _sample_batch(
+            model,
+            longest,
+            seed=first + state.process_index,
+            progress=lambda sampled: advance(sampled * state.num_processes),
+        )
+        documents = [document for document in gather_object(own) if document]
+        if not documents:
+            raise InputError(f"{model.name} ends every text at its start; give --dataset")
+        for document in documents:
+            found.append(document)
+            count += len(document) + 1
+            if count >= tokens:
+                return found
+    raise AssertionError("the loop above has no end")
+
+
+@contextmanager
+def only_settings(model: FrozenModel, config: GenerationConfig) -> Iterator[None]:
+    """Let `generate` of the model follow a config alone, and none of the model's defaults."""
+    original = model.model.generation_config
+    model.model.generation_config = config
+    try:
+        yield
+    finally:
+        model.model.generation_config = original
+
+
+def _sample_batch(
+    model: FrozenModel, longest: int, seed: int, progress: Advance
+) -> list[list[int]]:
+    bos, eos = model.tokenizer.bos_token_id, model.tokenizer.eos_token_id
+    start = torch.full((_DOCUMENTS_AT_A_TIME, 1), eos if bos is None else bos, device=model.device)
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=longest - 1,
+        eos_token_id=eos,
+        pad_token_id=eos,
+    )
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), only_settings(model, config):
+        torch.manual_seed(seed)
+        written = model.model.generate(
+            start,
+            attention_mask=torch.ones_like(start),
+            stopping_criteria=[_Counter(eos, progress)],
+        )
+    return [
+        list(itertools.takewhile(lambda token: token != eos, line))
+        for line in written[:, 1:].tolist()
+    ]
+
+
+class _Counter(StoppingCriteria):
+    """Counts the tokens as they are sampled; stops nothing."""
+
+    def __init__(self, eos: int, progress: Advance) -> None:
+        self._eos, self._progress = eos, progress
+
+    def __call__(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        scores: object,  # noqa: ARG002 - part of the interface
+        **_kwargs: object,
+    ) -> Tensor:
+        self._progress(int((input_ids[:, -1] != self._eos).sum()))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
