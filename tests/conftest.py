@@ -31,7 +31,7 @@ from tunedlens.engine.distributions import kl_divergence, log_probs
 from tunedlens.evaluation import MODEL, Difference, Grid, Result
 
 os.environ.setdefault("WANDB_MODE", "offline")
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # more would wait for each other longer than small products take
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 

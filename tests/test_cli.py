@@ -346,7 +346,7 @@ def test_bad_lenses_are_one_line(here, tokenizer, text_file, capsys):
     capsys.readouterr()
     cases = [
         (["--lens", "steps", "--lens", "foreign"], "does not fit"),
-        (["--lens", "broken", "--model", "other", "--dataset", text_file], "no number", "1.bias"),
+        (["--lens", "broken", "--model", "other", "--dataset", text_file], "not finite", "1.bias"),
         (["--lens", "steps", "--lens", "steps"], "the lens name steps is taken", "NAME=steps"),
         (["--lens", "mean", "--lens", "mean"], "the lens name mean is taken", "NAME=mean"),
         (["--lens", "model=steps"], "model"),

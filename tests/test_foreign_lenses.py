@@ -243,7 +243,7 @@ def test_names_of_the_oldest_lenses_are_read(small, copy, name):
 def test_lens_without_biases_has_none(small, copy):
     folder = copy("tuned-lens-0.2.0")
     changed_pt(folder / "params.pt", **{f"{layer}.bias": None for layer in range(3)})
-    assert not any(one.translator.bias.any() for one in load_lens(folder, small).all_translators())
+    assert not any(one.bias.any() for one in load_lens(folder, small).all_translators())
 
 
 @pytest.mark.parametrize(

@@ -377,7 +377,7 @@ def test_bad_input_is_one_clear_error(tiny, arguments, words):
 
 
 def test_translators_are_not_used_within_blocks(tiny):
-    with pytest.raises(InputError, match="the lens tuned has translators for the stream between"):
+    with pytest.raises(InputError, match="the lens tuned has no translators for resid_mid"):
         trajectory(tiny, random_lens(tiny), TEXT, sites=["resid_mid"])
 
 
