@@ -26,7 +26,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tunedlens import Evaluation, FrozenModel, TunedLens, builtin, load_model, report
+from tunedlens import (
+    CorpusConfig,
+    Evaluation,
+    FrozenModel,
+    ModelConfig,
+    TrainConfig,
+    TunedLens,
+    builtin,
+    load_model,
+    report,
+)
 from tunedlens.engine.distributions import kl_divergence, log_probs
 from tunedlens.evaluation import MODEL, Difference, Grid, Result
 
@@ -45,6 +55,16 @@ def tokenizer():
 def model():
     """The embedded GPT-2."""
     return load_model(device="cpu")
+
+
+SMALL = {
+    "vocab_size": 4096,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+"""The sizes of tiny models, by the names that most configurations have."""
 
 
 def make_gpt2(seed=0, n_layer=3, n_embd=16, vocab_size=4096, n_positions=32):
@@ -130,6 +150,19 @@ def tiny_folder(tmp_path, tokenizer):
     make_gpt2().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def short_run(model, dataset, **settings):
+    """The config of a run on a CPU that takes a moment."""
+    shared = {
+        "model": ModelConfig(model=str(model), device="cpu"),
+        "corpus": CorpusConfig(dataset=str(dataset), seq_len=16),
+        "batch_size": 4,
+        "evaluate_tokens": 60,
+        "precision": "fp32",
+        "kernel": "products",
+    }
+    return TrainConfig(**shared | settings)
 
 
 def write_text(path):

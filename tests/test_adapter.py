@@ -6,14 +6,12 @@ import sys
 
 import pytest
 import torch
-from conftest import make_gpt2
+from conftest import make_gpt2, short_run
 
 from tunedlens import (
-    CorpusConfig,
     EvaluateConfig,
     InputError,
     ModelConfig,
-    TrainConfig,
     evaluate,
     load_model,
 )
@@ -56,16 +54,8 @@ def test_adapter_adds_its_product_to_the_weights(tiny_folder, tmp_path):
 
 def test_lens_of_an_adapted_model_says_so_and_is_scored_on_it(tiny_folder, text_file, tmp_path):
     make_adapter(tmp_path / "adapter")
-    config = TrainConfig(
-        model=ModelConfig(model=str(tiny_folder), device="cpu", adapter=str(tmp_path / "adapter")),
-        corpus=CorpusConfig(dataset=str(text_file), seq_len=16),
-        fit="closed-form",
-        init_tokens=128,
-        batch_size=4,
-        evaluate_tokens=60,
-        precision="fp32",
-        kernel="products",
-    )
+    adapted = ModelConfig(model=str(tiny_folder), device="cpu", adapter=str(tmp_path / "adapter"))
+    config = short_run(tiny_folder, text_file, model=adapted, fit="closed-form", init_tokens=128)
     train(config, tmp_path / "run")
     manifest = json.loads((tmp_path / "run" / "config.json").read_text())
     name = f"{tiny_folder} + {tmp_path / 'adapter'}"

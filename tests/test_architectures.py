@@ -10,16 +10,6 @@ from conftest import make_gpt2
 
 from tunedlens import FrozenModel, InputError
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads wait for each other longer than such small products take."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_gpt2, make_llama, make_sentence_piece, random_lens
+from conftest import SMALL, make_gpt2, make_llama, make_sentence_piece, random_lens
 from torch import nn
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
@@ -14,26 +14,17 @@ from tunedlens import FrozenModel, InputError, TunedLens, load_lens
 from tunedlens.doctor import doctor
 from tunedlens.model import probe_kl, take_probe
 
-SMALL = {
-    "vocab_size": 4096,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.3,
-}
+SIZES = SMALL | {"num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3}
 
 
 def make_gemma2(cap=5.0):
     torch.manual_seed(0)
-    return Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=cap)).eval()
+    return Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=cap)).eval()
 
 
 def make_cohere():
     torch.manual_seed(0)
-    config = {name: value for name, value in SMALL.items() if name != "head_dim"}
+    config = {name: value for name, value in SIZES.items() if name != "head_dim"}
     return CohereForCausalLM(CohereConfig(**config, logit_scale=0.25)).eval()
 
 

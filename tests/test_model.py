@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import make_gpt2, make_llama, make_sentence_piece
+from conftest import SMALL, make_gpt2, make_llama, make_sentence_piece
 from transformers import (
     AutoModelForCausalLM,
     GPTNeoXConfig,
@@ -241,15 +241,6 @@ def test_sites_of_a_block_that_does_not_add_its_terms_are_refused(tiny):
         InputError, match="block 1 of tiny is not its input plus attention plus MLP"
     ):
         tiny.sites(torch.tensor([[5, 7]]))
-
-
-SMALL = {
-    "vocab_size": 4096,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
 
 
 @pytest.mark.parametrize("config", [GPTNeoXConfig, PhiConfig], ids=lambda one: one.model_type)

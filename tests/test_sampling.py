@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import in_two_processes, make_gpt2
+from conftest import in_two_processes, make_gpt2, short_run
 from transformers import AutoTokenizer
 
 from tunedlens import (
@@ -13,8 +13,6 @@ from tunedlens import (
     EvaluateConfig,
     FrozenModel,
     InputError,
-    ModelConfig,
-    TrainConfig,
     builtin,
     evaluate,
     load_model,
@@ -26,16 +24,7 @@ from tunedlens.training import train
 
 @pytest.fixture
 def config(tiny_folder):
-    return TrainConfig(
-        model=ModelConfig(model=str(tiny_folder), device="cpu"),
-        corpus=CorpusConfig(dataset="self", seq_len=16),
-        fit="closed-form",
-        init_tokens=1280,
-        batch_size=4,
-        evaluate_tokens=60,
-        precision="fp32",
-        kernel="products",
-    )
+    return short_run(tiny_folder, "self", fit="closed-form", init_tokens=1280)
 
 
 def model_with_end(tokenizer, bonus):

@@ -5,18 +5,16 @@ import json
 
 import pytest
 import torch
-from conftest import make_gpt2, random_lens
+from conftest import SMALL, make_gpt2, random_lens, short_run
 from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from tunedlens import (
-    CorpusConfig,
     FrozenModel,
     InputError,
     LogitLens,
     ModelConfig,
     ScoringConfig,
-    TrainConfig,
     TunedLens,
     export_lens,
     load_lens,
@@ -34,15 +32,12 @@ SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out")
 
 @pytest.fixture
 def config(tiny_folder, text_file):
-    return TrainConfig(
-        model=ModelConfig(model=str(tiny_folder), device="cpu"),
-        corpus=CorpusConfig(dataset=str(text_file), seq_len=16),
+    return short_run(
+        tiny_folder,
+        text_file,
         tokens=3200,
         init_tokens=512,
-        batch_size=4,
         evaluate_tokens=150,
-        precision="fp32",
-        kernel="products",
         sites="resid_mid,mlp_out",
     )
 
@@ -182,17 +177,7 @@ def test_sites_that_a_lens_or_a_model_does_not_have_are_refused(tiny, tokenizer,
     with pytest.raises(InputError, match="--fit jacobian has no further sites"):
         dataclasses.replace(config, fit="jacobian", tokens=None)
     torch.manual_seed(0)
-    parallel = GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            vocab_size=4096,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
+    parallel = GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, bos_token_id=0, eos_token_id=0))
     parallel.save_pretrained(tmp_path / "parallel")
     tokenizer.save_pretrained(tmp_path / "parallel")
     model = ModelConfig(model=str(tmp_path / "parallel"), device="cpu")

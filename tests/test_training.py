@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from conftest import SHARED_DATA, in_two_processes, make_gpt2
+from conftest import SHARED_DATA, in_two_processes, make_gpt2, short_run
 from transformers import AutoTokenizer
 
 from tunedlens import (
@@ -30,16 +30,7 @@ from tunedlens.training import Interrupted, resolving, train
 
 @pytest.fixture
 def config(tiny_folder, text_file):
-    return TrainConfig(
-        model=ModelConfig(model=str(tiny_folder), device="cpu"),
-        corpus=CorpusConfig(dataset=str(text_file), seq_len=16),
-        tokens=640,
-        init_tokens=128,
-        batch_size=4,
-        evaluate_tokens=60,
-        precision="fp32",
-        kernel="products",
-    )
+    return short_run(tiny_folder, text_file, tokens=640, init_tokens=128)
 
 
 def lens_of(folder, config):

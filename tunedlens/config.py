@@ -253,6 +253,11 @@ class TrainConfig(_Config):
         if self.init is not None and self.fit in ONE_PASS:
             raise InputError(f"--fit {self.fit} takes no steps, so it cannot start from --init")
 
+    @property
+    def further_sites(self) -> list[str]:
+        """The sites that `sites` names."""
+        return self.sites.split(",") if self.sites else []
+
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
         """The inverse of `dataclasses.asdict`, also for manifests of 0.1.0."""

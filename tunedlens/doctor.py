@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tunedlens.checkpoint import describe_lens, find_lens, load_lens
-from tunedlens.engine.distributions import kl_divergence
+from tunedlens.engine import kl_by_layer
 from tunedlens.errors import InputError
 from tunedlens.lenses import AffineLens, LogitLens
 from tunedlens.model import FrozenModel, probe_kl, probe_tolerance
@@ -265,20 +265,13 @@ def _lens_checks(model: FrozenModel, folder: Path, ids: Int[Tensor, "1 seq"]) ->
 def _shift(model: FrozenModel, lens: AffineLens, ids: Int[Tensor, "1 seq"]) -> Check:
     """Whether each translator is at its own layer, and better than none."""
     name = "the lens is nearer to the model than the logit lens"
-    *states, final = model.residual_stream(ids)
-    expected, n = model.unembedding(final).log_softmax(-1), lens.n_layers
-
-    def kl(one: AffineLens | LogitLens, layer: int, translator: int) -> float:
-        log_probs = one(states[layer], translator).log_softmax(-1)
-        return float(kl_divergence(expected, log_probs).mean())
-
+    states, n = model.residual_stream(ids), lens.n_layers
     plain = LogitLens.from_model(model)
-    own = [kl(lens, layer, layer) for layer in range(n)]
-    without = [kl(plain, layer, layer) for layer in range(n)]
+    own, without = (kl_by_layer(one, model.unembedding, states) for one in (lens, plain))
     for shift in (-1, 1):
-        layers = range(max(0, -shift), n - max(0, shift))
-        shifted = sum(kl(lens, layer, layer + shift) for layer in layers)
-        if shifted < sum(own[layer] for layer in layers) and len(layers) > 1:
+        shifted = kl_by_layer(lens, model.unembedding, states, shift)
+        same_layers = own[max(0, -shift) : n - max(0, shift)]
+        if sum(shifted) < sum(same_layers) and len(same_layers) > 1:
             return Check(
                 name,
                 False,

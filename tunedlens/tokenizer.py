@@ -63,6 +63,19 @@ def beginning_of_sequence(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return bos if bos is not None and ids[:1] == [bos] else None
 
 
+def required_bos(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the tokenizer's BOS token.
+
+    Raises:
+        InputError: it has none.
+    """
+    if tokenizer.bos_token_id is None:
+        raise InputError(
+            f"the tokenizer {tokenizer.name_or_path} has no BOS token; leave out --bos"
+        )
+    return int(tokenizer.bos_token_id)
+
+
 def chat_text(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, object]],
@@ -113,7 +126,7 @@ class TokenBytes(NamedTuple):
         Args:
             vocab_size: the model's, which may have more ids than the tokenizer.
         """
-        found = [token_bytes(tokenizer, i) for i in range(len(tokenizer))]
+        found = _bytes_of_tokens(tokenizer, range(len(tokenizer)))
         counts = [0 if one is None else len(one) for one in found]
         special = torch.zeros(vocab_size, dtype=torch.bool)
         special[[i for i in tokenizer.all_special_ids if i < vocab_size]] = True
@@ -140,14 +153,26 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes | No
 
     Special tokens, and ids without a token, stand for no text.
     """
-    added = tokenizer.added_tokens_decoder.get(token_id)
-    name = tokenizer.convert_ids_to_tokens(token_id)
-    if token_id in tokenizer.all_special_ids or not isinstance(name, str):
-        return b""
-    if added is not None:
-        return b"" if added.special else added.content.encode()
+    return _bytes_of_tokens(tokenizer, [token_id])[0]
+
+
+def _bytes_of_tokens(
+    tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]
+) -> list[bytes | None]:
+    """`token_bytes` of many tokens: the tokenizer's tables are made once for all of them."""
+    special, added = set(tokenizer.all_special_ids), tokenizer.added_tokens_decoder
     read = _name_reader(tokenizer)
-    return None if read is None else read(name)
+
+    def bytes_of(token_id: int, name: str | None) -> bytes | None:
+        if token_id in special or name is None:
+            return b""
+        if token_id in added:
+            token = added[token_id]
+            return b"" if token.special else token.content.encode()
+        return None if read is None else read(name)
+
+    names = tokenizer.convert_ids_to_tokens(list(token_ids))
+    return [bytes_of(*pair) for pair in zip(token_ids, names, strict=True)]
 
 
 def display_width(text: str) -> int:
@@ -176,9 +201,11 @@ def _is_wide(letter: str) -> bool:
 def _name_reader(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bytes | None] | None:
     """The function from the name of a token to its bytes, from the tokenizer's decoder."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
+    if backend is None or backend.decoder is None:
         return None
-    steps = {str(step["type"]): step for step in _steps(json.loads(backend.to_str())["decoder"])}
+    # The decoder alone: serialising the whole tokenizer would write out its vocabulary.
+    decoder = json.loads(backend.decoder.__getstate__())
+    steps = {str(step["type"]): step for step in _steps(decoder)}
     if "ByteLevel" in steps:
         return _byte_level
     replaces = steps.get("Replace", {}).get("pattern") == {"String": _WORD_START}

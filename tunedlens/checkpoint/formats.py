@@ -3,9 +3,8 @@
 import hashlib
 import warnings
 from pathlib import Path
+from statistics import fmean
 from typing import TypeVar
-
-import torch
 
 from tunedlens.checkpoint.hub import local_path
 from tunedlens.checkpoint.jacobian_files import (
@@ -28,7 +27,7 @@ from tunedlens.checkpoint.tuned_lens_folders import (
     read_tuned_lens_folder,
     write_tuned_lens_folder,
 )
-from tunedlens.engine.distributions import kl_divergence, log_probs
+from tunedlens.engine import kl_by_layer
 from tunedlens.errors import InputError
 from tunedlens.files import JsonObject
 from tunedlens.lenses import AffineLens, JacobianLens, LogitLens, TunedLens
@@ -159,20 +158,13 @@ def export_lens(lens: AffineLens, path: str | Path) -> None:
         raise InputError(f"only a tuned or a Jacobian lens can be exported, not a {kind_of(lens)}")
 
 
-@torch.no_grad()
 def _warn_if_far(lens: AffineLens, model: FrozenModel, path: Path) -> None:
     """Warn if the mean KL over layers is greater than the logit lens's on a short text."""
-    *states, final = model.residual_stream(probe_ids(model))
-    target = log_probs(model.unembedding(final))
-
-    def mean_kl(one: AffineLens | LogitLens) -> float:
-        by_layer = [
-            kl_divergence(target, log_probs(one(state, layer))).mean()
-            for layer, state in enumerate(states)
-        ]
-        return float(torch.stack(by_layer).mean())
-
-    own, without = mean_kl(lens), mean_kl(LogitLens.from_model(model))
+    states = model.residual_stream(probe_ids(model))
+    own, without = (
+        fmean(kl_by_layer(one, model.unembedding, states))
+        for one in (lens, LogitLens.from_model(model))
+    )
     if own > without:
         warnings.warn(
             f"the lens in {path} is farther from {model.name} than the logit lens on a short text "

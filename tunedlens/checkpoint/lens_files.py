@@ -118,8 +118,8 @@ def read_lens(folder: Path, model: FrozenModel, *, check: bool = True) -> Affine
     return lens
 
 
-def fill_lens(lens: AffineLens, folder: Path, *, any_model: bool = False) -> None:
-    """Fill a lens with saved translators.
+def fill_lens(lens: AffineLens, folder: Path, *, any_model: bool = False) -> JsonObject:
+    """Fill a lens with saved translators; returns their manifest.
 
     Args:
         any_model: accept a lens that was made for another model of the same shape.
@@ -157,6 +157,7 @@ def fill_lens(lens: AffineLens, folder: Path, *, any_model: bool = False) -> Non
         if not value.isfinite().all():
             raise InputError(f"{path} holds values that are not finite ({name}); train it again")
     lens.translators.load_state_dict(tensors)
+    return manifest
 
 
 def newest_lens(root: Path) -> Path:

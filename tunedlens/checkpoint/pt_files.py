@@ -46,7 +46,7 @@ def checked(value: object, shape: tuple[int, ...], what: str) -> Float[Tensor, "
         what: what the message calls the value.
 
     Raises:
-        InputError: it is no tensor of this shape, or not all of it is finite.
+        InputError: it is not a tensor of this shape, or not all of it is finite.
     """
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.shape != shape:
         came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

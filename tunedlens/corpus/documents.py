@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tunedlens.corpus.standard_library import HELD_OUT_FRACTION, hash_fraction
 from tunedlens.errors import InputError
-from tunedlens.tokenizer import TokenBytes
+from tunedlens.tokenizer import TokenBytes, required_bos
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,16 +43,12 @@ class Packer:
             raise InputError(
                 f"the tokenizer {tokenizer.name_or_path} has no EOS token to join documents with"
             )
-        if has_bos and tokenizer.bos_token_id is None:
-            raise InputError(
-                f"the tokenizer {tokenizer.name_or_path} has no BOS token; leave out --bos"
-            )
         self.seq_len = seq_len
         self.text_tokens = seq_len - has_bos
         """Tokens of text in a block."""
         self.eos_id: int = tokenizer.eos_token_id
         self._tokenizer = tokenizer
-        self._bos_id = tokenizer.bos_token_id if has_bos else None
+        self._bos_id = required_bos(tokenizer) if has_bos else None
         self._token_bytes = TokenBytes.of(tokenizer, len(tokenizer))
         self._is_chat, self._has_warned = is_chat, False
 

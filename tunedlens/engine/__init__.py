@@ -3,7 +3,7 @@
 from tunedlens.engine.capped import CappedLensKL, make_objective
 from tunedlens.engine.decoding import Decoder, chunk_tokens
 from tunedlens.engine.objective import LensKL, accumulate_gradient
-from tunedlens.engine.statistics import LensStatistics, ModelDistribution, measure
+from tunedlens.engine.statistics import LensStatistics, ModelDistribution, kl_by_layer, measure
 
 __all__ = [
     "CappedLensKL",
@@ -13,6 +13,7 @@ __all__ = [
     "ModelDistribution",
     "accumulate_gradient",
     "chunk_tokens",
+    "kl_by_layer",
     "make_objective",
     "measure",
 ]

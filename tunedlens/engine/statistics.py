@@ -12,6 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tunedlens.engine import distributions
+from tunedlens.lenses import ResidualLens
+from tunedlens.model import Unembedding
 
 OverVocab = Float[Tensor, "tokens vocab"]
 PerToken = Float[Tensor, " tokens"]
@@ -147,6 +149,31 @@ class LensStatistics:
     @cached_property
     def _model_top1_rank(self) -> Ids:
         return self.rank(self._model.top1_ids)
+
+
+@torch.no_grad()
+def kl_by_layer(
+    lens: ResidualLens, unembedding: Unembedding, states: Sequence[Tensor], shift: int = 0
+) -> list[float]:
+    """Mean KL(model ‖ lens) of a short text at every layer, in nats, with all logits in memory.
+
+    Args:
+        lens: the lens.
+        unembedding: the model's.
+        states: all states of the residual stream, the last one before the final norm.
+        shift: added to the layer to choose another translator for its state; layers that have
+            none are left out.
+    """
+    *states, final = states
+    model, n_layers = distributions.log_probs(unembedding(final)), len(states)
+    return [
+        float(
+            distributions.kl_divergence(
+                model, distributions.log_probs(lens(states[layer], layer + shift))
+            ).mean()
+        )
+        for layer in range(max(0, -shift), n_layers - max(0, shift))
+    ]
 
 
 def measure(

@@ -31,7 +31,7 @@ from tunedlens.model.sites import (
 )
 from tunedlens.model.structure import find_attention_and_mlp, find_parts
 from tunedlens.model.unembedding import read_unembedding
-from tunedlens.tokenizer import beginning_of_sequence
+from tunedlens.tokenizer import beginning_of_sequence, required_bos
 
 
 class FrozenModel(nn.Module):
@@ -97,9 +97,7 @@ class FrozenModel(nn.Module):
         Raises:
             InputError: the tokenizer has no BOS token.
         """
-        if has_bos and self.tokenizer.bos_token_id is None:
-            raise InputError(f"the tokenizer of {self.name} has no BOS token; leave out --bos")
-        self.bos_id = self.tokenizer.bos_token_id if has_bos else None
+        self.bos_id = required_bos(self.tokenizer) if has_bos else None
 
     @property
     def device(self) -> torch.device:

@@ -53,8 +53,8 @@ class TrainPlan(TrainConfig):
     @property
     def all_sites(self) -> tuple[str, ...]:
         """The sites that have translators, in the order in which a block computes them."""
-        further = self.sites.split(",") if self.sites else []
-        return tuple(site for site in TRANSLATED_SITES if site in ("resid_pre", *further))
+        wanted = ("resid_pre", *self.further_sites)
+        return tuple(site for site in TRANSLATED_SITES if site in wanted)
 
     @property
     def positions(self) -> int:

@@ -59,7 +59,7 @@ def resolve(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -
 def _require_possible(
     config: TrainConfig, corpus: ResolvedCorpus, model: FrozenModel, processes: int
 ) -> None:
-    further = config.sites.split(",") if config.sites else []
+    further = config.further_sites
     if unknown := [site for site in further if site not in TRANSLATED_SITES]:
         raise InputError(
             f"--sites must be of {', '.join(TRANSLATED_SITES)}, separated by commas; got "

@@ -107,9 +107,7 @@ def initial_state(run: Run) -> TrainState:
     """
     lens, progress = TunedLens.from_model(run.model, run.plan.all_sites), Progress()
     if run.plan.init is not None:
-        folder = Path(run.plan.init)
-        checkpoint.fill_lens(lens, folder, any_model=True)
-        manifest = checkpoint.read_manifest(folder)
+        manifest = checkpoint.fill_lens(lens, Path(run.plan.init), any_model=True)
         progress.init_lens = {name: manifest[name] for name in ("model", "lens_sha256")}
     return TrainState(make_optimizer(lens, run.plan), progress)
 

@@ -46,7 +46,7 @@ def explorer(*trajectories: Trajectory) -> str:
         lens, metric, *_ = key.split("/")
         values = [(text, view[key]) for text, view in zip(trajectories, views, strict=True)]
         scales[key] = asdict(ColorScale.from_values(metric, values, is_difference=lens in pairs))
-    line_styles = styles(names)
+    line_styles = styles(names, {})
     data: Json = {
         "metrics": {name: asdict(metric) for name, metric in TRAJECTORY_METRICS.items()},
         "tokens": [[str(token), label] for token, label in tokens.items()],

@@ -62,7 +62,7 @@ _RC: Any = {
 }
 
 
-def styles(lenses: Sequence[str], sites: Mapping[str, str] | None = None) -> dict[str, Style]:
+def styles(lenses: Sequence[str], sites: Mapping[str, str]) -> dict[str, Style]:
     """A different combination of colour, marker and dash for every lens.
 
     A lens has the same colour at all sites.
@@ -71,7 +71,7 @@ def styles(lenses: Sequence[str], sites: Mapping[str, str] | None = None) -> dic
         lenses: their names.
         sites: the sites of those that read another one than the stream between blocks.
     """
-    unknown = [lens for lens in lenses if lens not in _KNOWN and lens not in (sites or {})]
+    unknown = [lens for lens in lenses if lens not in _KNOWN and lens not in sites]
     found = _KNOWN | {
         lens: {
             "color": _COLORS[i % len(_COLORS)],
@@ -80,7 +80,7 @@ def styles(lenses: Sequence[str], sites: Mapping[str, str] | None = None) -> dic
         }
         for i, lens in enumerate(unknown)
     }
-    for lens, site in (sites or {}).items():
+    for lens, site in sites.items():
         own = found[lens.removesuffix(f" {site}")]
         found[lens] = own | _SITE_STYLES[site]
     return found
