@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import huggingface_hub
 import transformers
 
+from tunedlens.distributed import leave_processes
 from tunedlens.errors import InputError
 
 Arguments = Sequence[str] | None
@@ -49,7 +50,9 @@ def command(run: Callable[[Arguments], int]) -> Callable[[Arguments], int]:
         huggingface_hub.logging.set_verbosity_error()
         keep_freed_memory()
         try:
-            return run(arguments)
+            status = run(arguments)
+            leave_processes()
+            return status
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

@@ -61,7 +61,7 @@ def evaluate(
         InputError: a lens, the model or the text is missing, damaged or does not fit the others,
             or there is too little text.
     """
-    accelerator = accelerator or Accelerator()
+    accelerator = accelerator or join_processes(config.model.device)
     if not config.lenses and not lenses:
         newest = checkpoint.newest_lens(checkpoint.ROOT)
         config = dataclasses.replace(config, lenses=(str(newest),))

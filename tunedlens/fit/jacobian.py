@@ -1,5 +1,7 @@
 """The mean Jacobian of the final state with respect to the state of every layer."""
 
+import zlib
+
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float, Int
@@ -30,7 +32,7 @@ class MeanJacobian:
     Args:
         n_layers: the number of states to differentiate.
         skipped: the number of positions to skip at the start of each block.
-        seed: the seed of the random signs.
+        seed: the seed of the random signs, which also depend on the block.
 
     Source:
         Gurnee et al. 2026, "Verbalizable Representations Form a Global Workspace in
@@ -50,25 +52,28 @@ class MeanJacobian:
         self.sums = torch.zeros(n_layers, d_model, d_model, dtype=torch.float64)
         self.positions = torch.zeros((), dtype=torch.float64)
         self._targets, self._skipped = targets, skipped
-        self._generator = torch.Generator().manual_seed(seed)
+        self._seed = seed
 
     def add(self, model: FrozenModel, input_ids: Int[Tensor, "batch seq"]) -> None:
         """Add the source positions of further blocks."""
         *states, final = model.residual_stream(input_ids, differentiable=True)
         kept = slice(min(self._skipped, input_ids.shape[1] - 1), None)
         signs, cotangent = torch.ones_like(final[:, kept, 0]).float(), torch.zeros_like(final)
+        # The signs of a block depend on its tokens alone, and so not on who processes it.
+        hashes = [zlib.crc32(block.int().cpu().numpy()) for block in input_ids]
+        generators = [torch.Generator().manual_seed(self._seed + number) for number in hashes]
         for output in range(final.shape[-1]):
             if self._targets == "same":
-                random = torch.randint(0, 2, signs.shape, generator=self._generator)
-                signs = (2 * random - 1).to(signs)
+                rows = [torch.randint(0, 2, signs.shape[1:], generator=g) for g in generators]
+                signs = (2 * torch.stack(rows) - 1).to(signs)
             cotangent.zero_()
             cotangent[:, kept, output] = signs.to(cotangent)
             is_last = output == final.shape[-1] - 1
             gradients = torch.autograd.grad(final, states, cotangent, retain_graph=not is_last)
-            rows = [
+            sums = [
                 (gradient[:, kept].float() * signs[..., None]).sum((0, 1)) for gradient in gradients
             ]
-            self.sums[:, output] += torch.stack(rows).double().cpu()
+            self.sums[:, output] += torch.stack(sums).double().cpu()
         self.positions += signs.numel()
 
     def reduce(self, accelerator: Accelerator) -> None:

@@ -8,14 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tunedlens import checkpoint
 from tunedlens.config import TrainConfig, WandbMode
 from tunedlens.corpus import TextRanOutError
-from tunedlens.distributed import reduce_sums
+from tunedlens.distributed import join_processes, reduce_sums
 from tunedlens.engine import accumulate_gradient
 from tunedlens.engine.objective import ModelSide
 from tunedlens.engine.vocab_sample import draw_sample
@@ -65,7 +64,7 @@ def train(
     """
     if resume and output is None:
         raise InputError("a run can only be resumed in its folder; give output")
-    accelerator = Accelerator()
+    accelerator = join_processes(config.model.device)
     output = checkpointing.new_folder(config) if output is None else Path(output)
     checkpointing.require_usable(output, resume=resume)
     model = load_configured(config.model, accelerator.device)
@@ -167,6 +166,10 @@ def _accumulate(
             layers=layers,
             fraction=len(states[-1]) / plan.step_tokens,
         )
+    for translator in (state.optimizer.lens.all_translators()[layer] for layer in layers):
+        for parameter in translator.parameters():
+            if parameter.grad is None:  # this process has no block of the step
+                parameter.grad = torch.zeros_like(parameter)
     return kl
 
 
