@@ -261,7 +261,6 @@ def _process(rank, port, function, arguments, results):
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
     }
     torch.set_num_threads(1)
     results.put(function(*arguments))
