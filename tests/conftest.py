@@ -68,13 +68,15 @@ def blank_files():
 
 @pytest.fixture(autouse=True)
 def blank_plots(request, monkeypatch):
-    """Plots are drawn but rendered as blank files: fonts and layout take seconds.
+    """Plots have their content but no layout, and blank files: both take seconds of every run.
 
-    A test with the mark `renders` writes the real ones.
+    A test with the mark `renders` has the real ones.
     """
     if request.node.get_closest_marker("renders") is None:
+        files = blank_files()
         for module in (plots, plots.style):
-            monkeypatch.setattr(module, "in_all_formats", lambda _: blank_files())
+            monkeypatch.setattr(module, "in_all_formats", lambda _: files)
+        monkeypatch.setattr(Figure, "draw_without_rendering", lambda _: None)
 
 
 SMALL = {
