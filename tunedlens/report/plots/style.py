@@ -169,6 +169,17 @@ def rendered(figure: "Figure", kind: str) -> bytes:
     return buffer.getvalue()
 
 
+def in_all_formats(figure: "Figure") -> dict[str, bytes]:
+    """A figure as the bytes of every format. They share one layout, which takes long to find."""
+    figure.draw_without_rendering()
+    layout = figure.get_layout_engine()
+    figure.set_layout_engine(None)
+    try:
+        return {kind: rendered(figure, kind) for kind in FORMATS}
+    finally:
+        figure.set_layout_engine(layout)
+
+
 def save(figure: "Figure", path: str | Path) -> None:
     """Write a figure as PNG, SVG and PDF beside each other: `<path>.png` and so on.
 
@@ -176,8 +187,8 @@ def save(figure: "Figure", path: str | Path) -> None:
         InputError: the folder cannot be written.
     """
     path = Path(path)
-    for kind in FORMATS:
-        write(path.with_name(f"{path.name}.{kind}"), rendered(figure, kind))
+    for kind, content in in_all_formats(figure).items():
+        write(path.with_name(f"{path.name}.{kind}"), content)
 
 
 def ticks_of(count: int) -> range:
