@@ -500,4 +500,3 @@ def test_two_processes_train_the_lens_of_one(config, tmp_path, fit, vocab_sample
         one, two = (lens_of(tmp_path / name, config) for name in ("one", "two"))
         for name, value in one.items():
             assert torch.allclose(value, two[name], atol=1e-3)
-
