@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,7 +46,7 @@ from tunedlens.training.states import StateReader
 PRECISIONS = {"bf16": "bf16", "tf32": "fp32", "fp32": "fp32"}
 """What a row is called, and what the plan calls the precision of its products."""
 EXACT, SAMPLED, PEER = "ours, exact", "ours, sampled", "tuned-lens' loop"
-Step = Callable[[], object]
+Step = Callable[[], None]
 
 
 @contextmanager
@@ -65,7 +66,7 @@ def product_rate(size: int, dtype: torch.dtype, device: torch.device) -> float:
 
 def our_step(model: FrozenModel, plan: TrainPlan, input_ids: torch.Tensor) -> Step:
     """A step of the default fit."""
-    reader, optimizer = StateReader(model, plan, Accelerator()), None
+    reader = StateReader(model, plan, Accelerator())
     objective = make_objective(model.unembedding.centred(), dtype=reader.dtype)
     optimizer = make_optimizer(TunedLens.from_model(model), plan)
     active, vocab = [True] * model.identity.n_layers, model.identity.vocab_size
@@ -112,9 +113,12 @@ def step_flops(model: FrozenModel, tokens: int, rows: int) -> float:
     return tokens * (2 * blocks + side + identity.n_layers * layer)
 
 
-def peak_megabytes(step: Step, device: torch.device) -> float:
+def peak_megabytes(make: Callable[[], Step], device: torch.device) -> float:
+    """Of the second of two steps, with no other kind of step in memory."""
     if device.type != "cuda":
         return float("nan")
+    step = make()
+    step()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     step()
@@ -139,13 +143,18 @@ def print_steps(model: FrozenModel, plan: TrainPlan, rounds: int) -> None:
     for precision, products in PRECISIONS.items():
         exact = dataclasses.replace(plan, precision=products, vocab_sample=0)
         sampled = dataclasses.replace(exact, vocab_sample=plan.vocab_sample)
-        steps = {EXACT: our_step(model, exact, input_ids)}
-        if plan.vocab_sample:
-            steps[SAMPLED] = our_step(model, sampled, input_ids)
-        steps[PEER] = peer_step(model, exact, input_ids)
+        makers = {
+            EXACT: partial(our_step, model, exact, input_ids),
+            SAMPLED: partial(our_step, model, sampled, input_ids),
+            PEER: partial(peer_step, model, exact, input_ids),
+        }
+        if not plan.vocab_sample:
+            del makers[SAMPLED]
         with allowing_tf32(precision == "tf32"):
+            steps = {name: make() for name, make in makers.items()}
             seconds = medians(steps, rounds, device)
-            peaks = {name: peak_megabytes(step, device) for name, step in steps.items()}
+            steps.clear()
+            peaks = {name: peak_megabytes(make, device) for name, make in makers.items()}
         for name, value in seconds.items():
             rows = plan.vocab_sample if name == SAMPLED else vocab
             share = step_flops(model, tokens, rows) / value / limit

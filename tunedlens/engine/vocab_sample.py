@@ -45,6 +45,8 @@ def inclusion_probabilities(usage: OverVocab, size: int) -> OverVocab:
     if size >= len(usage):
         return torch.ones_like(roots)
     proposal = (1 - _FLOOR) * (roots / roots.sum().clamp_min(tiny)) + _FLOOR / len(usage)
+    # Whole numbers have the same sum in any order, and the order is a GPU's own.
+    proposal = (proposal * 2.0**52).round()
     # With the m largest at 1, the others share what is left of the size. The smallest m for which
     # none of these exceeds 1 is the right one, and clamping then sets the m largest to 1.
     descending = proposal.sort(descending=True).values
