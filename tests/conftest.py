@@ -79,6 +79,16 @@ def blank_plots(request, monkeypatch):
         monkeypatch.setattr(Figure, "draw_without_rendering", lambda _: None)
 
 
+@pytest.fixture(scope="session")
+def device():
+    """The device of tests marked `gpu`: the accelerator, or what TUNEDLENS_TEST_DEVICE names."""
+    named = os.environ.get("TUNEDLENS_TEST_DEVICE")
+    found = torch.device(named) if named else torch.accelerator.current_accelerator(True)
+    if found is None:
+        pytest.skip("there is no accelerator; TUNEDLENS_TEST_DEVICE=cpu runs the test on the CPU")
+    return found
+
+
 SMALL = {
     "vocab_size": 4096,
     "hidden_size": 16,
