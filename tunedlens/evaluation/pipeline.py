@@ -13,6 +13,7 @@ from torch import Tensor
 from tunedlens import checkpoint
 from tunedlens.config import EvaluateConfig, ScoringConfig
 from tunedlens.corpus import CorpusSplits
+from tunedlens.doctor import warn_of_faults
 from tunedlens.errors import InputError
 from tunedlens.evaluation.beside import (
     config_beside,
@@ -86,6 +87,8 @@ def evaluate(
     if beside is None and config.beside is not None:
         title, second_config = config_beside(config.beside, config.model)
         beside = load_configured(second_config, accelerator.device)
+    for one in [model, beside] if beside else [model]:
+        warn_of_faults(one, is_bos_default=config.corpus.bos is None and not saved)
     loaded = {spec.name: checkpoint.load_lens(spec.folder, model) for spec in saved}
     ready = {**loaded, **(lenses or {})}
     text = load_text(config, specs, model, sampled)
