@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tunedlens.config import JacobianTargets
+from tunedlens.devices import send
 from tunedlens.distributed import reduce_sums
 from tunedlens.model import FrozenModel
 
@@ -59,22 +60,27 @@ class MeanJacobian:
         *states, final = model.residual_stream(input_ids, differentiable=True)
         kept = slice(min(self._skipped, input_ids.shape[1] - 1), None)
         signs, cotangent = torch.ones_like(final[:, kept, 0]).float(), torch.zeros_like(final)
-        # The signs of a block depend on its tokens alone, and so not on who processes it.
-        hashes = [zlib.crc32(block.int().cpu().numpy()) for block in input_ids]
-        generators = [torch.Generator().manual_seed(self._seed + number) for number in hashes]
+        generators = self._generators(input_ids) if self._targets == "same" else []
+        by_output = []
         for output in range(final.shape[-1]):
-            if self._targets == "same":
-                rows = [torch.randint(0, 2, signs.shape[1:], generator=g) for g in generators]
-                signs = (2 * torch.stack(rows) - 1).to(signs)
+            if generators:
+                random = [torch.randint(0, 2, signs.shape[1:], generator=g) for g in generators]
+                signs = send(2 * torch.stack(random) - 1, signs.device).to(signs)
             cotangent.zero_()
             cotangent[:, kept, output] = signs.to(cotangent)
             is_last = output == final.shape[-1] - 1
             gradients = torch.autograd.grad(final, states, cotangent, retain_graph=not is_last)
-            sums = [
+            rows = [
                 (gradient[:, kept].float() * signs[..., None]).sum((0, 1)) for gradient in gradients
             ]
-            self.sums[:, output] += torch.stack(sums).double().cpu()
+            by_output.append(torch.stack(rows))
+        self.sums += torch.stack(by_output, 1).double().cpu()
         self.positions += signs.numel()
+
+    def _generators(self, input_ids: Int[Tensor, "batch seq"]) -> list[torch.Generator]:
+        """Random numbers for each block that depend on its tokens alone, not on the batch."""
+        hashes = [zlib.crc32(block.int().numpy()) for block in input_ids.cpu()]
+        return [torch.Generator().manual_seed(self._seed + number) for number in hashes]
 
     def reduce(self, accelerator: Accelerator) -> None:
         """Add up the sums of all processes; every process gets the totals."""
