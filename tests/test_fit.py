@@ -220,12 +220,12 @@ def test_orthogonalised_keeps_directions_and_brings_singular_values_near_one(dty
 def test_orthogonalised_in_float32_makes_little_of_rounding():
     generator = torch.Generator().manual_seed(0)
     matrices = torch.randn(1, 64, 65, generator=generator)
-    rounded = matrices * (1 + 2e-7 * torch.randn(matrices.shape, generator=generator))
+    rounded = matrices * (1 + 2e-6 * torch.randn(matrices.shape, generator=generator))
     change = {
         dtype: (_orthogonalised(rounded, dtype) - _orthogonalised(matrices, dtype)).norm() / 8
         for dtype in (torch.float32, torch.bfloat16)
     }
-    assert change[torch.float32] < 1e-5
+    assert change[torch.float32] < 2e-5
     assert change[torch.bfloat16] > 1e-3  # why a run in float32 does not use it
 
 

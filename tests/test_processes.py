@@ -18,7 +18,6 @@ FITS = {
     "a sample of the vocabulary": {"vocab_sample": 400},
     "biases": {"bias_only": True},
     "sgd": {"fit": "sgd"},
-    "muon": {"fit": "muon"},
     "closed form": {"fit": "closed-form", "tokens": None},
     "jacobian": {"fit": "jacobian", "tokens": None, "jacobian_targets": "same"},
     "no block for one": {"batch_size": 1, "micro_batch_size": None},

@@ -1,5 +1,6 @@
 """Processes that share the work, as `torchrun` or `accelerate launch` start them."""
 
+import atexit
 import os
 
 import torch
@@ -35,21 +36,20 @@ def join_processes(device: str | torch.device | None = None) -> Accelerator:
         device is not None and torch.device(device).type == "cpu"
     )
     on_one_gpu = get_int_from_env(["LOCAL_WORLD_SIZE"], 1) > torch.accelerator.device_count()
-    accelerator = Accelerator(
-        cpu=started > 1 and on_cpu,
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_one_gpu and not on_cpu else [],
-    )
+    backend = "gloo" if on_one_gpu and not on_cpu else None
+    handlers = [InitProcessGroupKwargs(backend=backend)] if backend else []
+    accelerator = Accelerator(cpu=started > 1 and on_cpu, kwargs_handlers=handlers)
     if accelerator.num_processes != started:
         raise InputError(
             f"{started} processes were started, but accelerate does not connect them "
             f"({accelerator.device.type}, {accelerator.num_processes} process), so each would do "
             "all the work; start one process, or give --device cpu"
         )
+    atexit.register(_disconnect)
     return accelerator
 
 
-def leave_processes() -> None:
-    """Disconnect from the other processes, if there are any, at the end of a command."""
+def _disconnect() -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-
 from tunedlens import checkpoint, files, report
 from tunedlens.cli.flags import add_wandb_flag, configured, make_parser, parse
 from tunedlens.cli.guard import Arguments, command

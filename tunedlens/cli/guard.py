@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 import huggingface_hub
 import transformers
 
-from tunedlens.distributed import leave_processes
 from tunedlens.errors import InputError
 
 Arguments = Sequence[str] | None
@@ -56,9 +55,7 @@ def command(run: Callable[[Arguments], int]) -> Callable[[Arguments], int]:
         keep_freed_memory()
         original, warnings.formatwarning = warnings.formatwarning, _in_one_line
         try:
-            status = run(arguments)
-            leave_processes()
-            return status
+            return run(arguments)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

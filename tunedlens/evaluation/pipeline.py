@@ -14,6 +14,7 @@ from tunedlens import checkpoint
 from tunedlens.config import EvaluateConfig, ScoringConfig
 from tunedlens.corpus import CorpusSplits
 from tunedlens.devices import float32_products
+from tunedlens.distributed import join_processes
 from tunedlens.doctor import warn_of_faults
 from tunedlens.errors import InputError
 from tunedlens.evaluation.beside import (

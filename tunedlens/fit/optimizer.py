@@ -153,7 +153,8 @@ class PreconditionedMuon(LensOptimizer):
         self.lens.zero_grad()
         momentum = state["momentum"][layers].lerp(gradient, 1 - self._momentum)
         direction = _orthogonalised(
-            gradient.lerp(momentum, self._momentum), self._dtype  # Nesterov's
+            gradient.lerp(momentum, self._momentum),
+            self._dtype,  # Nesterov's
         )
         size = self._step_size * state["initial_error"][layers, None, None]
         iterate = state["iterate"][layers] * (1 - size * self._weight_decay) - size * direction

@@ -89,9 +89,7 @@ def _require_possible(
             )
 
 
-def _defaults(
-    config: TrainConfig, corpus: ResolvedCorpus, model: FrozenModel
-) -> dict[str, object]:
+def _defaults(config: TrainConfig, corpus: ResolvedCorpus, model: FrozenModel) -> dict[str, object]:
     """The defaults of all settings but the backend."""
     d_model, positions = model.identity.d_model, corpus.seq_len - config.skip_first
     is_baseline = config.fit in BASELINES
