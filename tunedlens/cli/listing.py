@@ -15,9 +15,7 @@ from tunedlens.report.card import trained_tokens
 from tunedlens.report.tables import plus_minus
 from tunedlens.tracking import say
 
-LIST = (
-    """Show the lenses in a folder: model, kind, sites, layers, tokens, held-out KL and date."""
-)
+LIST = """Show the lenses in a folder: model, kind, sites, layers, tokens, held-out KL and date."""
 
 _HEADER = ("folder", "model", "kind", "sites", "layers", "tokens", "KL, nats", "date")
 
