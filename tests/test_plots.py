@@ -12,6 +12,8 @@ from tunedlens.report import plots
 from tunedlens.report.plots import style
 from tunedlens.tokenizer import shown
 
+pytestmark = pytest.mark.renders
+
 
 @pytest.fixture
 def evaluation():

@@ -13,6 +13,7 @@ from torch import Tensor
 from tunedlens import checkpoint
 from tunedlens.config import EvaluateConfig, ScoringConfig
 from tunedlens.corpus import CorpusSplits
+from tunedlens.devices import float32_products
 from tunedlens.errors import InputError
 from tunedlens.evaluation.lens_specs import (
     BASELINES,
@@ -121,6 +122,7 @@ def _source(spec: LensSpec, training: CorpusSplits) -> JsonObject:
     return {"kind": spec.kind, "text": training.train.about, "tokens_at_most": tokens}
 
 
+@float32_products()
 def score_lenses(
     model: FrozenModel,
     lenses: Mapping[str, Lens],
