@@ -80,7 +80,8 @@ class PreconditionedMuon(LensOptimizer):
         step_size: change of a translated state in one step, relative to the root mean
             square error of least squares.
         weight_decay: pulls towards the initial lens.
-        rank: of the translators of the result; the steps are taken in full rank.
+        rank: the rank that no translator of the result exceeds. The steps move translators of full
+            rank, along the gradient at the nearest ones of this rank.
 
     Source:
         Jordan et al. 2024, "Muon", kellerjordan.github.io/posts/muon; Shamir and Zhang
@@ -190,7 +191,10 @@ class PreconditionedMuon(LensOptimizer):
         return torch.baddbmm(state["initial"], state[name], state["preconditioner"])
 
     def _write(self) -> None:
-        columns = self._columns("iterate")
+        columns, rank = self._columns("iterate"), self._average.rank
+        if rank is not None:
+            nearest = nearest_of_rank(columns, self._state["second_moment"], rank)
+            columns = torch.cat([nearest.left @ nearest.right, nearest.bias[..., None]], -1)
         _fill(self.lens, weight=columns[..., :-1], bias=columns[..., -1])
 
 
