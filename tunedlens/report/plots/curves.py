@@ -96,7 +96,7 @@ def _short(count: int) -> str:
 
 
 def draw_learning_curve(
-    history: Sequence[ValidationResult], folder: Path, points: Sequence[HookPoint]
+    history: Sequence[ValidationResult], folder: Path, points: Sequence[HookPoint] | None = None
 ) -> None:
     """Draw it as PNG, SVG and PDF, if there are at least two validations."""
     if len(history) > 1:
