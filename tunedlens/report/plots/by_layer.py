@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from tunedlens.evaluation import MODEL, Evaluation
+from tunedlens.evaluation import Evaluation
 from tunedlens.metrics import METRICS
 from tunedlens.model import SITES
 from tunedlens.report.plots.style import (
@@ -214,12 +214,16 @@ def _draw_lines(axes: "Axes", evaluation: Evaluation, metric: str) -> Ends:
             axes.annotate(f"↑ {first:.0e}", (points[0][0], top), below, color=style["color"],
                           textcoords="offset points", va="top")  # fmt: skip
         ends[lens] = column[-1].value, style["color"]
-    of_model = [r.value for r in evaluation.results if (r.lens, r.metric) == (MODEL, metric)]
-    if of_model:
-        axes.axhline(of_model[0], color=MODEL_COLOR, linewidth=1)
-        ends[MODEL] = of_model[0], MODEL_COLOR
-        if is_log:
-            axes.set_ylim(bottom=of_model[0] / 1.8)
+    of_models = {
+        r.lens: r.value
+        for r in evaluation.results
+        if r.lens in evaluation.models and r.metric == metric
+    }
+    for model, value in of_models.items():
+        axes.axhline(value, color=MODEL_COLOR, linewidth=1)
+        ends[model] = value, MODEL_COLOR
+    if of_models and is_log:
+        axes.set_ylim(bottom=min(of_models.values()) / 1.8)
     if top < math.inf:
         axes.set_ylim(top=top)
     axes.set_xlabel("layer (0 is the embeddings)")
