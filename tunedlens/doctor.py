@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from jaxtyping import Int
@@ -300,24 +301,26 @@ def _lens_checks(model: FrozenModel, folder: Path, ids: Int[Tensor, "1 seq"]) ->
 def _shift(model: FrozenModel, lens: AffineLens, ids: Int[Tensor, "1 seq"]) -> Check:
     """Whether each translator is at its own layer, and better than none."""
     name = "the lens is nearer to the model than the logit lens"
-    states, n = model.residual_stream(ids), lens.n_layers
-    plain = LogitLens.from_model(model)
+    states, plain = model.residual_stream(ids), LogitLens.from_model(model)
     own, without = (kl_by_layer(one, model.unembedding, states) for one in (lens, plain))
+    if not own:
+        return Check(name, None, "it has no translator for the stream between blocks")
     for shift in (-1, 1):
         shifted = kl_by_layer(lens, model.unembedding, states, shift)
-        same_layers = own[max(0, -shift) : n - max(0, shift)]
-        if sum(shifted) < sum(same_layers) and len(same_layers) > 1:
+        both = own.keys() & shifted.keys()
+        if sum(shifted[i] for i in both) < sum(own[i] for i in both) and len(both) > 1:
             return Check(
                 name,
                 False,
                 f"its translators fit better {shift:+d} layer away: "
                 "the lens or the states are shifted by one layer",
             )
-    means = f"mean KL {sum(own) / n:.3g} nats, logit lens {sum(without) / n:.3g}"
-    worse = [str(layer) for layer in range(n) if own[layer] > without[layer]]
+    pair = fmean(own.values()), fmean(without[layer] for layer in own)
+    means = f"mean KL {pair[0]:.3g} nats, logit lens {pair[1]:.3g}"
+    worse = [str(layer) for layer in own if own[layer] > without[layer]]
     if worse:
         means += f"; farther at layers {', '.join(worse)}"
-    if sum(own) > sum(without):
+    if pair[0] > pair[1]:
         return Check(name, False, f"{means}: train it again, or on text like this")
     return Check(name, True, means)
 

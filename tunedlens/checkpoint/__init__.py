@@ -18,7 +18,7 @@ from tunedlens.checkpoint.lens_files import (
     newest_lens,
     read_manifest,
     save_lens,
-    saved_sites,
+    saved_points,
 )
 from tunedlens.checkpoint.run_state import (
     STATE,
@@ -53,5 +53,5 @@ __all__ = [
     "save_lens",
     "save_state",
     "saved_config",
-    "saved_sites",
+    "saved_points",
 ]

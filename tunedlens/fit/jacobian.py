@@ -1,4 +1,6 @@
-"""The mean Jacobian of the final state with respect to the state of every layer."""
+"""The mean Jacobian of the final state with respect to the states of layers."""
+
+from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +18,7 @@ attention sinks, and their states are unlike all others."""
 
 
 class MeanJacobian:
-    """Streaming mean over source positions p of d final / d state[p] for every layer.
+    """Streaming mean over source positions p of d final / d state[p] for some layers.
 
     Every output dimension takes one backward pass per batch, with cotangents at all target
     positions at once. With targets `later`, as published, all cotangents are 1. A source position
@@ -29,7 +31,7 @@ class MeanJacobian:
     what the KL at the same position measures.
 
     Args:
-        n_layers: the number of states to differentiate.
+        layers: the layers whose states are differentiated.
         skipped: the number of positions to skip at the start of each block.
         seed: the seed of the random signs.
 
@@ -41,14 +43,15 @@ class MeanJacobian:
 
     def __init__(
         self,
-        n_layers: int,
+        layers: Sequence[int],
         d_model: int,
         *,
         targets: JacobianTargets = "later",
         skipped: int = SKIPPED_POSITIONS,
         seed: int = 0,
     ) -> None:
-        self.sums = torch.zeros(n_layers, d_model, d_model, dtype=torch.float64)
+        self.layers = layers
+        self.sums = torch.zeros(len(layers), d_model, d_model, dtype=torch.float64)
         self.positions = torch.zeros((), dtype=torch.float64)
         self._targets, self._skipped = targets, skipped
         self._generator = torch.Generator().manual_seed(seed)
@@ -56,6 +59,7 @@ class MeanJacobian:
     def add(self, model: FrozenModel, input_ids: Int[Tensor, "batch seq"]) -> None:
         """Add the source positions of further blocks."""
         *states, final = model.residual_stream(input_ids, differentiable=True)
+        states = [states[layer] for layer in self.layers]
         kept = slice(min(self._skipped, input_ids.shape[1] - 1), None)
         signs, cotangent = torch.ones_like(final[:, kept, 0]).float(), torch.zeros_like(final)
         by_output = []

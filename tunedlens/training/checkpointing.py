@@ -14,7 +14,7 @@ from tunedlens import builtin, checkpoint, files, report
 from tunedlens.config import ONE_PASS, TrainConfig
 from tunedlens.errors import InputError
 from tunedlens.evaluation import Evaluation
-from tunedlens.lenses import AffineLens, LogitLens, TunedLens
+from tunedlens.lenses import AffineLens, LogitLens
 from tunedlens.model import require_same_model, take_probe
 from tunedlens.provenance import describe_run
 from tunedlens.report import plots
@@ -124,7 +124,7 @@ def restore(run: Run) -> TrainState:
         InputError: the model, the text or a setting differs, or the run has no more to do.
     """
     _require_same_settings(run)
-    lens = TunedLens.from_model(run.model, run.plan.all_sites)
+    lens = run.new_lens()
     if (run.output / checkpoint.STATE).is_file():
         tensors, saved = checkpoint.load_state(run.output)
         identity = dataclasses.asdict(run.model.identity)
@@ -179,8 +179,8 @@ def finish(run: Run, state: TrainState, tracker: Tracker, lens: AffineLens) -> E
     lenses = {"logit": LogitLens.from_model(run.model), kind: lens}
     evaluation = run.validation_set.score(lenses, run.costs.table_tokens(state.progress.tokens))
     state.progress.update_seconds()
-    kl = evaluation.by_layer(kind, "kl_nats")
-    tracker.summarise({f"held_out/kl_nats/{layer}": e.value for layer, e in enumerate(kl)})
+    kl = zip(evaluation.layers_of(kind), evaluation.by_layer(kind, "kl_nats"), strict=True)
+    tracker.summarise({f"held_out/kl_nats/{layer}": e.value for layer, e in kl})
     if run.is_main:
         train, validation = run.splits.train, run.splits.validation
         metadata = {
@@ -195,6 +195,6 @@ def finish(run: Run, state: TrainState, tracker: Tracker, lens: AffineLens) -> E
         manifest = checkpoint.read_manifest(run.output)
         card = report.card(run.output.name, manifest, evaluation)
         files.write(run.output / "README.md", card)
-        plots.draw_learning_curve(state.progress.history, run.output, run.plan.all_sites)
+        plots.draw_learning_curve(state.progress.history, run.output, run.reader.points)
         checkpoint.remove_state(run.output)
     return evaluation

@@ -46,7 +46,7 @@ def mean_jacobian(run: Run, progress: Progress, stop: threading.Event) -> Jacobi
     """
     plan, identity = run.plan, run.model.identity
     jacobian = MeanJacobian(
-        identity.n_layers,
+        [point.layer for point in run.reader.points],
         identity.d_model,
         targets=plan.jacobian_targets,
         skipped=max(SKIPPED_POSITIONS, plan.skip_first),
@@ -59,7 +59,7 @@ def mean_jacobian(run: Run, progress: Progress, stop: threading.Event) -> Jacobi
             with run.reader.autocast():
                 jacobian.add(run.model, blocks)
     jacobian.reduce(run.accelerator)
-    return JacobianLens.from_jacobians(run.model, jacobian.mean.float())
+    return JacobianLens.from_jacobians(run.model, jacobian.mean.float(), jacobian.layers)
 
 
 def _first_batches(

@@ -37,7 +37,8 @@ def resolve(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -
     corpus = resolve_corpus(config.corpus, model.name, model.context, model.bos_id is not None)
     _require_possible(config, corpus, model, processes)
     defaults = _defaults(config, corpus, model, processes) | _backend(config, model, accelerator)
-    settings = vars(config) | {"corpus": corpus}
+    layers = _layers(config, model)
+    settings = vars(config) | {"corpus": corpus, "layers": layers}
     settings |= {name: value for name, value in defaults.items() if settings[name] is None}
     if settings["vocab_sample"] >= model.identity.vocab_size:
         settings["vocab_sample"] = 0
@@ -56,6 +57,19 @@ def resolve(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -
     return plan
 
 
+def _layers(config: TrainConfig, model: FrozenModel) -> str | None:
+    """The layers that get translators, counted from 0 and in ascending order; None for all."""
+    chosen, count = config.chosen_layers, model.identity.n_layers
+    if chosen is None:
+        return None
+    if wrong := [layer for layer in chosen if not -count <= layer < count]:
+        raise InputError(
+            f"--layers must be between 0 and {count - 1} (or {-count} and -1, from the end) for "
+            f"{model.name}, whose last state has no translator; got {wrong[0]}"
+        )
+    return ",".join(map(str, sorted({layer % count for layer in chosen})))
+
+
 def _require_possible(
     config: TrainConfig, corpus: ResolvedCorpus, model: FrozenModel, processes: int
 ) -> None:
@@ -69,6 +83,11 @@ def _require_possible(
         # A block that has no such site says so here rather than after the first batch.
         ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
         model.states_at([HookPoint(site, 0) for site in further], ids)
+    if config.low_rank is not None and config.low_rank > model.identity.d_model:
+        raise InputError(
+            f"--low-rank must be at most {model.identity.d_model}, the width of {model.name}; got "
+            f"{config.low_rank}"
+        )
     if config.kernel == "attention" and model.device.type != "cpu":
         raise InputError("--kernel attention is for CPUs; leave it out, or choose products")
     if config.skip_first >= corpus.seq_len:

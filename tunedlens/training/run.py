@@ -45,6 +45,10 @@ class Run:
         unembedding = model.unembedding.centred()
         self.objective = make_objective(unembedding, dtype=self.reader.dtype, kernel=plan.kernel)
 
+    def new_lens(self) -> TunedLens:
+        """The untrained lens."""
+        return TunedLens.from_model(self.model, self.plan.all_sites, self.plan.chosen_layers)
+
     def say(self, message: str) -> None:
         """Print a line, in the main process only."""
         if self.is_main:
@@ -105,7 +109,7 @@ def initial_state(run: Run) -> TrainState:
     Raises:
         InputError: the named lens cannot be read, or has another shape.
     """
-    lens, progress = TunedLens.from_model(run.model, run.plan.all_sites), Progress()
+    lens, progress = run.new_lens(), Progress()
     if run.plan.init is not None:
         manifest = checkpoint.fill_lens(lens, Path(run.plan.init), any_model=True)
         progress.init_lens = {name: manifest[name] for name in ("model", "lens_sha256")}
@@ -117,4 +121,4 @@ def make_optimizer(lens: AffineLens, plan: TrainPlan) -> LensOptimizer:
     hyperparameters = (plan.lr, plan.momentum, plan.weight_decay)
     if plan.fit in BASELINES:
         return TorchOptimizer(lens, plan.fit, *hyperparameters)
-    return PreconditionedMuon(lens, *hyperparameters)
+    return PreconditionedMuon(lens, *hyperparameters, rank=plan.low_rank)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tunedlens.devices import send
 from tunedlens.engine.backend import DTYPES
-from tunedlens.model import FrozenModel, HookPoint, hook_points
+from tunedlens.model import FrozenModel, HookPoint
 from tunedlens.training.plan import TrainPlan
 
 
@@ -19,7 +19,7 @@ class StateReader:
     def __init__(self, model: FrozenModel, plan: TrainPlan, accelerator: Accelerator) -> None:
         self.model, self.plan, self.accelerator = model, plan, accelerator
         self.dtype = DTYPES[plan.precision]
-        self.points = hook_points(plan.all_sites, model.identity.n_layers)
+        self.points = plan.points(model.identity.n_layers)
         """Where the states are read, in the order of the lens's translators."""
         self._with_final = [*self.points, HookPoint("resid_pre", model.identity.n_layers)]
 
