@@ -175,6 +175,8 @@ def _require_same_settings(run: Run) -> None:
 
 def finish(run: Run, state: TrainState, tracker: Tracker, lens: AffineLens) -> Evaluation:
     """Score the lens, write it, its card and its learning curve, and remove the state."""
+    if summary := run.reader.summary():
+        run.say(summary)
     kind = "bias-only" if run.plan.bias_only else checkpoint.kind_of(lens)
     lenses = {"logit": LogitLens.from_model(run.model), kind: lens}
     evaluation = run.validation_set.score(lenses, run.costs.table_tokens(state.progress.tokens))

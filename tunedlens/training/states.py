@@ -20,7 +20,7 @@ class StateReader:
         self.dtype = DTYPES[plan.precision]
         self.points = hook_points(plan.all_sites, model.identity.n_layers)
         """Where the states are read, in the order of the lens's translators."""
-        self._with_final = [*self.points, HookPoint("resid_pre", model.identity.n_layers)]
+        self.with_final = [*self.points, HookPoint("resid_pre", model.identity.n_layers)]
 
     def micro_batches(self, input_ids: Int[Tensor, "batch seq"]) -> Sequence[Tensor]:
         """This process's blocks, on the model's device, in micro-batches."""
@@ -43,6 +43,16 @@ class StateReader:
         They are the model's own tensors if those are float32 and no position is skipped.
         """
         for rows in self.micro_batches(input_ids):
-            with self.autocast():
-                states = self.model.states_at(self._with_final, rows)
+            states = self.states_of(rows)
             yield [state[:, self.plan.skip_first :].flatten(0, 1).float() for state in states]
+
+    def states_of(
+        self, rows: Int[Tensor, "batch seq"]
+    ) -> Sequence[Float[Tensor, "batch seq d_model"]]:
+        """The states of one micro-batch and the final one, at every position, in any dtype."""
+        with self.autocast():
+            return self.model.states_at(self.with_final, rows)
+
+    def summary(self) -> str:
+        """Where the states came from, in a line; empty if all came from the model."""
+        return ""
