@@ -65,10 +65,11 @@ class MeanJacobian:
             cotangent[:, kept, output] = signs.to(cotangent)
             is_last = output == final.shape[-1] - 1
             gradients = torch.autograd.grad(final, states, cotangent, retain_graph=not is_last)
-            rows = [
-                (gradient[:, kept].float() * signs[..., None]).sum((0, 1)) for gradient in gradients
-            ]
-            self.sums[:, output] += torch.stack(rows).double().cpu()
+            rows = []
+            for gradient in gradients:
+                weights = signs[..., None].to(gradient.device)
+                rows.append((gradient[:, kept].float() * weights).sum((0, 1)).cpu())
+            self.sums[:, output] += torch.stack(rows).double()
         self.positions += signs.numel()
 
     def reduce(self, accelerator: Accelerator) -> None:

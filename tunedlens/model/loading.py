@@ -19,6 +19,7 @@ def load_model(
     revision: str | None = None,
     dtype: str = "float32",
     device: str | torch.device | None = None,
+    device_map: str | dict[str, int | str] | None = None,
     adapter: str | Path | None = None,
     gguf_file: str | None = None,
     blocks: str | None = None,
@@ -33,6 +34,9 @@ def load_model(
         revision: branch, tag or commit on the hub.
         dtype: float32, bfloat16 or float16; weights in another dtype are converted.
         device: by default the accelerator if there is one, otherwise the CPU.
+        device_map: how transformers spreads the model over several devices, instead of `device`:
+            `auto`, or the device of every module by name. Lenses are on the device of the
+            unembedding.
         adapter: folder or hub name of a PEFT adapter, which is merged into the model.
         gguf_file: the name of a GGUF file in the folder or on the hub to read the weights from.
         blocks: see `FrozenModel`; only for a model whose structure is not recognised.
@@ -43,16 +47,23 @@ def load_model(
         InputError: the model does not exist, is damaged or is not supported, the hub cannot
             be reached, or the device cannot be used.
     """
+    if device_map is not None and (device is not None or dtype == "float16"):
+        other = "--dtype float16" if device is None else "--device"
+        raise InputError(f"--device-map does not work with {other}; leave one of them out")
     name = builtin.NAME if model is None else str(model)
     source = _model_source(name, gguf_file)
-    target = _usable_device(device)
+    placed = device_map or {"": _usable_device(device)}
     weights = {} if gguf_file is None else {"gguf_file": gguf_file}
     # Only float32 and bfloat16 keep the fingerprint, so float16 is reached by way of float32.
     load_dtype = torch.float32 if dtype == "float16" else getattr(torch, dtype)
     try:
-        options = {"revision": revision, "dtype": load_dtype, "output_loading_info": True}
         result: object = transformers.AutoModelForCausalLM.from_pretrained(
-            source, **options, **weights
+            source,
+            revision=revision,
+            dtype=load_dtype,
+            device_map=placed,
+            output_loading_info=True,
+            **weights,
         )
         loaded, info = cast("tuple[transformers.PreTrainedModel, dict[str, set[str]]]", result)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision, **weights)
@@ -68,7 +79,6 @@ def load_model(
         exact = FrozenModel(loaded, tokenizer, blocks=blocks, final_norm=final_norm, check=False)
         fingerprint = exact.identity.fingerprint
         loaded = loaded.half()
-    loaded.to(target)  # type: ignore[arg-type]
     return FrozenModel(
         loaded, tokenizer, name, fingerprint, blocks=blocks, final_norm=final_norm, check=check
     )
@@ -82,7 +92,8 @@ def load_configured(
         config.model,
         revision=config.revision,
         dtype=config.dtype,
-        device=config.device or device,
+        device=config.device or (device if config.device_map is None else None),
+        device_map=config.device_map,
         adapter=config.adapter,
         gguf_file=config.gguf_file,
         blocks=config.blocks,

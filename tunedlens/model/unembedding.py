@@ -2,9 +2,12 @@
 
 import copy
 import hashlib
+from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import ModelHook, remove_hook_from_module
+from accelerate.utils import align_module_device
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -31,7 +34,7 @@ class Unembedding(nn.Module):
     ) -> None:
         super().__init__()
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.norm = copy.deepcopy(norm).to(dtype)
+        self.norm = _copied(norm).to(weight.device, dtype)
         self.cap = cap
         for module in self.norm.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
@@ -95,13 +98,28 @@ def read_unembedding(parts: ModelParts) -> Unembedding:
 
     The weight of a quantised head is read by sending the unit vectors through it.
     """
-    weight, bias = getattr(parts.head, "weight", None), getattr(parts.head, "bias", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        weight, bias = _read_linear(parts.head)
+    with align_module_device(parts.head):
+        weight, bias = getattr(parts.head, "weight", None), getattr(parts.head, "bias", None)
+        # A quantised weight has integers, or is a tensor of another type.
+        if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+            weight, bias = _read_linear(parts.head)
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
     if parts.logit_scale != 1:
         weight = weight.float() * parts.logit_scale
         bias = None if bias is None else bias.float() * parts.logit_scale
     return Unembedding(parts.final_norm, weight, bias, parts.logit_cap)
+
+
+def _copied(norm: nn.Module) -> nn.Module:
+    """A copy with its values in memory and without the hooks of accelerate."""
+    without: dict[int, object] = {}
+    with ExitStack() as loaded:
+        for module in norm.modules():
+            loaded.enter_context(align_module_device(module))
+            if hasattr(module, "_hf_hook"):
+                without[id(module._hf_hook)] = ModelHook()  # the hook may hold all weights
+        copied = copy.deepcopy(norm, without)
+    return remove_hook_from_module(copied, recurse=True)
 
 
 @torch.no_grad()

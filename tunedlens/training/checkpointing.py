@@ -164,7 +164,8 @@ def _require_same_settings(run: Run) -> None:
     planned = dataclasses.asdict(run.plan)
     for name in ("tokens", "kernel", "micro_batch_size"):
         saved[name] = planned[name]
-    saved["model"]["device"] = planned["model"]["device"]
+    for name in ("device", "device_map"):
+        saved["model"][name] = planned["model"][name]
     changed = [name for name, value in planned.items() if value != saved[name]]
     if changed:
         raise InputError(
