@@ -11,6 +11,7 @@ from tunedlens import builtin
 from tunedlens.config import ModelConfig
 from tunedlens.errors import InputError, first_line
 from tunedlens.model.frozen import FrozenModel
+from tunedlens.model.quantised import is_quantised
 
 
 def load_model(
@@ -19,7 +20,7 @@ def load_model(
     revision: str | None = None,
     dtype: str = "float32",
     device: str | torch.device | None = None,
-    device_map: str | dict[str, int | str] | None = None,
+    device_map: str | dict[str, int | str | torch.device] | None = None,
     adapter: str | Path | None = None,
     gguf_file: str | None = None,
     blocks: str | None = None,
@@ -71,6 +72,9 @@ def load_model(
             raise ValueError(f"the weights {', '.join(missing)} are missing")
     except Exception as error:  # transformers raises many kinds of exception
         raise InputError(f"cannot load the model {name}: {first_line(error)}") from error
+    if is_quantised(loaded) and (adapter is not None or dtype == "float16"):
+        other = "--adapter" if adapter is not None else "--dtype float16"
+        raise InputError(f"{name} is quantised, and {other} changes weights; leave it out")
     if adapter is not None:
         loaded = _with_adapter(loaded, name, str(adapter))
         name = f"{name} + {adapter}"

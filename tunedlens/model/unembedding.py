@@ -11,6 +11,7 @@ from accelerate.utils import align_module_device
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tunedlens.model.quantised import read_linear
 from tunedlens.model.structure import ModelParts
 
 
@@ -96,14 +97,11 @@ class Unembedding(nn.Module):
 def read_unembedding(parts: ModelParts) -> Unembedding:
     """Final norm and unembedding of a model, with its scale and cap.
 
-    The weight of a quantised head is read by sending the unit vectors through it.
+    Raises:
+        InputError: the head is quantised in a way that cannot be undone.
     """
     with align_module_device(parts.head):
-        weight, bias = getattr(parts.head, "weight", None), getattr(parts.head, "bias", None)
-        # A quantised weight has integers, or is a tensor of another type.
-        if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
-            weight, bias = _read_linear(parts.head)
-        weight, bias = weight.detach(), None if bias is None else bias.detach()
+        weight, bias = read_linear(parts.head)
     if parts.logit_scale != 1:
         weight = weight.float() * parts.logit_scale
         bias = None if bias is None else bias.float() * parts.logit_scale
@@ -120,14 +118,3 @@ def _copied(norm: nn.Module) -> nn.Module:
                 without[id(module._hf_hook)] = ModelHook()  # the hook may hold all weights
         copied = copy.deepcopy(norm, without)
     return remove_hook_from_module(copied, recurse=True)
-
-
-@torch.no_grad()
-def _read_linear(head: nn.Module) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a linear map that does not store them as floating-point numbers."""
-    tensors = [*head.parameters(), *head.buffers()]
-    device = tensors[0].device if tensors else torch.device("cpu")
-    width = int(head.in_features)  # type: ignore[arg-type]
-    inputs = torch.cat([torch.zeros(1, width), torch.eye(width)]).to(device)
-    outputs = head(inputs)
-    return (outputs[1:] - outputs[0]).T.contiguous(), outputs[0]

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tunedlens.engine.backend import DTYPES
-from tunedlens.model import FrozenModel, HookPoint, hook_points
+from tunedlens.model import FrozenModel, HookPoint, hook_points, is_quantised
 from tunedlens.training.plan import TrainPlan
 
 
@@ -17,7 +17,7 @@ class StateReader:
 
     def __init__(self, model: FrozenModel, plan: TrainPlan, accelerator: Accelerator) -> None:
         self.model, self.plan, self.accelerator = model, plan, accelerator
-        self.dtype = DTYPES[plan.precision]
+        self.dtype, self._is_quantised = DTYPES[plan.precision], is_quantised(model.blocks)
         self.points = hook_points(plan.all_sites, model.identity.n_layers)
         """Where the states are read, in the order of the lens's translators."""
         self.with_final = [*self.points, HookPoint("resid_pre", model.identity.n_layers)]
@@ -31,8 +31,8 @@ class StateReader:
         return shard.split(self.plan.micro_batch_size or len(shard))
 
     def autocast(self) -> torch.autocast:
-        """The precision of matrix products while training."""
-        enabled = self.dtype != torch.float32
+        """The precision of matrix products while training; quantised ones have their own."""
+        enabled = self.dtype != torch.float32 and not self._is_quantised
         return torch.autocast(self.model.device.type, self.dtype, enabled=enabled)
 
     def read(
