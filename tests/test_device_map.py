@@ -66,7 +66,7 @@ def assert_same_training(split, whole, text_file, folder, monkeypatch):
         config = short_run("tiny", text_file, tokens=320, init_tokens=128, sites="resid_mid")
         evaluation = train(config, folder / str(len(found)))
         found.append([e.value for e in evaluation.by_layer("tuned resid_mid", "kl_nats")])
-    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    assert found[0] == pytest.approx(found[1], rel=1e-2)
 
 
 def test_offloaded_model_is_the_model(tiny_folder):

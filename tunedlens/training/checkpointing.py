@@ -94,7 +94,8 @@ def continued(config: TrainConfig, output: Path) -> TrainConfig:
             f"{output} was trained by an earlier version of tunedlens, whose runs cannot be "
             "resumed; its lens can be used as it is"
         )
-    if config.model.device != saved.model.device:
+    ours, theirs = config.model, saved.model
+    if (ours.device, ours.device_map) != (theirs.device, theirs.device_map):
         saved = dataclasses.replace(saved, kernel=None, micro_batch_size=None)
         if config.kernel == "attention":
             config = dataclasses.replace(config, kernel=None)
