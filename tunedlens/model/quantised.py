@@ -12,23 +12,17 @@ def is_plain(weight: object) -> bool:
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether a module or any part of it has weights that are not plain."""
-    return any(
-        not is_plain(getattr(part, "weight", None))
-        for part in module.modules()
-        if _linear_size(part)
-    )
+    """Whether a module or any part of it has quantised weights."""
+    return any(_packed_weights(part) for part in module.modules())
 
 
 def count_weights(module: nn.Module) -> int:
     """The number of parameters, whatever number of elements they are packed into."""
     total = 0
     for part in module.modules():
-        own = dict(part.named_parameters(recurse=False))
-        if size := _linear_size(part):
-            total += size
-            own = {name: value for name, value in own.items() if name == "bias"}
-        total += sum(parameter.numel() for parameter in own.values())
+        own, packed = dict(part.named_parameters(recurse=False)), _packed_weights(part)
+        names = ["bias"] if packed else own
+        total += packed + sum(own[name].numel() for name in names if name in own)
     return total
 
 
@@ -59,7 +53,8 @@ def read_linear(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     return weight, zero
 
 
-def _linear_size(module: nn.Module) -> int:
-    """The number of weights of a linear map by its sizes; 0 for other modules."""
-    sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
-    return sizes[0] * sizes[1] if all(isinstance(size, int) for size in sizes) else 0  # type: ignore[operator]
+def _packed_weights(module: nn.Module) -> int:
+    """The number of weights of a quantised linear map, by its sizes; 0 for other modules."""
+    read, written = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    is_linear = isinstance(read, int) and isinstance(written, int)
+    return read * written if is_linear and not is_plain(getattr(module, "weight", None)) else 0  # type: ignore[operator]
