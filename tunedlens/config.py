@@ -311,6 +311,11 @@ class EvaluateConfig(ScoringConfig):
     in front. The logit lens is always added. If empty, the newest saved lens."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
+    beside: str | None = option(
+        None,
+        "[NAME=]MODEL: a second model of the same shape, such as a fine-tuned one (or the folder "
+        "of a PEFT adapter for the first), on which the same lenses are scored beside the first",
+    )
     split: Split | None = option(
         None,
         "side of the text to score (default: the held-out side of a text that a lens was trained "

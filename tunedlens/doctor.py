@@ -1,6 +1,7 @@
 """Examines a model, and a lens on it: which parts were found, and whether they do their work."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tunedlens.checkpoint import describe_lens, find_lens, load_lens
+from tunedlens.devices import float32_products
 from tunedlens.engine import kl_by_layer
 from tunedlens.errors import InputError
 from tunedlens.lenses import AffineLens, LogitLens
@@ -71,6 +73,7 @@ class Diagnosis:
         return "\n".join(lines)
 
 
+@float32_products()
 @torch.no_grad()
 def doctor(model: FrozenModel, lens: str | Path | None = None, text: str = _TEXT) -> Diagnosis:
     """Examine a model, and optionally a saved lens on it.
@@ -80,7 +83,7 @@ def doctor(model: FrozenModel, lens: str | Path | None = None, text: str = _TEXT
         lens: the folder of a saved lens, or its name on the hub.
         text: what the model reads; the first 128 tokens are used.
     """
-    ids = model.encode(text, is_any_length=True)[:, : min(_TOKENS, model.context or _TOKENS)]
+    ids = _first_tokens(model, text)
     checks = list(_model_checks(model, ids))
     if lens is not None:
         checks += _lens_checks(model, find_lens(lens), ids)
@@ -88,6 +91,38 @@ def doctor(model: FrozenModel, lens: str | Path | None = None, text: str = _TEXT
     norms = [state[0].float().norm(dim=-1) for state in states]
     sizes = [(float(norm[0]), float(norm[1:].median())) for norm in norms]
     return Diagnosis(_facts(model), checks, sizes)
+
+
+@torch.no_grad()
+def warn_of_faults(
+    model: FrozenModel, *, is_bos_default: bool = False, is_sampled: bool = False
+) -> None:
+    """Warn of each fault that makes numbers wrong and takes a few short forward passes to find.
+
+    `train` and `evaluate` call this; whether the final state decodes to the model's logits is
+    checked when a model is loaded.
+
+    Args:
+        is_bos_default: whether nobody chose how texts begin, so that the tokenizer's habit counts.
+        is_sampled: whether the model writes text, for which it uses its cache.
+    """
+    ids = _first_tokens(model, _TEXT)
+    checks = [_hidden_states(model, ids)]
+    if is_bos_default:
+        checks.append(_bos(model, ids))
+    if is_sampled:
+        checks.append(_cache(model, ids))
+    for check in checks:
+        if check.passed is False:
+            warnings.warn(
+                f"{model.name} fails a check ({check.name}): {check.detail} (tunedlens doctor "
+                "says more)",
+                stacklevel=3,
+            )
+
+
+def _first_tokens(model: FrozenModel, text: str) -> Int[Tensor, "1 seq"]:
+    return model.encode(text, is_any_length=True)[:, : min(_TOKENS, model.context or _TOKENS)]
 
 
 def _facts(model: FrozenModel) -> dict[str, str]:

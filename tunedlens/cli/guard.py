@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 import huggingface_hub
@@ -36,6 +37,10 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def _in_one_line(message: Warning | str, *_: object, **__: object) -> str:
+    return f"warning: {message}\n"
+
+
 def command(run: Callable[[Arguments], int]) -> Callable[[Arguments], int]:
     """Make a command: a user's mistake prints one line and returns a status other than 0."""
 
@@ -48,6 +53,7 @@ def command(run: Callable[[Arguments], int]) -> Callable[[Arguments], int]:
         transformers.logging.set_verbosity_error()
         huggingface_hub.logging.set_verbosity_error()
         keep_freed_memory()
+        original, warnings.formatwarning = warnings.formatwarning, _in_one_line
         try:
             return run(arguments)
         except InputError as error:
@@ -56,5 +62,7 @@ def command(run: Callable[[Arguments], int]) -> Callable[[Arguments], int]:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return INTERRUPTED
+        finally:
+            warnings.formatwarning = original
 
     return guarded

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, islice
+from itertools import chain, islice, tee
 
 from accelerate import Accelerator
 from jaxtyping import Int
@@ -13,7 +13,16 @@ from torch import Tensor
 from tunedlens import checkpoint
 from tunedlens.config import EvaluateConfig, ScoringConfig
 from tunedlens.corpus import CorpusSplits
+from tunedlens.devices import float32_products
+from tunedlens.doctor import warn_of_faults
 from tunedlens.errors import InputError
+from tunedlens.evaluation.beside import (
+    config_beside,
+    onto,
+    require_comparable,
+    side_by_side,
+    title_of,
+)
 from tunedlens.evaluation.lens_specs import (
     BASELINES,
     LensSpec,
@@ -22,7 +31,7 @@ from tunedlens.evaluation.lens_specs import (
     model_as_trained,
     saved_lenses,
 )
-from tunedlens.evaluation.results import Evaluation
+from tunedlens.evaluation.results import Evaluation, EvaluationProvenance, name_on
 from tunedlens.evaluation.scoring import Block, Layout, Scorer
 from tunedlens.evaluation.tally import Tally
 from tunedlens.evaluation.text import load_text
@@ -37,6 +46,7 @@ def evaluate(
     config: EvaluateConfig,
     *,
     model: FrozenModel | None = None,
+    beside: FrozenModel | None = None,
     lenses: Mapping[str, Lens] | None = None,
     accelerator: Accelerator | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -50,6 +60,7 @@ def evaluate(
 
     Args:
         model: a loaded model, instead of `config.model`.
+        beside: a second one, instead of `config.beside`.
         lenses: lenses in memory by name, besides those of the config. If there are any, the newest
             saved lens is not the default.
         accelerator: the processes and the device.
@@ -73,26 +84,44 @@ def evaluate(
     else:
         named = dataclasses.replace(config.model, model=model.name)
         config = dataclasses.replace(config, model=named)
+    title = "" if beside is None else title_of(beside.name)
+    if beside is None and config.beside is not None:
+        title, second_config = config_beside(config.beside, config.model)
+        beside = load_configured(second_config, accelerator.device)
+    for one in [model, beside] if beside else [model]:
+        warn_of_faults(one, is_bos_default=config.corpus.bos is None and not saved)
     loaded = {spec.name: checkpoint.load_lens(spec.folder, model) for spec in saved}
+    ready = {**loaded, **(lenses or {})}
     text = load_text(config, specs, model, sampled)
-    evaluation = score_lenses(
-        model,
-        _in_order(specs, {**loaded, **(lenses or {})}, model, text.training),
-        text.blocks,
-        text.config,
-        accelerator=accelerator,
-        progress=None if progress is None else lambda count: progress(count, text.tokens),
-    )
-    return dataclasses.replace(
-        evaluation,
-        provenance={
-            **describe_run(model, command),
-            "lenses": {spec.name: _source(spec, text.training) for spec in specs[1:]},
-            "corpus": text.description,
-            "config": dataclasses.asdict(text.config),
-            "processes": accelerator.num_processes,
-        },
-    )
+    total, (blocks, blocks_beside) = text.tokens * (2 if beside else 1), tee(text.blocks)
+
+    def score(on: FrozenModel, scored: Mapping[str, Lens], own: Iterator[Tensor]) -> Evaluation:
+        return score_lenses(
+            on,
+            scored,
+            own,
+            text.config,
+            accelerator=accelerator,
+            progress=None if progress is None else lambda count: progress(count, total),
+        )
+
+    provenance: EvaluationProvenance = {
+        **describe_run(model, command),
+        "lenses": {spec.name: _source(spec, text.training) for spec in specs[1:]},
+        "corpus": text.description,
+        "config": dataclasses.asdict(text.config),
+        "processes": accelerator.num_processes,
+    }
+    if beside is not None:
+        require_comparable(model, beside, text.config.corpus.seq_len)
+        provenance["beside"] = {"title": title} | dataclasses.asdict(beside.identity)
+    evaluation = score(model, _in_order(specs, ready, model, text.training), blocks)
+    if beside is not None:
+        moved = {name: onto(lens, beside, name) for name, lens in ready.items()}
+        found = _in_order(specs, moved, beside, text.training)
+        named = {name_on(name, title): lens for name, lens in found.items()}
+        evaluation = side_by_side(evaluation, score(beside, named, blocks_beside), title)
+    return dataclasses.replace(evaluation, provenance=provenance)
 
 
 def _in_order(
@@ -121,6 +150,7 @@ def _source(spec: LensSpec, training: CorpusSplits) -> JsonObject:
     return {"kind": spec.kind, "text": training.train.about, "tokens_at_most": tokens}
 
 
+@float32_products()
 def score_lenses(
     model: FrozenModel,
     lenses: Mapping[str, Lens],

@@ -53,6 +53,11 @@ class Grid:
     standard_errors: list[list[float | None]]
 
 
+def name_on(lens: str, title: str) -> str:
+    """What results call a lens, or the model itself, on a second model."""
+    return f"{lens} on {title}"
+
+
 Grids = dict[str, dict[str, Grid]]
 """Grids by lens and metric."""
 
@@ -64,6 +69,8 @@ class EvaluationProvenance(Provenance, total=False):
     """What each lens was made from: a saved file, or a text for a baseline."""
     corpus: Mapping[str, object]
     """The description of the scored text, or of each side of the split if both are scored."""
+    beside: JsonObject
+    """The second model: its `title` in results, `model`, `revision`, `fingerprint`."""
     config: JsonObject
     """The `EvaluateConfig` with all defaults filled in."""
     processes: int
@@ -86,8 +93,10 @@ class Evaluation:
     """Names of the lenses that have the same distribution at every layer and position."""
     sites: dict[str, str] = field(default_factory=dict)
     """The site of every lens that reads another one than the stream between blocks, by name."""
+    beside: dict[str, str] = field(default_factory=dict)
+    """The title of the second model by the name of every lens that was scored on it."""
     differences: list[Difference] = field(default_factory=list)
-    """Every lens minus each one before it."""
+    """Every lens minus each one before it on the same model."""
     by_position: Grids = field(default_factory=dict)
     """Rows are layers, columns are positions in the block."""
     transfer: Grids = field(default_factory=dict)
@@ -97,7 +106,18 @@ class Evaluation:
     @property
     def lenses(self) -> list[str]:
         """Names of the lenses, in the order in which they were given."""
-        return list(dict.fromkeys(r.lens for r in self.results if r.lens != MODEL))
+        models = self.models
+        return list(dict.fromkeys(r.lens for r in self.results if r.lens not in models))
+
+    @property
+    def models(self) -> dict[str, str | None]:
+        """The title of every model, None for the first, by what results call the model itself."""
+        seconds = dict.fromkeys(self.beside.values())
+        return {MODEL: None} | {name_on(MODEL, title): title for title in seconds}
+
+    def lenses_on(self, title: str | None = None) -> list[str]:
+        """Names of the lenses on the first model, or on the one with this title."""
+        return [lens for lens in self.lenses if self.beside.get(lens) == title]
 
     @property
     def metrics(self) -> list[str]:
@@ -110,9 +130,9 @@ class Evaluation:
         """A metric at every layer from 0 to n - 1 (to n for prediction depth)."""
         return self._results(lens, metric, range(self.n_layers + 1))
 
-    def of_model(self, metric: str) -> Estimate:
-        """A metric of the model itself."""
-        return self._results(MODEL, metric, [self.n_layers])[0]
+    def of_model(self, metric: str, name: str = MODEL) -> Estimate:
+        """A metric of the model itself, or of another one of `models`."""
+        return self._results(name, metric, [self.n_layers])[0]
 
     def of_lens(self, lens: str, metric: str) -> Estimate:
         """The mean of a metric over layers, or a metric of the lens as a whole."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tunedlens.errors import InputError
-from tunedlens.evaluation import MODEL, Estimate, Evaluation
+from tunedlens.evaluation import Estimate, Evaluation
 from tunedlens.metrics import METRICS
 from tunedlens.tokenizer import TokenText, display_width
 from tunedlens.trajectories import Row, Trajectory
@@ -74,14 +74,17 @@ def metric_rows(evaluation: Evaluation, metrics: list[str] | None = None) -> Row
         ["layer", "lens", *(_SHORT.get(metric, METRICS[metric].title) for metric in metrics)],
         *(row(str(layer), lens, layer) for layer in range(evaluation.n_layers) for lens in varied),
         *(row("any", lens, 0) for lens in evaluation.constant),
-        [str(evaluation.n_layers), MODEL, *(_model_cell(evaluation, m) for m in metrics)],
+        *(
+            [str(evaluation.n_layers), model, *(_model_cell(evaluation, m, model) for m in metrics)]
+            for model in evaluation.models
+        ),
     ]
 
 
-def _model_cell(evaluation: Evaluation, metric: str) -> str:
+def _model_cell(evaluation: Evaluation, metric: str, model: str) -> str:
     """The model's value, or that of a lens which agrees with it everywhere."""
-    if any((r.lens, r.metric) == (MODEL, metric) for r in evaluation.results):
-        return plus_minus(evaluation.of_model(metric))
+    if any((r.lens, r.metric) == (model, metric) for r in evaluation.results):
+        return plus_minus(evaluation.of_model(metric, model))
     known = METRICS[metric].where_lens_is_model
     return "" if known is None else f"{known:g}"
 
@@ -102,22 +105,46 @@ def summary(evaluation: Evaluation) -> list[str]:
     means = {lens: evaluation.of_lens(lens, "kl_nats") for lens in evaluation.lenses}
     ranked = sorted(means, key=lambda lens: means[lens].value)
     varied = [lens for lens in ranked if lens not in evaluation.constant]
-    stream = [lens for lens in varied if lens not in evaluation.sites]
     listed = ", ".join(f"{lens} {plus_minus(means[lens])}" for lens in ranked)
     depths = ", ".join(
         f"{lens} {plus_minus(evaluation.of_lens(lens, 'mean_prediction_depth'))}" for lens in varied
     )
-    own = f"a perplexity of {plus_minus(evaluation.of_model('perplexity'))}"
+    comparisons = []
+    for title in evaluation.models.values():
+        on_model = evaluation.lenses_on(title)
+        stream = [one for one in varied if one in on_model and one not in evaluation.sites]
+        comparisons += [_comparison(evaluation, stream[0], other) for other in stream[1:]]
+    return [
+        *_about_second_model(evaluation),
+        f"Mean KL(model ‖ lens) over layers, in nats: {listed}.",
+        *comparisons,
+        f"Mean prediction depth (of {evaluation.n_layers} layers): {depths}.",
+        *(_of_model(evaluation, name, title) for name, title in evaluation.models.items()),
+    ]
+
+
+def _about_second_model(evaluation: Evaluation) -> list[str]:
+    """Says which model's parts decode the lenses, if there is a second model."""
+    run = evaluation.provenance
+    if "beside" not in run:
+        return []
+    second = run["beside"]
+    is_same = second["fingerprint"] == run["fingerprint"]
+    return [
+        f"{second['title']} is {second['name']}. On it, the translators of the lenses for "
+        f"{run['model']} are followed by its own final norm and unembedding, which have "
+        f"{'the same' if is_same else 'other'} values, and each lens is compared with its own "
+        "model's distribution."
+    ]
+
+
+def _of_model(evaluation: Evaluation, name: str, title: str | None) -> str:
+    own = f"a perplexity of {plus_minus(evaluation.of_model('perplexity', name))}"
     if evaluation.text_bytes:
-        own += f" and {plus_minus(evaluation.of_model('bits_per_byte'))} bits per byte"
+        own += f" and {plus_minus(evaluation.of_model('bits_per_byte', name))} bits per byte"
     else:
         own += "; the bytes of its tokens are not known, so bits per byte are left out"
-    return [
-        f"Mean KL(model ‖ lens) over layers, in nats: {listed}.",
-        *(_comparison(evaluation, stream[0], other) for other in stream[1:]),
-        f"Mean prediction depth (of {evaluation.n_layers} layers): {depths}.",
-        f"The model itself has {own}.",
-    ]
+    return f"{title or 'The model'} itself has {own}."
 
 
 def _comparison(evaluation: Evaluation, best: str, other: str) -> str:

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from tunedlens import checkpoint
 from tunedlens.config import TrainConfig, WandbMode
-from tunedlens.corpus import TextRanOutError
+from tunedlens.corpus import SELF, TextRanOutError
+from tunedlens.devices import float32_products
 from tunedlens.distributed import reduce_sums
+from tunedlens.doctor import warn_of_faults
 from tunedlens.engine import accumulate_gradient
 from tunedlens.engine.objective import ModelSide
 from tunedlens.engine.vocab_sample import draw_sample
@@ -37,6 +39,7 @@ _STEPS_PER_METRIC = 16
 _SECONDS_PER_SAVE = 300
 
 
+@float32_products()
 def train(
     config: TrainConfig,
     output: str | Path | None = None,
@@ -74,6 +77,9 @@ def train(
     model = load_configured(config.model, accelerator.device)
     if resume:
         config = checkpointing.continued(config, output)
+    if accelerator.is_main_process:
+        is_sampled = config.corpus.dataset == SELF
+        warn_of_faults(model, is_bos_default=config.corpus.bos is None, is_sampled=is_sampled)
     plan = resolve(config, model, accelerator)
     run = Run(plan, output, model, accelerator, cache)
     state = checkpointing.restore(run) if resume else initial_state(run)
