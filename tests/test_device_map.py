@@ -18,6 +18,8 @@ from tunedlens.fit import MeanJacobian
 from tunedlens.model import load_configured
 from tunedlens.training import loop, train
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
 IDS = torch.tensor([[5, 7, 11, 13], [17, 19, 23, 29]])
 
 
@@ -100,6 +102,7 @@ def test_impossible_device_map_is_refused(tiny_folder, settings, message):
 
 
 @pytest.mark.gpu
+@needs_cuda
 def test_model_offloaded_from_a_gpu_is_the_model(tiny_folder, text_file, tmp_path, monkeypatch):
     on_cpu = dict.fromkeys(("transformer.h.1", "transformer.ln_f", "lm_head"), "cpu")
     on_gpu = ("transformer.wte", "transformer.wpe", "transformer.h.0", "transformer.h.2")
@@ -111,6 +114,7 @@ def test_model_offloaded_from_a_gpu_is_the_model(tiny_folder, text_file, tmp_pat
 
 
 @pytest.mark.gpu
+@needs_cuda
 @pytest.mark.parametrize("head", ["cpu", 0])
 def test_model_on_two_devices_is_the_model(head, tokenizer, text_file, tmp_path, monkeypatch):
     # With the CPU as the main device, its modules run there instead of being offloaded.

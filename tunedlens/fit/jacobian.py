@@ -68,9 +68,7 @@ class MeanJacobian:
             is_last = output == final.shape[-1] - 1
             gradients = torch.autograd.grad(final, states, cotangent, retain_graph=not is_last)
             rows = []
-            for (
-                gradient
-            ) in gradients:  # each where its state is, if the model is on several devices
+            for gradient in gradients:  # they may be on several devices
                 weights = signs[..., None].to(gradient.device)
                 rows.append((gradient[:, kept].float() * weights).sum((0, 1)).to(final.device))
             by_output.append(torch.stack(rows))
