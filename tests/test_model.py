@@ -107,7 +107,7 @@ def _with_norm(gpt2, tokenizer, norm):
     """Wrap a model whose final norm does not do what its own weights say."""
     deepcopy = copy.deepcopy
     try:
-        copy.deepcopy = lambda _: norm
+        copy.deepcopy = lambda *_: norm
         return FrozenModel(gpt2, tokenizer)
     finally:
         copy.deepcopy = deepcopy

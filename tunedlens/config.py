@@ -92,6 +92,11 @@ class ModelConfig(_Config):
     revision: str | None = option(None, "branch, tag or commit of a model on the hub")
     dtype: Dtype = option("float32", "dtype of the model's weights")
     device: str | None = option(None, "cpu, cuda, mps, ...; without it, the fastest one available")
+    device_map: str | None = option(
+        None,
+        "auto, balanced, balanced_low_0 or sequential: spread the model over all devices (and the "
+        "memory of the CPU), instead of --device",
+    )
     adapter: str | None = option(
         None, "folder or hub name of a PEFT adapter that is merged into the model (needs peft)"
     )
@@ -104,6 +109,10 @@ class ModelConfig(_Config):
     final_norm: str | None = option(
         None, "path of the final norm, such as model.norm, if it is not found; none for no norm"
     )
+
+    def on_any_device(self) -> Self:
+        """The same model, wherever it runs on this machine."""
+        return dataclasses.replace(self, device=None, device_map=None)
 
 
 @dataclass(frozen=True)

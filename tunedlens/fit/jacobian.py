@@ -71,9 +71,10 @@ class MeanJacobian:
             cotangent[:, kept, output] = signs.to(cotangent)
             is_last = output == final.shape[-1] - 1
             gradients = torch.autograd.grad(final, states, cotangent, retain_graph=not is_last)
-            rows = [
-                (gradient[:, kept].float() * signs[..., None]).sum((0, 1)) for gradient in gradients
-            ]
+            rows = []
+            for gradient in gradients:  # they may be on several devices
+                weights = signs[..., None].to(gradient.device)
+                rows.append((gradient[:, kept].float() * weights).sum((0, 1)).to(final.device))
             by_output.append(torch.stack(rows))
         self.sums += torch.stack(by_output, 1).double().cpu()
         self.positions += signs.numel()

@@ -132,8 +132,9 @@ class BlockSites:
         return value.reshape(self._start.shape).clone() if fits else None  # some add in place
 
     def _leave(self, _block: nn.Module, _args: Args, output: object) -> None:
-        start, end, calls = self._start, output_state(output), self._calls
-        assert start is not None
+        assert self._start is not None
+        end, calls = output_state(output), self._calls
+        start = self._start.to(end.device)  # the block before may be on another one
         self._start, self._calls = None, []
         names = [call.name for call in calls]
         terms = None

@@ -7,6 +7,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tunedlens.errors import InputError
+from tunedlens.model.quantised import is_plain
 
 _MIXER_NAMES = ("attn", "attention", "mamba", "mixer", "temporal", "conv")
 _MLP_NAMES = ("mlp", "feed_forward", "ffn", "moe", "fc1")
@@ -99,7 +100,9 @@ def find_output_projection(mlp: nn.Module, d_model: int) -> nn.Linear | Conv1D |
     projections = [
         module
         for module in mlp.modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and output_rows(module).shape[1] == d_model
+        if isinstance(module, (nn.Linear, Conv1D))
+        and is_plain(module.weight)
+        and output_rows(module).shape[1] == d_model
     ]
     return projections[-1] if projections else None
 

@@ -2,5 +2,6 @@
 
 from tunedlens.training.checkpointing import Interrupted, new_folder
 from tunedlens.training.loop import train
+from tunedlens.training.state_cache import CacheSettings
 
-__all__ = ["Interrupted", "new_folder", "train"]
+__all__ = ["CacheSettings", "Interrupted", "new_folder", "train"]

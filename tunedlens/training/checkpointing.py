@@ -94,7 +94,8 @@ def continued(config: TrainConfig, output: Path) -> TrainConfig:
             f"{output} was trained by an earlier version of tunedlens, whose runs cannot be "
             "resumed; its lens can be used as it is"
         )
-    if config.model.device != saved.model.device:
+    ours, theirs = config.model, saved.model
+    if (ours.device, ours.device_map) != (theirs.device, theirs.device_map):
         saved = dataclasses.replace(saved, kernel=None, micro_batch_size=None)
         if config.kernel == "attention":
             config = dataclasses.replace(config, kernel=None)
@@ -164,7 +165,8 @@ def _require_same_settings(run: Run) -> None:
     planned = dataclasses.asdict(run.plan)
     for name in ("tokens", "kernel", "micro_batch_size"):
         saved[name] = planned[name]
-    saved["model"]["device"] = planned["model"]["device"]
+    for name in ("device", "device_map"):
+        saved["model"][name] = planned["model"][name]
     changed = [name for name, value in planned.items() if value != saved[name]]
     if changed:
         raise InputError(
@@ -175,6 +177,8 @@ def _require_same_settings(run: Run) -> None:
 
 def finish(run: Run, state: TrainState, tracker: Tracker, lens: AffineLens) -> Evaluation:
     """Score the lens, write it, its card and its learning curve, and remove the state."""
+    if summary := run.reader.summary():
+        run.say(summary)
     kind = "bias-only" if run.plan.bias_only else checkpoint.kind_of(lens)
     lenses = {"logit": LogitLens.from_model(run.model), kind: lens}
     evaluation = run.validation_set.score(lenses, run.costs.table_tokens(state.progress.tokens))

@@ -32,6 +32,7 @@ from tunedlens.training.first_pass import fit_closed_form, mean_jacobian
 from tunedlens.training.plan import next_validation_step
 from tunedlens.training.resolving import resolve
 from tunedlens.training.run import Run, TrainState, initial_state
+from tunedlens.training.state_cache import CacheSettings
 
 _STEPS_PER_METRIC = 16
 """Reading a metric waits for the device, so it is not done at every step."""
@@ -45,6 +46,7 @@ def train(
     *,
     resume: bool = False,
     wandb: WandbMode = "disabled",
+    cache: CacheSettings | None = None,
 ) -> Evaluation:
     """Train a lens and save it in a folder.
 
@@ -57,6 +59,7 @@ def train(
         resume: continue the interrupted run in `output`, or extend the finished one there to
             the larger `config.tokens`.
         wandb: whether metrics are sent to Weights & Biases.
+        cache: where the model's states are kept for other runs; by default nowhere.
 
     Returns:
         Held-out metrics of the logit lens and the trained lens.
@@ -78,7 +81,7 @@ def train(
         is_sampled = config.corpus.dataset == SELF
         warn_of_faults(model, is_bos_default=config.corpus.bos is None, is_sampled=is_sampled)
     plan = resolve(config, model, accelerator)
-    run = Run(plan, output, model, accelerator)
+    run = Run(plan, output, model, accelerator, cache)
     state = checkpointing.restore(run) if resume else initial_state(run)
     messages.describe(run)
 

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 
 from tunedlens.config import BASELINES, ONE_PASS, Kernel, Precision, TrainConfig
 from tunedlens.corpus import ResolvedCorpus
-from tunedlens.model import TRANSLATED_SITES, FrozenModel, HookPoint, hook_points
+from tunedlens.model import (
+    TRANSLATED_SITES,
+    FrozenModel,
+    HookPoint,
+    count_weights,
+    hook_points,
+)
 
 _VALIDATION_FRACTION, _TABLE_FRACTION = 0.1, 0.2
 """The largest fractions of a run's operations for validation and for the table at the end."""
@@ -99,8 +105,7 @@ class Costs:
         self.plan, identity = plan, model.identity
         n_points, d_model = len(plan.points(identity.n_layers)), identity.d_model
         fp32 = _FP32_COST if plan.precision == "bf16" else 1.0
-        blocks = sum(parameter.numel() for parameter in model.blocks.parameters())
-        forward = 2 * blocks * _FORWARD_COST
+        forward = 2 * count_weights(model.blocks) * _FORWARD_COST
         product = 2 * d_model * identity.vocab_size
         rows = plan.vocab_sample or identity.vocab_size
         self.first_pass: float = forward + n_points * 4 * d_model**2 * fp32

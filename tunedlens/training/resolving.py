@@ -99,11 +99,12 @@ def _require_possible(
             f"--batch-size must be at least the number of processes ({processes}), got "
             f"{config.batch_size}"
         )
-    if processes > 1 and config.model.device is not None:
-        raise InputError(
-            f"--device cannot be given with {processes} processes, because each has its own; "
-            "leave it out"
-        )
+    for flag, value in (("device", config.model.device), ("device-map", config.model.device_map)):
+        if processes > 1 and value is not None:
+            raise InputError(
+                f"--{flag} cannot be given with {processes} processes, because each has its own; "
+                "leave it out"
+            )
     exact = {"--precision bf16": config.precision == "bf16", "--vocab-sample": config.vocab_sample}
     for flag, is_given in exact.items():
         if is_given and model.unembedding.cap is not None:

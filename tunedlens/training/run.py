@@ -18,6 +18,7 @@ from tunedlens.model import FrozenModel
 from tunedlens.sampling import load_or_sample
 from tunedlens.tracking import progress_bar, say
 from tunedlens.training.plan import Costs, TrainPlan
+from tunedlens.training.state_cache import CachedStateReader, CacheSettings
 from tunedlens.training.states import StateReader
 from tunedlens.training.validation import ValidationSet
 
@@ -25,12 +26,20 @@ from tunedlens.training.validation import ValidationSet
 class Run:
     """The parts of a run that stay the same from its first to its last step.
 
+    Args:
+        cache: where states are kept, if they are kept.
+
     Raises:
-        InputError: the text cannot be read or is too short.
+        InputError: the text cannot be read or is too short, or the cache holds other states.
     """
 
     def __init__(
-        self, plan: TrainPlan, output: Path, model: FrozenModel, accelerator: Accelerator
+        self,
+        plan: TrainPlan,
+        output: Path,
+        model: FrozenModel,
+        accelerator: Accelerator,
+        cache: CacheSettings | None = None,
     ) -> None:
         self.plan, self.output, self.model, self.accelerator = plan, output, model, accelerator
         self.is_main: bool = accelerator.is_main_process
@@ -39,7 +48,11 @@ class Run:
         with progress_bar(plan.corpus.self_tokens or 0, "sampling text", show=is_sampled) as bar:
             self.splits = load_or_sample(plan.corpus, model, bar.update)
         self.costs = Costs(plan, model)
-        self.reader = StateReader(model, plan, accelerator)
+        self.reader = (
+            StateReader(model, plan, accelerator)
+            if cache is None
+            else CachedStateReader(model, plan, accelerator, cache)
+        )
         table_tokens = self.costs.table_tokens(plan.budget)
         self.validation_set = ValidationSet(self.splits.validation, self.reader, table_tokens)
         unembedding = model.unembedding.centred()
