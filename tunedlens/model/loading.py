@@ -1,14 +1,15 @@
 """Loads a model from a folder, the hub or the package."""
 
+import re
 import warnings
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 import torch
 import transformers
 
 from tunedlens import builtin
-from tunedlens.config import ModelConfig
+from tunedlens.config import Dtype, ModelConfig
 from tunedlens.errors import InputError, first_line
 from tunedlens.model.frozen import FrozenModel
 
@@ -44,6 +45,8 @@ def load_model(
             be reached, or the device cannot be used.
     """
     name = builtin.NAME if model is None else str(model)
+    if dtype not in get_args(Dtype):
+        raise InputError(f"dtype must be one of {', '.join(get_args(Dtype))}; got {dtype!r}")
     source = _model_source(name, gguf_file)
     target = _usable_device(device)
     weights = {} if gguf_file is None else {"gguf_file": gguf_file}
@@ -59,7 +62,7 @@ def load_model(
         if missing := sorted(info["missing_keys"])[:3]:
             raise ValueError(f"the weights {', '.join(missing)} are missing")
     except Exception as error:  # transformers raises many kinds of exception
-        raise InputError(f"cannot load the model {name}: {first_line(error)}") from error
+        raise InputError(f"cannot load the model {name}: {_reason(error)}") from error
     if adapter is not None:
         loaded = _with_adapter(loaded, name, str(adapter))
         name = f"{name} + {adapter}"
@@ -89,6 +92,14 @@ def load_configured(
         final_norm=config.final_norm,
         check=check,
     )
+
+
+def _reason(error: Exception) -> str:
+    """Why transformers cannot load a model."""
+    reason = first_line(error)
+    if unknown := re.match(r"Unrecognized configuration class <class '.*?(\w+)'>", reason):
+        return f"transformers has no causal language model with a {unknown[1]}"
+    return reason
 
 
 def _with_adapter(
