@@ -45,15 +45,11 @@ def load_model(
             be reached, or the device cannot be used.
     """
     name = builtin.NAME if model is None else str(model)
-    if dtype not in get_args(Dtype):
-        raise InputError(f"dtype must be one of {', '.join(get_args(Dtype))}; got {dtype!r}")
     source = _model_source(name, gguf_file)
     target = _usable_device(device)
     weights = {} if gguf_file is None else {"gguf_file": gguf_file}
-    # Only float32 and bfloat16 keep the fingerprint, so float16 is reached by way of float32.
-    load_dtype = torch.float32 if dtype == "float16" else getattr(torch, dtype)
+    options = {"revision": revision, "dtype": _load_dtype(dtype), "output_loading_info": True}
     try:
-        options = {"revision": revision, "dtype": load_dtype, "output_loading_info": True}
         result: object = transformers.AutoModelForCausalLM.from_pretrained(
             source, **options, **weights
         )
@@ -92,6 +88,18 @@ def load_configured(
         final_norm=config.final_norm,
         check=check,
     )
+
+
+def _load_dtype(name: str) -> torch.dtype:
+    """The dtype that weights are loaded in, on the way to the one that is named.
+
+    Raises:
+        InputError: there is no such dtype.
+    """
+    if name not in get_args(Dtype):
+        raise InputError(f"dtype must be one of {', '.join(get_args(Dtype))}; got {name!r}")
+    # Only float32 and bfloat16 keep the fingerprint, so float16 is reached by way of float32.
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
 def _reason(error: Exception) -> str:
