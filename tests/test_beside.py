@@ -29,7 +29,7 @@ from tunedlens.training import train
 
 @pytest.fixture
 def config(text_file):
-    return EvaluateConfig(corpus=CorpusConfig(dataset=str(text_file), seq_len=16), tokens=90)
+    return EvaluateConfig(corpus=CorpusConfig(dataset=str(text_file), seq_len=16), tokens=30)
 
 
 @pytest.fixture
