@@ -12,6 +12,7 @@ ORDER = (
     "errors",
     "config",
     "files",
+    "devices",
     "distributed",
     "builtin",
     "tokenizer",

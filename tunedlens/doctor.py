@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tunedlens.checkpoint import describe_lens, find_lens, load_lens
+from tunedlens.devices import float32_products
 from tunedlens.engine import kl_by_layer
 from tunedlens.errors import InputError
 from tunedlens.lenses import AffineLens, LogitLens
@@ -72,6 +73,7 @@ class Diagnosis:
         return "\n".join(lines)
 
 
+@float32_products()
 @torch.no_grad()
 def doctor(model: FrozenModel, lens: str | Path | None = None, text: str = _TEXT) -> Diagnosis:
     """Examine a model, and optionally a saved lens on it.

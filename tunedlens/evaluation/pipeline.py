@@ -14,6 +14,7 @@ from torch import Tensor
 from tunedlens import checkpoint
 from tunedlens.config import EvaluateConfig, ScoringConfig
 from tunedlens.corpus import CorpusSplits
+from tunedlens.devices import float32_products
 from tunedlens.doctor import warn_of_faults
 from tunedlens.errors import InputError
 from tunedlens.evaluation.beside import (
@@ -158,6 +159,7 @@ def _source(spec: LensSpec, training: CorpusSplits) -> JsonObject:
     return {"kind": spec.kind, "text": training.train.about, "tokens_at_most": tokens}
 
 
+@float32_products()
 def score_lenses(
     model: FrozenModel,
     lenses: Mapping[str, Lens],

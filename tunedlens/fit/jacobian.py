@@ -6,6 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tunedlens.config import JacobianTargets
+from tunedlens.devices import send
 from tunedlens.distributed import reduce_sums
 from tunedlens.model import FrozenModel
 
@@ -57,10 +58,11 @@ class MeanJacobian:
         *states, final = model.residual_stream(input_ids, differentiable=True)
         kept = slice(min(self._skipped, input_ids.shape[1] - 1), None)
         signs, cotangent = torch.ones_like(final[:, kept, 0]).float(), torch.zeros_like(final)
+        by_output = []
         for output in range(final.shape[-1]):
             if self._targets == "same":
                 random = torch.randint(0, 2, signs.shape, generator=self._generator)
-                signs = (2 * random - 1).to(signs)
+                signs = send(2 * random - 1, signs.device).to(signs)
             cotangent.zero_()
             cotangent[:, kept, output] = signs.to(cotangent)
             is_last = output == final.shape[-1] - 1
@@ -68,7 +70,8 @@ class MeanJacobian:
             rows = [
                 (gradient[:, kept].float() * signs[..., None]).sum((0, 1)) for gradient in gradients
             ]
-            self.sums[:, output] += torch.stack(rows).double().cpu()
+            by_output.append(torch.stack(rows))
+        self.sums += torch.stack(by_output, 1).double().cpu()
         self.positions += signs.numel()
 
     def reduce(self, accelerator: Accelerator) -> None:

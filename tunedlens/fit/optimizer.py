@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tunedlens.devices import send
 from tunedlens.fit.least_squares import LeastSquares, Translators
 from tunedlens.lenses import AffineLens
 
@@ -136,7 +137,12 @@ class PreconditionedMuon(LensOptimizer):
         self._state["average"][layer].zero_()
 
     def step(self, active: Sequence[bool], fraction_done: float) -> None:  # noqa: ARG002 - see class
-        state, layers = self._state, [layer for layer, learns in enumerate(active) if learns]
+        state = self._state
+        learning = [layer for layer, learns in enumerate(active) if learns]
+        # A list as an index would make a GPU's queue wait for its copy.
+        layers = (
+            slice(None) if all(active) else send(torch.tensor(learning), state["iterate"].device)
+        )
         gradient = translator_gradients(self.lens)[layers] @ state["preconditioner"][layers]
         self.lens.zero_grad()
         momentum = state["momentum"][layers].lerp(gradient, 1 - self._momentum)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from tunedlens.devices import float32_products
 from tunedlens.errors import InputError
 from tunedlens.model.identity import ModelIdentity
 from tunedlens.model.mlp import neuron_activations
@@ -311,6 +312,7 @@ class FrozenModel(nn.Module):
         hooks.enter_context(entry.register_forward_pre_hook(hook, with_kwargs=True))
         return hooks
 
+    @float32_products()
     @torch.no_grad()
     def check_parts(self) -> None:
         """Check that the parts give the model's own logits, as they are and scaled up.

@@ -65,8 +65,7 @@ def write_report(evaluation: Evaluation, folder: str | Path) -> None:
     svgs = {}
     for name, drawing in plots.DRAWINGS.items():
         if drawing.has_data(evaluation):
-            figure = drawing.draw(evaluation)
-            drawn = {kind: plots.rendered(figure, kind) for kind in plots.FORMATS}
+            drawn = plots.in_all_formats(drawing.draw(evaluation))
             contents |= {f"{name}.{kind}": content for kind, content in drawn.items()}
             svgs[name] = drawn["svg"]
     contents["report.md"] = _markdown_report(evaluation)

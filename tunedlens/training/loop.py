@@ -15,6 +15,7 @@ from torch import Tensor
 from tunedlens import checkpoint
 from tunedlens.config import TrainConfig, WandbMode
 from tunedlens.corpus import SELF, TextRanOutError
+from tunedlens.devices import float32_products
 from tunedlens.distributed import reduce_sums
 from tunedlens.doctor import warn_of_faults
 from tunedlens.engine import accumulate_gradient
@@ -37,6 +38,7 @@ _STEPS_PER_METRIC = 16
 _SECONDS_PER_SAVE = 300
 
 
+@float32_products()
 def train(
     config: TrainConfig,
     output: str | Path | None = None,

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tunedlens.devices import send
 from tunedlens.engine.backend import DTYPES
 from tunedlens.model import FrozenModel, HookPoint, hook_points
 from tunedlens.training.plan import TrainPlan
@@ -27,7 +28,7 @@ class StateReader:
         shard = input_ids[self.accelerator.process_index :: self.accelerator.num_processes]
         if not len(shard):
             return []
-        shard = shard.to(self.model.device)
+        shard = send(shard, self.model.device)
         return shard.split(self.plan.micro_batch_size or len(shard))
 
     def autocast(self) -> torch.autocast:

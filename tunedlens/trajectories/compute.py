@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tunedlens.devices import float32_products
 from tunedlens.errors import InputError
 from tunedlens.metrics import DIVERGENCES
 from tunedlens.model import FrozenModel
@@ -39,6 +40,7 @@ def trajectory(
     track: Tokens = ...,
     stride: int | None = ...,
 ) -> list[Trajectory]: ...
+@float32_products()
 @torch.no_grad()
 def trajectory(
     model: FrozenModel,
@@ -87,6 +89,7 @@ def trajectory(
     return results[0] if is_one else results
 
 
+@float32_products()
 @torch.no_grad()
 def compare(
     model: FrozenModel,
