@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tunedlens import (
     load_lens,
     load_model,
 )
+from tunedlens.cli.evaluate import _default_output
 from tunedlens.report.files import _grid_rows
 from tunedlens.report.plots import DRAWINGS
 from tunedlens.report.tables import summary, terminal_table
@@ -131,6 +133,13 @@ def test_saved_lens_is_scored_on_a_fine_tuned_body(tiny_folder, text_file, tmp_p
     )
     assert alone.tokens_sha256 == both.tokens_sha256
     assert values(both, "closed-form", " on chat") == values(alone, "closed-form")
+
+
+@pytest.mark.parametrize("beside", ["chat=x/y", "x/chat"])
+def test_results_go_to_a_folder_of_their_own(beside):
+    config = EvaluateConfig(beside=beside)
+    folder = _default_output([], config, is_other_text=False)
+    assert folder == Path("evaluation-beside-chat")
 
 
 def test_adapter_stands_for_the_first_model_with_it(tiny_folder, config, tmp_path):
