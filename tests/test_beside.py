@@ -87,12 +87,11 @@ def test_baselines_are_made_for_each_model(tiny, other, config):
 
 def test_tables_and_plots_name_both_models_and_say_what_was_transferred(tiny, other, config):
     settings = vars(config) | {"by_position": True, "transfer": True}
-    both = evaluate(
-        EvaluateConfig(**settings), model=tiny, beside=other, lenses={"tuned": random_lens(tiny)}
-    )
+    lens = TunedLens.from_model(tiny, ["resid_pre", "resid_mid"])
+    both = evaluate(EvaluateConfig(**settings), model=tiny, beside=other, lenses={"tuned": lens})
     saved = Evaluation.from_json(json.loads(json.dumps(both.to_json())))
     assert (saved.results, saved.beside) == (both.results, both.beside)
-    assert both.lenses_on("chat") == ["logit on chat", "tuned on chat"]
+    assert both.lenses_on("chat")[2:] == ["tuned on chat", "tuned on chat resid_mid"]
     assert list(both.transfer) == ["tuned", "tuned on chat"]
     first, *sentences = summary(saved)
     assert first.startswith("chat is models/chat. On it, the translators of the lenses for tiny")
@@ -105,7 +104,7 @@ def test_tables_and_plots_name_both_models_and_say_what_was_transferred(tiny, ot
     assert {layer for lens, layer, *_ in rows if lens == "model on chat"} == {3}
     drawn = DRAWINGS["perplexity_by_layer"].draw(saved)
     words = {text.get_text() for text in drawn.findobj(Text)}
-    assert {"tuned", "tuned on chat", "model", "model on chat"} <= words
+    assert {"tuned", "tuned on chat resid_mid", "model", "model on chat"} <= words
 
 
 def test_saved_lens_is_scored_on_a_fine_tuned_body(tiny_folder, text_file, tmp_path, tokenizer):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from tunedlens.config import ModelConfig
 from tunedlens.errors import InputError
@@ -49,11 +50,12 @@ def second_model(
         return SecondModel(Path(beside.name).name, beside)
     title, _, name = ("", "", beside) if Path(beside).exists() else beside.rpartition("=")
     if (Path(name) / _ADAPTER_CONFIG).is_file():
-        own = {"adapter": name}
+        config = dataclasses.replace(config, adapter=name)
     else:
-        own = {"model": name, "revision": None, "adapter": None, "gguf_file": None}
-    model = load_configured(dataclasses.replace(config, **own), device)
-    return SecondModel(title or Path(name).name, model)
+        config = dataclasses.replace(
+            config, model=name, revision=None, adapter=None, gguf_file=None
+        )
+    return SecondModel(title or Path(name).name, load_configured(config, device))
 
 
 def require_comparable(model: FrozenModel, other: FrozenModel, seq_len: int | None) -> None:
@@ -95,9 +97,10 @@ def onto(lens: Lens, model: FrozenModel, name: str) -> Lens:
             f"the lens {name} does not read the states of a model, so it cannot be scored beside "
             "on another one; leave it out"
         )
-    shared = {id(lens.unembedding): model.unembedding.shared()}
-    shared |= {id(child): child for child in lens.children() if child is not lens.unembedding}
-    moved = copy.deepcopy(lens, shared)
+    # deepcopy takes these in place of copies.
+    parts: dict[int, nn.Module] = {id(child): child for child in lens.children()}
+    parts[id(lens.unembedding)] = model.unembedding.shared()
+    moved = copy.deepcopy(lens, parts)
     moved.identity = model.identity
     return moved
 

@@ -88,8 +88,8 @@ def evaluate(
     second = second_model(beside or config.beside, config.model, accelerator.device)
     for one in [model, second.model] if second else [model]:
         warn_of_faults(one, is_bos_default=config.corpus.bos is None and not saved)
-    ready = {spec.name: checkpoint.load_lens(spec.folder, model) for spec in saved}
-    ready |= lenses or {}
+    loaded = {spec.name: checkpoint.load_lens(spec.folder, model) for spec in saved}
+    ready = {**loaded, **(lenses or {})}
     text = load_text(config, specs, model, sampled)
     evaluation = _score(specs, ready, model, second, text, accelerator, progress)
     about: EvaluationProvenance = {
