@@ -97,9 +97,9 @@ def test_tables_and_plots_name_both_models_and_say_what_was_transferred(tiny, ot
     assert first.startswith("chat is models/chat. On it, the translators of the lenses for tiny")
     assert "which have other values" in first
     assert any(one.startswith("chat itself has a perplexity of") for one in sentences)
-    table = terminal_table(saved)
-    for row in ("0  tuned on chat", "3          model", "3  model on chat"):
-        assert row in table
+    lines = [" ".join(line.split()) for line in terminal_table(saved).splitlines()]
+    for start in ("0 tuned on chat ", "0 tuned on chat resid_mid ", "3 model ", "3 model on chat "):
+        assert any(line.startswith(start) for line in lines), start
     rows = list(_grid_rows(saved.by_position, saved))
     assert {layer for lens, layer, *_ in rows if lens == "model on chat"} == {3}
     drawn = DRAWINGS["perplexity_by_layer"].draw(saved)
