@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _HATCHES = ("", "///", "...", "xxx", "\\\\\\")
-_MAX_BARS = 4
-"""With more lenses, lines are easier to follow than bars beside each other."""
+_MAX_BARS = 40
+"""With more layers and lenses, lines are easier to follow than bars beside each other."""
 _MAX_ANNOTATED_LAYERS = 16
 """With more layers, the cells of a transfer matrix are too small for numbers."""
 
@@ -43,7 +43,7 @@ def by_layer(
 
     Bands are two standard errors on either side. If the value of the first layer dwarfs all
     others, it is written at the top instead of drawn. The prediction depth has bars, or lines if
-    there are over four lenses.
+    there would be many bars.
 
     Args:
         evaluation: the results.
@@ -233,7 +233,7 @@ def _draw_lines(axes: "Axes", evaluation: Evaluation, metric: str) -> Ends:
 
 
 def _draw_depths(axes: "Axes", evaluation: Evaluation, metric: str) -> Ends:
-    """Draw fractions of tokens by prediction depth as bars, or as lines if there are many lenses.
+    """Draw fractions of tokens by prediction depth as bars, or as lines if there would be many.
 
     Lenses with bars are named in a corner. Returns where the lines end.
     """
@@ -246,7 +246,7 @@ def _draw_depths(axes: "Axes", evaluation: Evaluation, metric: str) -> Ends:
         column, color = evaluation.by_layer(lens, metric), line_styles[lens]["color"]
         mean = evaluation.of_lens(lens, "mean_prediction_depth").value
         name = f"{lens}, mean {mean:.1f}"
-        if len(lenses) > _MAX_BARS:
+        if len(lenses) * len(column) > _MAX_BARS:
             points = [(layer, e.value, e.standard_error or 0.0) for layer, e in enumerate(column)]
             _line_with_band(axes, points, line_styles[lens], is_log=False)
             ends[name] = column[-1].value, color
@@ -277,7 +277,7 @@ def _line_with_band(
     On a log scale, the band does not go below a tenth of the line.
     """
     x, y, _ = zip(*points, strict=True)
-    axes.plot(x, y, **style)
+    axes.plot(x, y, **style, markevery=ticks_of(len(points)).step)
     low = [max(v - 2 * e, v / 10 if is_log else -math.inf) for _, v, e in points]
     high = [v + 2 * e for _, v, e in points]
     axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)

@@ -33,9 +33,8 @@ def learning_curve(
 ) -> "Figure":
     """Held-out KL of every layer against tokens, on log scales.
 
-    About 12 of the layers are named on the right.
-
-    The validation before the first step, of the closed form or the logit lens, is at 0.
+    The validation before the first step, of the closed form or the logit lens, is at 0. Of many
+    layers, a few are named on the right.
 
     Args:
         history: the validations of a run.
@@ -60,7 +59,7 @@ def learning_curve(
             for layer, line in enumerate(zip(*own, strict=True)):
                 color = matplotlib.colormaps["viridis"](0.9 * layer / max(1, n_layers - 1))
                 axes.plot(tokens, line, color=color, marker=".")
-                if layer in ticks_of(n_layers):
+                if layer in ticks_of(n_layers) or layer == n_layers - 1:
                     ends[str(layer) if layer else "layer 0"] = line[-1], color
             mean = [sum(values) / n_layers for values in own]
             axes.plot(tokens, mean, color="black", linestyle="--")
