@@ -1,6 +1,5 @@
 """Examines a model, and a lens on it: which parts were found, and whether they do their work."""
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from statistics import fmean
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformers import GenerationConfig
 
 from tunedlens.checkpoint import describe_lens, find_lens, load_lens
 from tunedlens.devices import float32_products
@@ -17,6 +17,7 @@ from tunedlens.engine import kl_by_layer
 from tunedlens.errors import InputError
 from tunedlens.lenses import AffineLens, LogitLens
 from tunedlens.model import FrozenModel, probe_kl, probe_tolerance
+from tunedlens.sampling import only_settings
 
 _TEXT = """The harbour was quiet in the early morning. A few boats lay at the pier, and the men who
 worked on them talked about the weather, which had been bad for a week. In 1987 the town had 12,000
@@ -29,7 +30,6 @@ def read_lines(path):
         return [line.rstrip() for line in file]
 """
 _TOKENS = 128
-_CACHE = "past_key_values"
 _BOS_GAIN = 0.5
 """Nats of cross-entropy by which BOS must help before its absence counts as a fault."""
 
@@ -191,10 +191,20 @@ def _hidden_states(model: FrozenModel, ids: Int[Tensor, "1 seq"]) -> Check:
             for i in range(max(0, -shift), len(states) - 1 - max(0, shift))
         )
     ]
+    if shifts == [-1] and _starts_at_embeddings(model, ids, states):
+        return Check(name, True, "transformers lists those that leave a block")
     if shifts:
         where = "after" if shifts[0] == 1 else "before"
         return Check(name, False, f"state l is that of layer l {shifts[0]:+d}, one block {where}")
     return Check(name, False, f"they differ at layers {', '.join(map(str, wrong))}")
+
+
+def _starts_at_embeddings(
+    model: FrozenModel, ids: Int[Tensor, "1 seq"], states: list[Tensor]
+) -> bool:
+    """Whether state 0, and no other, is the output of the embeddings."""
+    embeddings = model.model.get_input_embeddings()(ids)
+    return _close(states[0], embeddings) and not _close(states[1], embeddings)
 
 
 def _terms(model: FrozenModel, ids: Int[Tensor, "1 seq"]) -> Check:
@@ -225,15 +235,19 @@ def _padding(model: FrozenModel, ids: Int[Tensor, "1 seq"]) -> Check:
 
 def _cache(model: FrozenModel, ids: Int[Tensor, "1 seq"]) -> Check:
     name = "the cache changes nothing"
-    whole = model.model(ids, use_cache=False).logits[:, -1]
-    start = model.model(ids[:, :-1], use_cache=True)
-    # transformers 5.24 renamed the argument and the result.
-    key = "cache" if "cache" in inspect.signature(model.model.forward).parameters else _CACHE
-    cache = getattr(start, key, None) or getattr(start, _CACHE, None)
-    if cache is None:
-        return Check(name, None, "this model has no cache of keys and values")
-    last = model.model(ids[:, -1:], use_cache=True, **{key: cache}).logits[:, -1]
-    is_close = _close(whole, last)
+    settings = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=2,
+        output_logits=True,
+        return_dict_in_generate=True,
+        pad_token_id=0,
+    )
+    start = ids[:, :-2]
+    with only_settings(model, settings):
+        written = model.model.generate(start, attention_mask=torch.ones_like(start))
+    last = written.logits[-1]
+    whole = model.model(written.sequences[:, :-1], use_cache=False).logits[:, -1]
+    is_close = _close(whole.float(), last.float())
     return Check(name, is_close, "" if is_close else "generation with a cache differs from reading")
 
 

@@ -217,9 +217,11 @@ class FrozenModel(nn.Module):
             wanted: the names from `SITES` to keep.
 
         Raises:
-            InputError: a block is not its input plus attention plus MLP, or `resid_mid` is
-                wanted and attention and MLP run side by side.
+            InputError: there is no such site, a block is not its input plus attention plus MLP,
+                or `resid_mid` is wanted and attention and MLP run side by side.
         """
+        if unknown := [site for site in wanted if site not in SITES]:
+            raise InputError(f"sites must be of {', '.join(SITES)}; got {', '.join(unknown)}")
         blocks = [
             BlockSites(block, f"block {layer} of {self.name}", wanted)
             for layer, block in enumerate(self.blocks)

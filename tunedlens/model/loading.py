@@ -56,14 +56,12 @@ def load_model(
     placed = _placement(device, device_map, dtype)
     weights = {} if gguf_file is None else {"gguf_file": gguf_file}
     options: dict[str, object] = {"revision": revision, **weights}
-    # Only float32 and bfloat16 keep the fingerprint, so float16 is reached by way of float32.
-    load_dtype = torch.float32 if dtype == "float16" else getattr(torch, dtype)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-        options |= {"dtype": load_dtype, "device_map": placed}
+        options |= {"dtype": _load_dtype(dtype), "device_map": placed}
         loaded = _with_all_weights(source, options)
     except Exception as error:  # transformers raises many kinds of exception
-        raise InputError(f"cannot load the model {name}: {first_line(error)}") from error
+        raise InputError(f"cannot load the model {name}: {_reason(error)}") from error
     if adapter is not None:
         loaded = _with_adapter(loaded, name, str(adapter))
         name = f"{name} + {adapter}"

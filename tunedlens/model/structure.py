@@ -54,6 +54,10 @@ def find_parts(
     """
     config = model.config.get_text_config()
     head = model.get_output_embeddings()
+    if model.config.is_encoder_decoder:
+        raise InputError(
+            f"{type(model).__name__} has an encoder and a decoder; expected a causal language model"
+        )
     if head is None:
         raise InputError(
             f"{type(model).__name__} has no unembedding; expected a causal language model"
@@ -116,7 +120,7 @@ def _find_blocks(
     model: PreTrainedModel, config: PretrainedConfig, path: str | None
 ) -> tuple[nn.ModuleList, list[nn.Module]]:
     """The list of blocks, and the modules beside it."""
-    n_layers = config.num_hidden_layers
+    n_layers = getattr(config, "num_hidden_layers", None)
     if path is not None:
         stack = _submodule(model, path)
         if not isinstance(stack, nn.ModuleList):
@@ -132,8 +136,8 @@ def _find_blocks(
             if isinstance(stack, nn.ModuleList) and len(stack) == n_layers:
                 return stack, [child for child in children if child is not stack]
     raise InputError(
-        f"{type(model).__name__}: found no list of {n_layers} blocks; if there is one, give its "
-        "path, as in --blocks model.layers"
+        f"{type(model).__name__}: found no list of {n_layers or 'any'} blocks; if there is one, "
+        "give its path, as in --blocks model.layers"
     )
 
 
