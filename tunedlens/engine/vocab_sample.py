@@ -11,8 +11,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tunedlens.errors import InputError
-
 OverVocab = Float[Tensor, " vocab"]
 _FLOOR = 0.02
 """Uniform fraction of the proposal, so that no token has π_v = 0."""
@@ -32,12 +30,7 @@ def inclusion_probabilities(usage: OverVocab, size: int) -> OverVocab:
     If the usage is the sum of p_v² over the tokens of a step, these probabilities minimise the
     variance of an estimate of p. They prefer a token that one position is sure of to a token
     that many positions give a little probability.
-
-    Raises:
-        InputError: usage is not finite.
     """
-    if not usage.isfinite().all():
-        raise InputError("the model's probabilities are not finite; try --dtype float32")
     roots, tiny = usage.cpu().double().sqrt(), torch.finfo(torch.float64).tiny
     proposal = (1 - _FLOOR) * (roots / roots.sum().clamp_min(tiny)) + _FLOOR / len(usage)
     probabilities = proposal * size

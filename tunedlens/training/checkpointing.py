@@ -205,4 +205,4 @@ def _save_lens(lens: AffineLens, output: Path, metadata: files.JsonObject) -> No
     except InputError as error:
         spare = Path(tempfile.mkdtemp(prefix=f"{output.name}-"))
         checkpoint.save_lens(lens, spare, metadata)
-        raise InputError(f"{error}; the lens is saved in {spare} instead") from error
+        raise InputError(f"{error}; the lens is in {spare}") from error

@@ -108,11 +108,12 @@ class ValidationSet:
         batch_size = self._plan.micro_batch_size or _BLOCKS_AT_A_TIME
         config = ScoringConfig(tokens=tokens, batch_size=batch_size)
         model, accelerator = self._reader.model, self._reader.accelerator
-        evaluation = score_lenses(model, lenses, self._blocks, config, accelerator=accelerator)
-        is_finite = all(math.isfinite(result.value) for result in evaluation.results)
-        if not is_finite and self._leave_out_bad_blocks():
-            evaluation = score_lenses(model, lenses, self._blocks, config, accelerator=accelerator)
-        return evaluation
+        try:
+            return score_lenses(model, lenses, self._blocks, config, accelerator=accelerator)
+        except InputError:  # a metric is not finite
+            if not self._leave_out_bad_blocks():
+                raise
+        return score_lenses(model, lenses, self._blocks, config, accelerator=accelerator)
 
     def _leave_out_bad_blocks(self) -> bool:
         """Drop the blocks whose states are not finite; returns whether there were any.
