@@ -17,6 +17,7 @@ from conftest import make_gpt2, short_run, write_text
 from tunedlens import InputError, TrainConfig, checkpoint, files
 from tunedlens.checkpoint import saved_config
 from tunedlens.cli import train_command
+from tunedlens.corpus import PackedCorpus
 from tunedlens.engine.objective import LensKL
 from tunedlens.fit import LeastSquares, PreconditionedMuon
 from tunedlens.model import FrozenModel
@@ -395,6 +396,23 @@ def test_run_that_cannot_be_saved_on_the_way_goes_on(config, tmp_path, monkeypat
     train(config, tmp_path / "run")
     assert "goes on without being saved: No space left" in capsys.readouterr().out
     assert (tmp_path / "run" / "README.md").exists()
+
+
+def test_reader_that_fails_leaves_a_run_that_goes_on(clean, config, tmp_path, monkeypatch):
+    original = PackedCorpus.batches
+
+    def batches(self, *args):
+        for index, batch in enumerate(original(self, *args)):
+            if index == 6:
+                raise InputError("cannot read on: connection reset")
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedCorpus, "batches", batches)
+        with pytest.raises(InputError, match="cannot read on"):
+            train(config, tmp_path / "run")
+    train(saved_config(tmp_path / "run"), tmp_path / "run", resume=True)
+    assert weights(tmp_path / "run") == weights(clean.folder)
 
 
 def _nobody_reads():

@@ -140,8 +140,9 @@ def _take_steps(run: Run, state: TrainState, tracker: Tracker, stop: threading.E
                 break
             try:
                 batch = next(batches)
-            except TextRanOutError as error:
-                if plan.tokens is not None:  # the budget is a promise
+            except InputError as error:
+                # A budget is a promise; without one, a run may end where its text does.
+                if plan.tokens is not None or not isinstance(error, TextRanOutError):
                     checkpointing.save(run, state)
                     raise
                 run.say(f"{str(error).split(';')[0]}: the run ends here")
@@ -214,7 +215,7 @@ def _accumulate_finite(
 ) -> Float[Tensor, " layers"]:
     """The same without the blocks whose numbers are not finite, summed over processes."""
     kept = leave_out(run, state, input_ids, active)
-    if not len(kept):
+    if len(kept) < run.accelerator.num_processes:
         return torch.zeros(len(active), device=run.model.device)
     kl = _accumulate(run, state, kept, active)
     _reduce(run, state, kl, False)
