@@ -10,6 +10,7 @@ that fill a disk need the right to mount one (root on Linux) and are skipped wit
 import argparse
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -30,7 +31,7 @@ from tunedlens.fit import PreconditionedMuon
 from tunedlens.model import FrozenModel
 from tunedlens.training import loop
 
-STEPS = 40
+STEPS, UNBROKEN = 40, "unbroken"
 Setup = Callable[[], None]
 
 
@@ -40,7 +41,8 @@ class Bench:
     def __init__(self, root: Path) -> None:
         self.root = root
         torch.manual_seed(0)
-        config = GPT2Config(4096, 32, 16, 3, 2, bos_token_id=0, eos_token_id=0)
+        sizes = {"vocab_size": 4096, "n_positions": 32, "n_embd": 16, "n_layer": 3, "n_head": 2}
+        config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, initializer_range=0.3)
         GPT2LMHeadModel(config).save_pretrained(root / "model")
         AutoTokenizer.from_pretrained(builtin.FOLDER).save_pretrained(root / "model")
         rows = [f'{{"text": "row {i}: {i * i} is the square of {i}"}}' for i in range(3000)]
@@ -49,10 +51,10 @@ class Bench:
             *("--model", str(root / "model"), "--dataset", str(root / "rows.jsonl")),
             *("--streaming", "--seq-len", "16", "--batch-size", "4", "--device", "cpu"),
             *("--tokens", str(64 * STEPS), "--init-tokens", "640", "--evaluate-tokens", "60"),
-            *("--precision", "fp32", "--kernel", "products", "--vocab-sample", "400"),
+            *("--precision", "fp32", "--kernel", "products"),
         ]
         start = time.monotonic()
-        status, _ = self.finish(self.start("unbroken"))
+        status, _ = self.finish(self.start(UNBROKEN))
         self.seconds = time.monotonic() - start
         assert status == 0, "the unbroken run failed"
 
@@ -93,12 +95,12 @@ class Bench:
             status, lines = self.finish(self.start(name, None, *flags))
             if status:
                 return f"NOT RESUMED: {lines[-1]}"
-        return "identical" if self.is_identical(folder) else "ANOTHER LENS"
+        return self.compare(folder)
 
-    def is_identical(self, folder: Path) -> bool:
+    def compare(self, folder: Path) -> str:
         """Whether a lens is that of the unbroken run, byte for byte."""
-        lenses = [path / "lens.safetensors" for path in (folder, self.root / "unbroken")]
-        return lenses[0].read_bytes() == lenses[1].read_bytes()
+        lenses = [(self.root / run / "lens.safetensors").read_bytes() for run in (folder, UNBROKEN)]
+        return "identical" if lenses[0] == lenses[1] else "another lens"
 
 
 def save_in_every_step() -> None:
@@ -157,10 +159,10 @@ def kills(bench: Bench, count: int) -> dict[str, int]:
 @contextmanager
 def small_disk(folder: Path):
     """A file system of one megabyte."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=True)
     try:
-        yield
+        yield folder
     finally:
         subprocess.run(["umount", folder], check=True)
 
@@ -200,7 +202,7 @@ def lose_the_reader() -> None:
 
     def read(self: datasets.IterableDataset, *args: object):
         for index, rows in enumerate(original(self, *args)):
-            if index == 30:
+            if index == 10:
                 raise OSError("connection reset by peer")
             yield rows
 
@@ -224,12 +226,24 @@ def faults(bench: Bench) -> list[tuple[str, str, str, str]]:
     """Case, status, last message and what became of the lens."""
     rows = []
 
-    def case(name: str, setup: Setup | None = None, *more: str, stdout: int = 0) -> None:
-        folder = name.replace(" ", "-").replace("|", "")
+    def case(
+        name: str,
+        setup: Setup | None = None,
+        *more: str,
+        stdout: int = 0,
+        folder: str = "",
+    ) -> None:
+        folder = folder or f"case-{len(rows)}"
         status, lines = bench.finish(bench.start(folder, setup, *more, stdout=stdout))
         message = next((line for line in reversed(lines) if "left out" in line), lines[-1:])
         message = message if isinstance(message, str) else "".join(message)
-        lens = bench.resume(folder)
+        if spare := re.search("the lens is in (.*)", message):
+            lens = "there: " + bench.compare(Path(spare[1]))
+            shutil.rmtree(spare[1])
+        elif status == 2 and not (bench.root / folder).exists():
+            lens = "no run began"
+        else:
+            lens = bench.resume(folder)
         rows.append((name, str(status), message.replace(str(bench.root), "…"), lens))
 
     for kind in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -241,17 +255,14 @@ def faults(bench: Bench) -> list[tuple[str, str, str, str]]:
     case("NaN at step 5 layer 1", poison_states)
     case("--lr 1e30", None, "--lr", "1e30")
     try:
-        for name, act in {"disk full": fill, "read-only": remount}.items():
-            with small_disk(bench.root / name):
-                case(name, lambda a=act, n=name: at_step(5, lambda: a(bench.root / n)))
+        with small_disk(bench.root / "disk") as disk:
+            case("disk full", lambda: at_step(5, lambda: fill(disk)), folder="disk/run")
+        with small_disk(bench.root / "disk") as disk:
+            subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+            case("folder is read-only", folder="disk/run")
     except (OSError, subprocess.CalledProcessError) as error:
-        rows.append(("disk full, read-only", "skipped", str(error), ""))
+        rows.append(("disk full, folder is read-only", "skipped", str(error), ""))
     return rows
-
-
-def remount(folder: Path) -> None:
-    """Make a file system read-only."""
-    subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
 
 
 def main() -> None:
