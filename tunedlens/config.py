@@ -39,6 +39,8 @@ class _Range(NamedTuple):
 
 
 _AT_LEAST_1 = _Range("at least 1", lambda value: value >= 1)
+_MAX_BLOCKS = 2**20
+_BLOCKS = _Range(f"from 1 to {_MAX_BLOCKS:,}", lambda value: 1 <= value <= _MAX_BLOCKS)
 _ABOVE_0 = _Range("above 0", lambda value: 0 < value < math.inf)
 _0_OR_MORE = _Range("0 or more", lambda value: 0 <= value < math.inf)
 _ACCEPTED = {
@@ -47,8 +49,8 @@ _ACCEPTED = {
     "self_tokens": _AT_LEAST_1,
     "max_tokens": _AT_LEAST_1,
     "init_tokens": _AT_LEAST_1,
-    "batch_size": _AT_LEAST_1,
-    "micro_batch_size": _AT_LEAST_1,
+    "batch_size": _BLOCKS,
+    "micro_batch_size": _BLOCKS,
     "validation_tokens": _AT_LEAST_1,
     "evaluate_tokens": _AT_LEAST_1,
     "skip_first": _0_OR_MORE,

@@ -33,9 +33,12 @@ def save_lens(
         metadata: further entries of the manifest (config, corpus, results).
 
     Raises:
-        InputError: the folder cannot be written.
+        InputError: a value is not finite, or the folder cannot be written.
     """
     folder = Path(folder)
+    for name, value in lens.translators.state_dict().items():
+        if not value.isfinite().all():
+            raise InputError(f"the lens is not finite ({name}), so it is not written to {folder}")
     tensors = {
         name: value.cpu().contiguous()
         for name, value in lens.translators.state_dict().items()

@@ -49,13 +49,13 @@ def list_command(arguments: Arguments = None) -> int:
 
 
 def _is_run(folder: Path) -> bool:
-    files = (checkpoint.MANIFEST, checkpoint.WEIGHTS, checkpoint.STATE)
-    return any((folder / file).is_file() for file in files)
+    files = (checkpoint.MANIFEST, checkpoint.WEIGHTS)
+    return checkpoint.has_state(folder) or any((folder / file).is_file() for file in files)
 
 
 def _line(folder: Path) -> list[str]:
     """A row of the table; or the folder and what is wrong with it, or that it is interrupted."""
-    if (folder / checkpoint.STATE).is_file() and not (folder / checkpoint.MANIFEST).exists():
+    if checkpoint.has_state(folder) and not (folder / checkpoint.MANIFEST).exists():
         return [str(folder), f"interrupted; continue with: python train.py --resume {folder}"]
     try:
         saved = SavedLens.read("", str(folder))

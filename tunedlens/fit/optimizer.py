@@ -296,10 +296,13 @@ class TorchOptimizer(LensOptimizer):
         self.lens.load_state_dict({name: state[f"lens.{name}"] for name in names})
         for index, optimizer in enumerate(self._optimizers):
             values: dict[int, dict[str, Tensor]] = {}
-            for name in state:
+            parameters = [part for group in optimizer.param_groups for part in group["params"]]
+            for name, value in state.items():
                 if name.startswith(f"{index}."):
                     _, parameter, key = name.split(".")
-                    values.setdefault(int(parameter), {})[key] = state[name]
+                    if value.ndim and value.shape != parameters[int(parameter)].shape:
+                        raise ValueError(f"{name} has the shape {tuple(value.shape)}")
+                    values.setdefault(int(parameter), {})[key] = value
             optimizer.load_state_dict(optimizer.state_dict() | {"state": values})
 
 

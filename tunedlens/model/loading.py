@@ -1,15 +1,16 @@
 """Loads a model from a folder, the hub or the package."""
 
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 import torch
 import transformers
 
 from tunedlens import builtin
-from tunedlens.config import ModelConfig
+from tunedlens.config import Dtype, ModelConfig
 from tunedlens.errors import InputError, first_line
 from tunedlens.model.frozen import FrozenModel
 from tunedlens.model.quantised import is_quantised
@@ -103,6 +104,26 @@ def _with_all_weights(source: str, options: Mapping[str, object]) -> transformer
     if missing := sorted(info["missing_keys"])[:3]:
         raise ValueError(f"the weights {', '.join(missing)} are missing")
     return loaded
+
+
+def _load_dtype(name: str) -> torch.dtype:
+    """The dtype that weights are loaded in, on the way to the one that is named.
+
+    Raises:
+        InputError: there is no such dtype.
+    """
+    if name not in get_args(Dtype):
+        raise InputError(f"dtype must be one of {', '.join(get_args(Dtype))}; got {name!r}")
+    # Only float32 and bfloat16 keep the fingerprint, so float16 is reached by way of float32.
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def _reason(error: Exception) -> str:
+    """Why transformers cannot load a model."""
+    reason = first_line(error)
+    if unknown := re.match(r"Unrecognized configuration class <class '.*?(\w+)'>", reason):
+        return f"transformers has no causal language model with a {unknown[1]}"
+    return reason
 
 
 def _with_adapter(

@@ -1,14 +1,12 @@
-"""The folder of a run: how a run is stopped, saved there, resumed and finished."""
+"""The folder of a run: how a run is saved there, resumed and finished."""
 
 import dataclasses
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
 from tunedlens import builtin, checkpoint, files, report
 from tunedlens.config import ONE_PASS, TrainConfig
@@ -20,36 +18,6 @@ from tunedlens.provenance import describe_run
 from tunedlens.report import plots
 from tunedlens.tracking import Tracker
 from tunedlens.training.run import Progress, Run, TrainState, make_optimizer
-
-
-class Interrupted(Exception):  # noqa: N818 - not an error
-    """The run was asked to stop. It is saved and can be resumed."""
-
-
-@contextmanager
-def stop_flag() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets, so that a step is never cut in two.
-
-    A second signal has its usual effect. Outside the main thread, signals are left alone.
-    """
-    flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag
-        return
-
-    def ask(number: int, _frame: object) -> None:
-        flag.set()
-        signal.signal(number, previous[number])
-
-    numbers = (int(signal.SIGINT), int(signal.SIGTERM))
-    previous = {number: signal.getsignal(number) for number in numbers}
-    for number in numbers:
-        signal.signal(number, ask)
-    try:
-        yield flag
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def new_folder(config: TrainConfig) -> Path:
@@ -68,7 +36,7 @@ def require_usable(output: Path, *, resume: bool) -> None:
     files.require_writable(output)
     if resume:
         return
-    if (output / checkpoint.STATE).exists():
+    if checkpoint.has_state(output):
         raise InputError(
             f"{output} holds an interrupted run: continue it with --resume {output}, or choose "
             "another --output"
@@ -104,7 +72,11 @@ def continued(config: TrainConfig, output: Path) -> TrainConfig:
 
 
 def save(run: Run, state: TrainState) -> None:
-    """Write what the run needs to be resumed."""
+    """Write what the run needs to be resumed.
+
+    Raises:
+        InputError: it cannot be written, or is not finite; the states before it stay.
+    """
     state.progress.update_seconds()
     if not run.is_main:
         return
@@ -118,6 +90,14 @@ def save(run: Run, state: TrainState) -> None:
     checkpoint.save_state(run.output, checkpoint.State(state.optimizer.state(), metadata))
 
 
+def save_if_possible(run: Run, state: TrainState) -> None:
+    """Save; a run that cannot be saved now, on a full disk for example, says so and goes on."""
+    try:
+        save(run, state)
+    except InputError as error:
+        run.say(f"the run goes on without being saved: {error}")
+
+
 def restore(run: Run) -> TrainState:
     """The state of the interrupted or finished run in the folder.
 
@@ -126,16 +106,17 @@ def restore(run: Run) -> TrainState:
     """
     _require_same_settings(run)
     lens = run.new_lens()
-    if (run.output / checkpoint.STATE).is_file():
+    if checkpoint.has_state(run.output):
         tensors, saved = checkpoint.load_state(run.output)
         identity = dataclasses.asdict(run.model.identity)
         require_same_model(saved["model"], identity, f"the lens in {run.output}")
         optimizer = make_optimizer(lens, run.plan)
         try:
+            _require_same_shapes(optimizer.state(), tensors)
             optimizer.load_state(tensors)
             progress = Progress.from_json(saved["progress"])
             run.objective.chunk, text = saved["chunk"], saved["text"]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"the state of {run.output} is damaged, or was saved by another version of "
                 f"tunedlens: {error!r}; start the run again with another --output"
@@ -160,6 +141,16 @@ def restore(run: Run) -> TrainState:
     return TrainState(optimizer, progress)
 
 
+def _require_same_shapes(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    """Check that saved tensors can take the place of the expected ones as they are."""
+    for name, value in expected.items():
+        if (tensors[name].shape, tensors[name].dtype) != (value.shape, value.dtype):
+            raise ValueError(f"{name} is {tensors[name].dtype} {tuple(tensors[name].shape)}")
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+
+
 def _require_same_settings(run: Run) -> None:
     saved = dataclasses.asdict(checkpoint.saved_config(run.output))
     planned = dataclasses.asdict(run.plan)
@@ -176,25 +167,33 @@ def _require_same_settings(run: Run) -> None:
 
 
 def finish(run: Run, state: TrainState, tracker: Tracker, lens: AffineLens) -> Evaluation:
-    """Score the lens, write it, its card and its learning curve, and remove the state."""
+    """Write the lens, score it, write its card and its learning curve, and remove the states.
+
+    Raises:
+        InputError: the folder cannot be written any more; the lens is saved in another one.
+    """
     if summary := run.reader.summary():
         run.say(summary)
+    train, validation = run.splits.train, run.splits.validation
+    state.progress.update_seconds()
+    metadata = {
+        "config": dataclasses.asdict(run.plan),
+        "corpus": {"train": train.about, "validation": validation.about},
+        "progress": dataclasses.asdict(state.progress),
+        "probe": take_probe(run.model),
+        "provenance": describe_run(run.model),
+    }
+    if run.is_main:
+        _save_lens(lens, run.output, metadata)
     kind = "bias-only" if run.plan.bias_only else checkpoint.kind_of(lens)
     lenses = {"logit": LogitLens.from_model(run.model), kind: lens}
     evaluation = run.validation_set.score(lenses, run.costs.table_tokens(state.progress.tokens))
-    state.progress.update_seconds()
     kl = zip(evaluation.layers_of(kind), evaluation.by_layer(kind, "kl_nats"), strict=True)
     tracker.summarise({f"held_out/kl_nats/{layer}": e.value for layer, e in kl})
     if run.is_main:
-        train, validation = run.splits.train, run.splits.validation
-        metadata = {
-            "config": dataclasses.asdict(run.plan),
-            "corpus": {"train": train.about, "validation": validation.about},
-            "progress": dataclasses.asdict(state.progress),
-            "held_out": evaluation.to_json(),
-            "probe": take_probe(run.model),
-            "provenance": describe_run(run.model),
-        }
+        state.progress.update_seconds()
+        metadata["progress"] = dataclasses.asdict(state.progress)
+        metadata["held_out"] = evaluation.to_json()
         checkpoint.save_lens(lens, run.output, metadata)
         manifest = checkpoint.read_manifest(run.output)
         card = report.card(run.output.name, manifest, evaluation)
@@ -202,3 +201,12 @@ def finish(run: Run, state: TrainState, tracker: Tracker, lens: AffineLens) -> E
         plots.draw_learning_curve(state.progress.history, run.output, run.reader.points)
         checkpoint.remove_state(run.output)
     return evaluation
+
+
+def _save_lens(lens: AffineLens, output: Path, metadata: files.JsonObject) -> None:
+    try:
+        checkpoint.save_lens(lens, output, metadata)
+    except InputError as error:
+        spare = Path(tempfile.mkdtemp(prefix=f"{output.name}-"))
+        checkpoint.save_lens(lens, spare, metadata)
+        raise InputError(f"{error}; the lens is in {spare}") from error

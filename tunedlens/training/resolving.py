@@ -1,6 +1,8 @@
 """From a config to a plan: defaults for what the config leaves open."""
 
 import dataclasses
+import math
+import os
 
 import torch
 from accelerate import Accelerator
@@ -43,6 +45,7 @@ def resolve(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -
     if settings["vocab_sample"] >= model.identity.vocab_size:
         settings["vocab_sample"] = 0
     plan = TrainPlan(**settings)
+    _require_memory(plan, model, processes)
     if config.validation_tokens is None:
         # A run without a budget may end long before its cap.
         expected = plan.budget if plan.tokens is not None else plan.budget // 4
@@ -112,6 +115,31 @@ def _require_possible(
                 f"{flag} does not work with {model.name}, which caps its logits and is therefore "
                 "fitted in float32 over its whole vocabulary; leave it out"
             )
+
+
+def _require_memory(plan: TrainPlan, model: FrozenModel, processes: int) -> None:
+    """Check that the states that a step holds at a time fit into the memory of the device."""
+    held, flag = -(-plan.batch_size // processes) * plan.positions, "--batch-size"
+    if plan.micro_batch_size is not None and not plan.vocab_sample:
+        held = min(held, plan.micro_batch_size * plan.positions)
+        flag += " or --micro-batch-size"
+    n_states = model.identity.n_layers * len(plan.all_sites) + 1
+    ids = 16 * plan.batch_size * plan.corpus.seq_len
+    needed, memory = 4 * held * n_states * model.identity.d_model + ids, _memory_bytes(model.device)
+    if needed > memory:
+        raise InputError(
+            f"a step holds {needed / 1e9:,.0f} GB of states at a time, and {model.device} has "
+            f"{memory / 1e9:,.0f} GB of memory; give a smaller {flag}"
+        )
+
+
+def _memory_bytes(device: torch.device) -> float:
+    """The memory of a device; infinite if it cannot be known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return math.inf
 
 
 def _defaults(

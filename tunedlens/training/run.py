@@ -81,6 +81,10 @@ class Progress:
     """Model and hash of the lens that `--init` names."""
     position: JsonObject | None = None
     """Where the corpus continues."""
+    bad_blocks: int = 0
+    """Blocks that were left out because their numbers are not finite."""
+    ended_early: str | None = None
+    """Why the steps could not go on."""
     seconds: float = 0.0
     history: list[ValidationResult] = field(default_factory=list)
 
