@@ -19,10 +19,11 @@ optimizer take time, but count nothing.
 
 import argparse
 import dataclasses
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -175,7 +176,8 @@ def print_lenses(config: TrainConfig, tokens: int) -> None:
     for name, one in (("closed form", closed), ("default", default), ("exact gradient", exact)):
         with tempfile.TemporaryDirectory() as folder:
             start = time.monotonic()
-            train(one, Path(folder) / "run")
+            with redirect_stdout(sys.stderr):
+                train(one, Path(folder) / "run")
             whole = time.monotonic() - start
             progress = checkpoint.read_manifest(Path(folder) / "run")["progress"]
         count = progress["init_tokens"] + progress["tokens"]

@@ -1,32 +1,37 @@
 """The same lenses on two models, in one evaluation."""
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_gpt2, random_lens, short_run
+from matplotlib.text import Text
 from test_adapter import make_adapter
 
 from tunedlens import (
     ConstantLens,
     CorpusConfig,
     EvaluateConfig,
+    Evaluation,
     FrozenModel,
     InputError,
     TunedLens,
     evaluate,
+    load_lens,
     load_model,
-    read_evaluation,
-    report,
-    write_report,
 )
-from tunedlens.cli import evaluate_command
+from tunedlens.cli.evaluate import _default_output
+from tunedlens.report.files import _grid_rows
+from tunedlens.report.plots import DRAWINGS
+from tunedlens.report.tables import summary, terminal_table
 from tunedlens.training import train
 
 
 @pytest.fixture
 def config(text_file):
-    return EvaluateConfig(corpus=CorpusConfig(dataset=str(text_file), seq_len=16), tokens=90)
+    return EvaluateConfig(corpus=CorpusConfig(dataset=str(text_file), seq_len=16), tokens=30)
 
 
 @pytest.fixture
@@ -80,50 +85,60 @@ def test_baselines_are_made_for_each_model(tiny, other, config):
     assert both.constant == ["mean", "mean on chat"]
 
 
-def test_report_names_both_models_and_says_what_was_transferred(tiny, other, config, tmp_path):
+def test_tables_and_plots_name_both_models_and_say_what_was_transferred(tiny, other, config):
     settings = vars(config) | {"by_position": True, "transfer": True}
-    both = evaluate(
-        EvaluateConfig(**settings), model=tiny, beside=other, lenses={"tuned": random_lens(tiny)}
-    )
-    write_report(both, tmp_path / "report")
-    saved = read_evaluation(tmp_path / "report")
+    lens = TunedLens.from_model(tiny, ["resid_pre", "resid_mid"])
+    both = evaluate(EvaluateConfig(**settings), model=tiny, beside=other, lenses={"tuned": lens})
+    saved = Evaluation.from_json(json.loads(json.dumps(both.to_json())))
     assert (saved.results, saved.beside) == (both.results, both.beside)
-    text = (tmp_path / "report" / "report.md").read_text()
-    assert "chat is models/chat. On it, the translators of the lenses for tiny are" in text
-    assert "which have other values" in text
-    assert "chat itself has a perplexity of" in text
-    table = report.terminal_table(both)
-    for row in ("0  tuned on chat", "3          model", "3  model on chat"):
-        assert row in table
-    rows = (tmp_path / "report" / "by_position.csv").read_text().splitlines()
-    assert {row.split(",")[1] for row in rows if row.startswith("model on chat,")} == {"3"}
-    svg = (tmp_path / "report" / "kl_by_layer.svg").read_text()
-    assert "tuned on chat" in svg
+    assert both.lenses_on("chat")[2:] == ["tuned on chat", "tuned on chat resid_mid"]
+    assert list(both.transfer) == ["tuned", "tuned on chat"]
+    first, *sentences = summary(saved)
+    assert first.startswith("chat is models/chat. On it, the translators of the lenses for tiny")
+    assert "which have other values" in first
+    assert any(one.startswith("chat itself has a perplexity of") for one in sentences)
+    lines = [" ".join(line.split()) for line in terminal_table(saved).splitlines()]
+    for start in ("0 tuned on chat ", "0 tuned on chat resid_mid ", "3 model ", "3 model on chat "):
+        assert any(line.startswith(start) for line in lines), start
+    rows = list(_grid_rows(saved.by_position, saved))
+    assert {layer for lens, layer, *_ in rows if lens == "model on chat"} == {3}
+    drawn = DRAWINGS["perplexity_by_layer"].draw(saved)
+    words = {text.get_text() for text in drawn.findobj(Text)}
+    assert {"tuned", "tuned on chat resid_mid", "model", "model on chat"} <= words
 
 
-def test_command_scores_a_saved_lens_on_a_fine_tuned_body(
-    tiny_folder, text_file, tmp_path, tokenizer, capsys
-):
-    run = short_run(tiny_folder, text_file, fit="closed-form", init_tokens=128)
-    train(run, tmp_path / "run")
-    tuned = make_gpt2()
+def test_saved_lens_is_scored_on_a_fine_tuned_body(tiny_folder, text_file, tmp_path, tokenizer):
+    train(short_run(tiny_folder, text_file, fit="closed-form", init_tokens=128), tmp_path / "run")
+    gpt2 = make_gpt2()
     with torch.no_grad():
-        tuned.transformer.h[1].mlp.c_proj.weight.mul_(0.5)
-    tuned.save_pretrained(tmp_path / "tuned")
-    tokenizer.save_pretrained(tmp_path / "tuned")
-    flags = ["--lens", str(tmp_path / "run"), "--beside", f"chat={tmp_path / 'tuned'}"]
-    assert evaluate_command([*flags, "--tokens", "30", "--device", "cpu"]) == 0
-    printed = capsys.readouterr().out
-    assert "which have the same values" in printed
-    assert "closed-form on chat" in printed
-    saved = read_evaluation(tmp_path / "run" / "evaluation")
-    alone = evaluate(
-        EvaluateConfig(tokens=30, corpus=run.corpus, split="validation"),
-        model=load_model(tmp_path / "tuned", device="cpu"),
-        lenses={"logit2": TunedLens.from_model(load_model(tmp_path / "tuned", device="cpu"))},
+        gpt2.transformer.h[1].mlp.c_proj.weight.mul_(0.5)
+    gpt2.save_pretrained(tmp_path / "body")
+    tokenizer.save_pretrained(tmp_path / "body")
+    counts = []
+    run = str(tmp_path / "run")
+    both = evaluate(
+        EvaluateConfig(lenses=(run,), beside=f"chat={tmp_path / 'body'}", tokens=30),
+        progress=lambda scored, total: counts.append((scored, total)),
     )
-    found = [one.value for one in saved.by_layer("logit on chat", "kl_nats")]
-    assert found == pytest.approx([one.value for one in alone.by_layer("logit2", "kl_nats")])
+    assert "which have the same values" in summary(both)[0]
+    assert {total for _, total in counts} == {sum(scored for scored, _ in counts)} == {60}
+    body = load_model(tmp_path / "body", device="cpu")
+    with pytest.warns(UserWarning, match="computes otherwise"):
+        lens = load_lens(run, body)
+    alone = evaluate(
+        EvaluateConfig(tokens=30, corpus=CorpusConfig(dataset=str(text_file), seq_len=16)),
+        model=body,
+        lenses={"closed-form": lens},
+    )
+    assert alone.tokens_sha256 == both.tokens_sha256
+    assert values(both, "closed-form", " on chat") == values(alone, "closed-form")
+
+
+@pytest.mark.parametrize("beside", ["chat=x/y", "x/chat"])
+def test_results_go_to_a_folder_of_their_own(beside):
+    config = EvaluateConfig(beside=beside)
+    folder = _default_output([], config, is_other_text=False)
+    assert folder == Path("evaluation-beside-chat")
 
 
 def test_adapter_stands_for_the_first_model_with_it(tiny_folder, config, tmp_path):

@@ -25,7 +25,7 @@ from tunedlens import (
     evaluate,
     load_model,
 )
-from tunedlens.cli import evaluate_command, train_command
+from tunedlens.cli import doctor_command, evaluate_command, train_command
 from tunedlens.report import plots
 
 ROOT = Path(__file__).parents[1]
@@ -397,6 +397,7 @@ def test_bad_input_to_train_is_one_line(here, asked, capsys):
         (["--device", "nonsense"], "cannot use the device nonsense"),
         (["--config", "absent.yaml"], "cannot read --config absent.yaml"),
         (["--config", "bad.yaml"], "expected lines like"),
+        (["--sites", "resid_midd"], "--sites must be of", "got resid_midd"),
         (["--resume"], "no interrupted run under checkpoints"),
         (["--resume", "nowhere"], "nowhere holds no lens"),
     ]
@@ -412,6 +413,10 @@ def test_bad_input_to_evaluate_is_one_line(here, asked, capsys):
     capsys.readouterr()
     for flags, *expected in [
         (["--lens", "nowhere"], "nowhere holds no lens"),
+        (["--lens", "unigrm"], "unigrm holds no lens"),
+        (["--lens", "run", "--model", here / "runn"], "expected a folder with a model"),
+        (["--lens", "run", "--beside", here / "runn"], "expected a folder with a model"),
+        (["--lens", "run", "--beside", "embedded"], "embedded has another shape than"),
         (["--lens", "run", "--tokens", "0"], "--tokens must be at least 1"),
         (["--lens", "run", "--dataset", "missing.txt"], "no such file"),
         (["--lens", "run", "--output", "run/config.json/x"], "cannot write to"),
@@ -433,12 +438,19 @@ def test_hub_names_without_a_network_are_one_line(asked, capsys, monkeypatch):
     fails(
         train_command, [*asked, "--dataset", "nobody/nothing"], capsys, "nobody/nothing", "network"
     )
+    fails(
+        evaluate_command,
+        ["--lens", "nobody/nothing"],
+        capsys,
+        "there is no folder nobody/nothing, and the hub cannot be read",
+    )
 
 
 def test_wrong_flags_are_refused_by_the_parser(capsys):
     fails(train_command, ["--tokens", "many"], capsys, "--tokens: expected a whole number")
     fails(train_command, ["--dtype", "int8"], capsys, "--dtype: invalid choice: 'int8'")
     fails(evaluate_command, ["--colour"], capsys, "unrecognized arguments: --colour")
+    fails(doctor_command, ["--modle", "gpt2"], capsys, "unrecognized arguments: --modle")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,14 @@ from conftest import (
     short_run,
 )
 from torch import nn
-from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from tunedlens import (
     CorpusConfig,
@@ -137,6 +144,37 @@ def test_states_that_are_shifted_are_named(tokenizer):
     assert (
         "state l is that of layer l +1" in found["the states are the hidden states of transformers"]
     )
+
+
+def test_states_of_the_block_before_are_named(tokenizer):
+    model = FrozenModel(make_llama(), tokenizer)
+    model.blocks = nn.ModuleList([model.blocks[0], *model.blocks[:-1]])
+    assert "state l is that of layer l -1, one block before" in only_failure(doctor(model))
+
+
+def test_hidden_states_that_transformers_lists_after_each_block_are_no_fault(tokenizer):
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=4096, hidden_size=16, num_hidden_layers=2, state_size=4)
+    model = FrozenModel(MambaForCausalLM(config), tokenizer, name="mamba")
+    ids = torch.arange(5)[None]
+    listed = model.model(ids, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(model.residual_stream(ids)[1], listed[0])
+    check = next(one for one in doctor(model).checks if "hidden states" in one.name)
+    assert (check.passed, check.detail) == (True, "transformers lists those that leave a block")
+
+
+def test_cache_that_changes_what_is_written_is_named(tokenizer):
+    gpt2 = make_gpt2()
+
+    def forget(_model, _args, kwargs, output):
+        if kwargs.get("input_ids", torch.zeros(1, 2)).shape[1] == 1:  # a step with the cache
+            output.logits = output.logits.flip(-1)
+
+    gpt2.register_forward_hook(forget, with_kwargs=True)
+    model = FrozenModel(gpt2, tokenizer)
+    assert "generation with a cache differs" in only_failure(doctor(model))
+    with pytest.warns(UserWarning, match="the cache changes nothing"):
+        warn_of_faults(model, is_sampled=True)
 
 
 def test_lens_of_another_model_is_named(tokenizer, tmp_path):

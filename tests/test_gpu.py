@@ -33,7 +33,7 @@ from tunedlens.checkpoint import saved_config
 from tunedlens.engine import CappedLensKL, LensKL, accumulate_gradient
 from tunedlens.engine.backend import Backend, fastest_backend
 from tunedlens.engine.vocab_sample import draw_sample
-from tunedlens.fit import PreconditionedMuon, mean_lens, unigram_lens
+from tunedlens.fit import PreconditionedMuon, TorchOptimizer, mean_lens, unigram_lens
 from tunedlens.metrics import TRAJECTORY_METRICS
 from tunedlens.model import SITES, Unembedding
 from tunedlens.sampling import sample_documents
@@ -255,11 +255,11 @@ def test_memory_of_a_gradient_does_not_grow_with_the_layers(cuda, tokenizer):
 
 
 def test_objective_that_runs_out_of_memory_continues_with_smaller_chunks(cuda):
-    vocab, tokens = 100_000, 16_384  # 3.3 GB of logits
+    vocab, tokens = 100_000, 16_384  # 6.6 GB of logits
     unembedding = Unembedding(nn.LayerNorm(64), torch.randn(vocab, 64), None).to(cuda)
     states = torch.randn(tokens, 64, device=cuda)
-    expected = LensKL(unembedding, dtype=torch.bfloat16).model_side(states)
-    whole = LensKL(unembedding, dtype=torch.bfloat16, chunk=tokens)
+    expected = LensKL(unembedding, dtype=torch.float32).model_side(states)
+    whole = LensKL(unembedding, dtype=torch.float32, chunk=tokens)
     whole.chunk = tokens
     torch.cuda.empty_cache()
     limit = torch.cuda.memory_reserved() + 2**30
@@ -270,7 +270,7 @@ def test_objective_that_runs_out_of_memory_continues_with_smaller_chunks(cuda):
             found = whole.model_side(states)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    close(found.offset, expected.offset, rtol=1e-2, atol=1e-2)
+    close(found.offset, expected.offset, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("fit", ["preconditioned", "sgd", "muon"])
@@ -289,7 +289,7 @@ def test_a_step_never_waits_for_the_device(cuda, config, tmp_path, monkeypatch, 
     # In the model's forward pass, transformers looks once whether the text is packed.
     forward = calling(FrozenModel.residual_stream, "default")
     monkeypatch.setattr(FrozenModel, "residual_stream", forward)
-    optimizer = loop.PreconditionedMuon if fit == "preconditioned" else loop.TorchOptimizer
+    optimizer = PreconditionedMuon if fit == "preconditioned" else TorchOptimizer
     monkeypatch.setattr(loop, "_accumulate", calling(loop._accumulate, "error"))
     monkeypatch.setattr(optimizer, "step", calling(optimizer.step, "error"))
     sample = 400 if fit == "preconditioned" else 0
@@ -409,7 +409,9 @@ def test_a_layer_writes_what_it_writes_on_the_cpu(here, there, layer):
 
 def test_samples_of_a_layer_are_repeatable(there):
     lens = random_lens(there)
-    one, other = (lens.generate(there, TEXTS, 1, do_sample=True, seed=7) for _ in range(2))
+    one, other = (
+        lens.generate(there, TEXTS, 1, do_sample=True, seed=7, max_new_tokens=8) for _ in range(2)
+    )
     assert one == other
 
 

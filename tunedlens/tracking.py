@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -18,9 +19,16 @@ WANDB_PATIENCE_SECONDS = 5
 
 
 def say(message: str) -> None:
-    """Print a line, above the progress bar if there is one."""
-    tqdm.write(message, file=sys.stdout)
-    sys.stdout.flush()
+    """Print a line, above the progress bar if there is one.
+
+    A run is worth more than its messages: letters that the terminal's encoding lacks are escaped,
+    and if nobody reads any more (`| head`, a closed terminal), nothing is printed.
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    message = message.encode(encoding, "backslashreplace").decode(encoding)
+    with suppress(OSError, ValueError):  # ValueError: the file is closed
+        tqdm.write(message, file=sys.stdout)
+        sys.stdout.flush()
 
 
 def progress_bar(total_tokens: int, description: str, done: int = 0, show: bool = True) -> tqdm:

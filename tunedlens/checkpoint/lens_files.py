@@ -12,7 +12,7 @@ import torch
 from tunedlens.errors import InputError
 from tunedlens.files import JsonObject, newest_folder, now, read_json, write, write_json
 from tunedlens.lenses import AffineLens, JacobianLens, TunedLens
-from tunedlens.model import FrozenModel, probe_kl, probe_tolerance, require_same_model
+from tunedlens.model import FrozenModel, HookPoint, probe_kl, probe_tolerance, require_same_model
 
 FORMAT = 1
 ROOT = Path("checkpoints")
@@ -33,9 +33,12 @@ def save_lens(
         metadata: further entries of the manifest (config, corpus, results).
 
     Raises:
-        InputError: the folder cannot be written.
+        InputError: a value is not finite, or the folder cannot be written.
     """
     folder = Path(folder)
+    for name, value in lens.translators.state_dict().items():
+        if not value.isfinite().all():
+            raise InputError(f"the lens is not finite ({name}), so it is not written to {folder}")
     tensors = {
         name: value.cpu().contiguous()
         for name, value in lens.translators.state_dict().items()
@@ -47,6 +50,8 @@ def save_lens(
         "format": FORMAT,
         "lens": kind_of(lens),
         "sites": lens.sites,
+        "layers": lens.layers,
+        "rank": lens.rank,
         "created": now(),
         "model": dataclasses.asdict(lens.identity),
         "lens_sha256": hashlib.sha256(weights).hexdigest(),
@@ -93,7 +98,9 @@ def read_lens(folder: Path, model: FrozenModel, *, check: bool = True) -> Affine
             depth, vocabulary, norm or unembedding).
     """
     manifest = read_manifest(folder)
-    lens = KINDS[manifest["lens"]].from_model(model, manifest.get("sites", ["resid_pre"]))
+    sites = manifest.get("sites", ["resid_pre"])  # 0.1.0 had one site, all layers and full rank
+    layers, rank = manifest.get("layers"), manifest.get("rank")
+    lens = KINDS[manifest["lens"]].from_model(model, sites, layers, rank)
     fill_lens(lens, folder)
     probe = manifest.get("probe")
     if (
@@ -121,8 +128,11 @@ def read_lens(folder: Path, model: FrozenModel, *, check: bool = True) -> Affine
 def fill_lens(lens: AffineLens, folder: Path, *, any_model: bool = False) -> JsonObject:
     """Fill a lens with saved translators; returns their manifest.
 
+    A lens of full rank can be filled with translators of low rank.
+
     Args:
-        any_model: accept a lens that was made for another model of the same shape.
+        any_model: accept a lens that was made for another model of the same shape, or has further
+            translators.
 
     Raises:
         InputError: there is no lens, it is damaged or of another kind, holds values that are
@@ -143,14 +153,20 @@ def fill_lens(lens: AffineLens, folder: Path, *, any_model: bool = False) -> Jso
     if hashlib.sha256(weights).hexdigest() != manifest["lens_sha256"]:
         raise InputError(f"{path} is damaged: it is not the file that {MANIFEST} describes")
     expected = lens.translators.state_dict()
+    if lens.rank is None:
+        for name in [name for name in tensors if name.endswith(".left")]:
+            point = name.removesuffix(".left")
+            tensors[f"{point}.weight"] = tensors.pop(name) @ tensors.pop(f"{point}.right")
+    if any_model:
+        tensors = {name: value for name, value in tensors.items() if name in expected}
     # A translator whose weight is zero everywhere is saved as its bias.
-    omitted = {name for name in expected.keys() - tensors.keys() if name.endswith(".weight")}
+    omitted = {name for name in expected.keys() - tensors.keys() if not name.endswith(".bias")}
     tensors |= {name: torch.zeros_like(expected[name]) for name in omitted}
     if (wrong := expected.keys() ^ tensors.keys()) or (
         wrong := {name for name, value in tensors.items() if value.shape != expected[name].shape}
     ):
         raise InputError(
-            f"{path} does not hold {len(expected)} tensors for {lens.n_layers} layers of width "
+            f"{path} does not hold {len(expected)} tensors for {len(lens.layers)} layers of width "
             f"{lens.identity.d_model}: {min(wrong)} is missing, not expected, or of another shape"
         )
     for name, value in tensors.items():
@@ -173,8 +189,8 @@ def newest_lens(root: Path) -> Path:
     return found
 
 
-def saved_sites(folder: Path) -> list[str]:
-    """The sites at which a saved lens has translators, from the header of its file.
+def saved_points(folder: Path) -> list[HookPoint]:
+    """Where a saved lens has translators, from the header of its file.
 
     Raises:
         InputError: the file is missing or damaged.
@@ -182,6 +198,7 @@ def saved_sites(folder: Path) -> list[str]:
     path = folder / WEIGHTS
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return list(dict.fromkeys(name.partition(".")[0] for name in file.keys()))  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
+            parts = [name.split(".") for name in file.keys()]  # noqa: SIM118
+            return sorted({HookPoint(site, int(layer)) for site, layer, _ in parts})
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise InputError(f"{path} is missing or damaged: {error}") from error

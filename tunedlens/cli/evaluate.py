@@ -146,10 +146,15 @@ def _redraw(folder: Path, others: list[str]) -> int:
 def _default_output(
     saved: Sequence[SavedLens], config: EvaluateConfig, is_other_text: bool
 ) -> Path:
-    """A folder beside the first lens, other than that of an evaluation of more tokens."""
+    """A folder beside the first lens, other than that of an evaluation of more tokens.
+
+    A second model or another text is part of its name.
+    """
     name = "evaluation"
     if is_other_text and config.corpus.dataset is not None:
         name += f"-{Path(config.corpus.dataset).stem}"
+    if config.beside is not None:
+        name += f"-beside-{Path(config.beside.partition('=')[0]).name}"
     folder = (saved[0].results_folder if saved else Path()) / name
     with suppress(InputError):
         if config.tokens is not None and config.tokens < report.read_evaluation(folder).tokens:

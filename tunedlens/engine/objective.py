@@ -265,7 +265,8 @@ def accumulate_gradient(
 ) -> Float[Tensor, " layers"]:
     """Add the gradient of the mean KL of every layer to the `grad` of its translator.
 
-    The layers are processed one after the other, so the memory does not grow with their number.
+    The layers are processed one after the other, or a few at a time if they have few tokens, so
+    the memory does not grow with their number.
 
     Args:
         states: the states at `lens.points`, and last the one before the final norm.
@@ -279,19 +280,30 @@ def accumulate_gradient(
         points that take no part.
     """
     model, points = model or objective.model_side(states[-1]), lens.points
-    kl, dtype = states[-1].new_zeros(len(points)), objective.dtype
-    factor = fraction / len(states[-1])
-    for index in range(len(points)) if layers is None else layers:
-        hidden, (site, layer) = states[index], points[index]
-        translator = lens.translator(layer, site)
-        nats, gradient = objective.gradient(lens.transform_hidden(hidden, layer, site), model, keys)
-        kl[index] = nats.sum() * factor
-        weight_gradient = (gradient.T.to(dtype) @ hidden.to(dtype)).to(gradient.dtype)
-        values = (weight_gradient, gradient.sum(0))
-        for parameter, value in zip(translator.parameters(), values, strict=True):
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            parameter.grad.add_(value, alpha=factor)
+    tokens, dtype = len(states[-1]), objective.dtype
+    kl, factor = states[-1].new_zeros(len(points)), fraction / tokens
+    left = list(range(len(points)) if layers is None else layers)
+    together = max(1, max_chunk_tokens(states[-1].device) // tokens)
+    while left:
+        group, left = left[:together], left[together:]
+        translated = [
+            lens.transform_hidden(states[index], points[index].layer, points[index].site)
+            for index in group
+        ]
+        same = ModelSide(model.mean_row.repeat(len(group), 1), model.offset.repeat(len(group)))
+        nats, gradients = objective.gradient(torch.cat(translated), same, keys)
+        for index, own, gradient in zip(
+            group, nats.split(tokens), gradients.split(tokens), strict=True
+        ):
+            kl[index] = own.sum() * factor
+            translator = lens.translator(points[index].layer, points[index].site)
+            weight = (gradient.T.to(dtype) @ states[index].to(dtype)).to(gradient.dtype)
+            for parameter, value in zip(
+                translator.parameters(), (weight, gradient.sum(0)), strict=True
+            ):
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad.add_(value, alpha=factor)
     return kl
 
 

@@ -7,38 +7,55 @@ and unembedding. It is scored against that model's own distribution.
 import copy
 import dataclasses
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
 
 from tunedlens.config import ModelConfig
 from tunedlens.errors import InputError
 from tunedlens.evaluation.results import MODEL, Evaluation, Grids, name_on
 from tunedlens.lenses import Lens, ResidualLens
-from tunedlens.model import FrozenModel
+from tunedlens.model import FrozenModel, load_configured
 
-ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_CONFIG = "adapter_config.json"
 """The file that makes a folder a PEFT adapter."""
 
 
-def config_beside(beside: str, config: ModelConfig) -> tuple[str, ModelConfig]:
-    """The title and the config of a second model.
+class SecondModel(NamedTuple):
+    """A model on which lenses are scored beside the first."""
+
+    title: str
+    """What results call it."""
+    model: FrozenModel
+
+
+def second_model(
+    beside: FrozenModel | str | None, config: ModelConfig, device: torch.device
+) -> SecondModel | None:
+    """Load the second model, if there is one.
 
     Args:
-        beside: a folder or a name on the hub, with an optional `NAME=` in front; the folder of a
-            PEFT adapter stands for the first model with that adapter.
+        beside: a loaded model; or a folder or a name on the hub, with an optional `NAME=` in
+            front. The folder of a PEFT adapter stands for the first model with that adapter.
         config: that of the first model, whose dtype, device and structure the second one shares.
+        device: where it runs if the config names no device.
+
+    Raises:
+        InputError: it cannot be loaded.
     """
+    if beside is None:
+        return None
+    if isinstance(beside, FrozenModel):
+        return SecondModel(Path(beside.name).name, beside)
     title, _, name = ("", "", beside) if Path(beside).exists() else beside.rpartition("=")
-    if (Path(name) / ADAPTER_CONFIG).is_file():
-        second = dataclasses.replace(config, adapter=name)
+    if (Path(name) / _ADAPTER_CONFIG).is_file():
+        config = dataclasses.replace(config, adapter=name)
     else:
-        second = dataclasses.replace(
+        config = dataclasses.replace(
             config, model=name, revision=None, adapter=None, gguf_file=None
         )
-    return title or title_of(name), second
-
-
-def title_of(name: str) -> str:
-    """What tables and plots call a model."""
-    return Path(name).name
+    return SecondModel(title or Path(name).name, load_configured(config, device))
 
 
 def require_comparable(model: FrozenModel, other: FrozenModel, seq_len: int | None) -> None:
@@ -80,9 +97,10 @@ def onto(lens: Lens, model: FrozenModel, name: str) -> Lens:
             f"the lens {name} does not read the states of a model, so it cannot be scored beside "
             "on another one; leave it out"
         )
-    shared = {id(lens.unembedding): model.unembedding.shared()}
-    shared |= {id(child): child for child in lens.children() if child is not lens.unembedding}
-    moved = copy.deepcopy(lens, shared)
+    # deepcopy takes these in place of copies.
+    parts: dict[int, nn.Module] = {id(child): child for child in lens.children()}
+    parts[id(lens.unembedding)] = model.unembedding.shared()
+    moved = copy.deepcopy(lens, parts)
     moved.identity = model.identity
     return moved
 

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain, islice, tee
 
 from accelerate import Accelerator
@@ -18,11 +19,11 @@ from tunedlens.distributed import join_processes
 from tunedlens.doctor import warn_of_faults
 from tunedlens.errors import InputError
 from tunedlens.evaluation.beside import (
-    config_beside,
+    SecondModel,
     onto,
     require_comparable,
+    second_model,
     side_by_side,
-    title_of,
 )
 from tunedlens.evaluation.lens_specs import (
     BASELINES,
@@ -35,7 +36,7 @@ from tunedlens.evaluation.lens_specs import (
 from tunedlens.evaluation.results import Evaluation, EvaluationProvenance, name_on
 from tunedlens.evaluation.scoring import Block, Layout, Scorer
 from tunedlens.evaluation.tally import Tally
-from tunedlens.evaluation.text import load_text
+from tunedlens.evaluation.text import ScoredText, load_text
 from tunedlens.files import JsonObject
 from tunedlens.lenses import Lens, LogitLens, require_made_for
 from tunedlens.metrics import per_token_metrics
@@ -85,44 +86,52 @@ def evaluate(
     else:
         named = dataclasses.replace(config.model, model=model.name)
         config = dataclasses.replace(config, model=named)
-    title = "" if beside is None else title_of(beside.name)
-    if beside is None and config.beside is not None:
-        title, second_config = config_beside(config.beside, config.model)
-        beside = load_configured(second_config, accelerator.device)
-    for one in [model, beside] if beside else [model]:
+    second = second_model(beside or config.beside, config.model, accelerator.device)
+    for one in [model, second.model] if second else [model]:
         warn_of_faults(one, is_bos_default=config.corpus.bos is None and not saved)
     loaded = {spec.name: checkpoint.load_lens(spec.folder, model) for spec in saved}
     ready = {**loaded, **(lenses or {})}
     text = load_text(config, specs, model, sampled)
-    total, (blocks, blocks_beside) = text.tokens * (2 if beside else 1), tee(text.blocks)
-
-    def score(on: FrozenModel, scored: Mapping[str, Lens], own: Iterator[Tensor]) -> Evaluation:
-        return score_lenses(
-            on,
-            scored,
-            own,
-            text.config,
-            accelerator=accelerator,
-            progress=None if progress is None else lambda count: progress(count, total),
-        )
-
-    provenance: EvaluationProvenance = {
+    evaluation = _score(specs, ready, model, second, text, accelerator, progress)
+    about: EvaluationProvenance = {
         **describe_run(model, command),
         "lenses": {spec.name: _source(spec, text.training) for spec in specs[1:]},
         "corpus": text.description,
         "config": dataclasses.asdict(text.config),
         "processes": accelerator.num_processes,
     }
-    if beside is not None:
-        require_comparable(model, beside, text.config.corpus.seq_len)
-        provenance["beside"] = {"title": title} | dataclasses.asdict(beside.identity)
+    if second:
+        about["beside"] = {"title": second.title} | dataclasses.asdict(second.model.identity)
+    return dataclasses.replace(evaluation, provenance=about)
+
+
+def _score(
+    specs: Sequence[LensSpec],
+    ready: Mapping[str, Lens],
+    model: FrozenModel,
+    second: SecondModel | None,
+    text: ScoredText,
+    accelerator: Accelerator,
+    progress: Callable[[int, int], None] | None,
+) -> Evaluation:
+    """The lenses on the model and, on the same blocks, on the second one."""
+    if second:
+        require_comparable(model, second.model, text.config.corpus.seq_len)
+    total, (blocks, blocks_again) = text.tokens * (2 if second else 1), tee(text.blocks)
+    score = partial(
+        score_lenses,
+        config=text.config,
+        accelerator=accelerator,
+        progress=None if progress is None else lambda count: progress(count, total),
+    )
     evaluation = score(model, _in_order(specs, ready, model, text.training), blocks)
-    if beside is not None:
-        moved = {name: onto(lens, beside, name) for name, lens in ready.items()}
-        found = _in_order(specs, moved, beside, text.training)
-        named = {name_on(name, title): lens for name, lens in found.items()}
-        evaluation = side_by_side(evaluation, score(beside, named, blocks_beside), title)
-    return dataclasses.replace(evaluation, provenance=provenance)
+    if second is None:
+        return evaluation
+    moved = {name: onto(lens, second.model, name) for name, lens in ready.items()}
+    found = _in_order(specs, moved, second.model, text.training)
+    named = {name_on(name, second.title): lens for name, lens in found.items()}
+    on_second = score(second.model, named, blocks_again)
+    return side_by_side(evaluation, on_second, second.title)
 
 
 def _in_order(

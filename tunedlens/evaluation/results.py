@@ -22,7 +22,7 @@ class Result:
     lens: str
     """Name of the lens, or `model`."""
     layer: int | None
-    """None for the mean over layers, or for a metric of the lens as a whole."""
+    """None for the mean over the lens's layers, or for a metric of the lens as a whole."""
     metric: str
     """One of `metrics.METRICS`."""
     value: float
@@ -37,7 +37,7 @@ class Difference:
     lens: str
     other: str
     layer: int | None
-    """None for the mean over layers."""
+    """None for the mean over the layers that both lenses have."""
     metric: str
     value: float
     standard_error: float | None
@@ -121,13 +121,23 @@ class Evaluation:
 
     @property
     def metrics(self) -> list[str]:
-        """Names of the metrics that every lens has at every layer."""
-        return list(
-            dict.fromkeys(r.metric for r in self.results if r.lens != MODEL and r.layer == 0)
-        )
+        """Names of the metrics that every lens has at each of its layers."""
+        models = self.models
+        of_layers = (r for r in self.results if r.lens not in models and r.layer is not None)
+        return list(dict.fromkeys(r.metric for r in of_layers))
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers at which any lens was scored."""
+        return sorted({layer for lens in self.lenses for layer in self.layers_of(lens)})
+
+    def layers_of(self, lens: str) -> list[int]:
+        """The layers at which a lens was scored: those of its translators."""
+        kl = {r.layer for r in self.results if (r.lens, r.metric) == (lens, "kl_nats")}
+        return [layer for layer in range(self.n_layers) if layer in kl]
 
     def by_layer(self, lens: str, metric: str) -> list[Estimate]:
-        """A metric at every layer from 0 to n - 1 (to n for prediction depth)."""
+        """A metric at each of `layers_of(lens)` (and last at n, for prediction depth)."""
         return self._results(lens, metric, range(self.n_layers + 1))
 
     def of_model(self, metric: str, name: str = MODEL) -> Estimate:
@@ -135,15 +145,20 @@ class Evaluation:
         return self._results(name, metric, [self.n_layers])[0]
 
     def of_lens(self, lens: str, metric: str) -> Estimate:
-        """The mean of a metric over layers, or a metric of the lens as a whole."""
+        """The mean of a metric over the lens's layers, or a metric of the lens as a whole."""
         return self._results(lens, metric, [None])[0]
 
+    def shared_layers(self, lens: str, other: str) -> list[int]:
+        """The layers at which both lenses were scored."""
+        others = self.layers_of(other)
+        return [layer for layer in self.layers_of(lens) if layer in others]
+
     def difference(self, lens: str, other: str, metric: str) -> list[Estimate]:
-        """A metric of one lens minus that of another, at every layer."""
+        """A metric of one lens minus that of another, at every layer that both have."""
         return self._differences(lens, other, metric, range(self.n_layers))
 
     def mean_difference(self, lens: str, other: str, metric: str) -> Estimate:
-        """The mean over layers of a metric of one lens minus that of another."""
+        """The mean of that difference over the layers that both lenses have."""
         return self._differences(lens, other, metric, [None])[0]
 
     def _results(self, lens: str, metric: str, layers: Iterable[int | None]) -> list[Estimate]:
@@ -203,7 +218,7 @@ class Evaluation:
                 raise ValueError(f"the metric {metric} is unknown")
             for lens in self.lenses:
                 count = len(self.by_layer(lens, metric))
-                if count != self.n_layers + (metric == "prediction_depth"):
+                if count != len(self.layers_of(lens)) + (metric == "prediction_depth"):
                     raise ValueError(f"{metric} of {lens} has {count} layers")
 
 

@@ -58,8 +58,8 @@ def trajectory(
         lenses: one, several (by name if two are of one kind), or None for the logit lens.
         text: a text or its token ids; a list of them gives a list of trajectories, and the
             texts go through the model together.
-        sites: names of `model.sites.SITES`; the model's own row is always the last. A lens
-            with translators reads only the stream between blocks.
+        sites: names of `model.sites.SITES`; the model's own row is always the last. Rows at which
+            a lens has no translator are left out.
         k: the number of best tokens to keep at each row and position.
         track: tokens to follow at every position, as text or ids, in addition to those that
             are the best token of some row of some lens.
@@ -132,6 +132,9 @@ def compare(
         Reader(model, lenses, sites, k),
         Reader(baseline_model, baseline_lenses, sites, k),
     ]
+    rows = [row for row in readers[0].rows if row in readers[1].rows]
+    for reader in readers:
+        reader.rows = rows
     texts = [
         token_ids(model, text),
         token_ids(baseline_model, text if baseline_text is None else baseline_text),

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _HATCHES = ("", "///", "...", "xxx", "\\\\\\")
-_MAX_BARS = 4
-"""With more lenses, lines are easier to follow than bars beside each other."""
+_MAX_BARS = 40
+"""With more layers and lenses, lines are easier to follow than bars beside each other."""
 _MAX_ANNOTATED_LAYERS = 16
 """With more layers, the cells of a transfer matrix are too small for numbers."""
 
@@ -43,7 +43,7 @@ def by_layer(
 
     Bands are two standard errors on either side. If the value of the first layer dwarfs all
     others, it is written at the top instead of drawn. The prediction depth has bars, or lines if
-    there are over four lenses.
+    there would be many bars.
 
     Args:
         evaluation: the results.
@@ -97,8 +97,9 @@ def by_position(evaluation: Evaluation) -> "Figure":
 
     Position 0 is a separate mark. Neighbouring positions are averaged to at most 64 points.
     """
-    layers = sorted({round(i * (evaluation.n_layers - 1) / 3) for i in range(4)})
     lenses = [lens for lens in evaluation.lenses if lens in evaluation.by_position]
+    scored = evaluation.layers
+    layers = [scored[i] for i in sorted({round(i * (len(scored) - 1) / 3) for i in range(4)})]
     line_styles = styles(evaluation.lenses, evaluation.sites)
     with new_figure(2.3 * len(layers) + 1.0, 2.8) as figure:
         panels = figure.subplots(1, len(layers), squeeze=False, sharey=True)[0]
@@ -205,12 +206,12 @@ def _draw_lines(axes: "Axes", evaluation: Evaluation, metric: str) -> Ends:
         offset = SITES.index(evaluation.sites.get(lens, "resid_pre")) / 4
         points = [
             (layer + offset, e.value if e.value <= top else math.nan, e.standard_error or 0.0)
-            for layer, e in enumerate(column)
+            for layer, e in zip(evaluation.layers_of(lens), column, strict=True)
         ]
         _line_with_band(axes, points, style, is_log=is_log)
         if first > top:
             below = (4, -3 - 11 * len(axes.texts))  # one line under the last
-            axes.annotate(f"↑ {first:.0e}", (0, top), below, color=style["color"],
+            axes.annotate(f"↑ {first:.0e}", (points[0][0], top), below, color=style["color"],
                           textcoords="offset points", va="top")  # fmt: skip
         ends[lens] = column[-1].value, style["color"]
     of_models = {
@@ -233,7 +234,7 @@ def _draw_lines(axes: "Axes", evaluation: Evaluation, metric: str) -> Ends:
 
 
 def _draw_depths(axes: "Axes", evaluation: Evaluation, metric: str) -> Ends:
-    """Draw fractions of tokens by prediction depth as bars, or as lines if there are many lenses.
+    """Draw fractions of tokens by prediction depth as bars, or as lines if there would be many.
 
     Lenses with bars are named in a corner. Returns where the lines end.
     """
@@ -246,14 +247,16 @@ def _draw_depths(axes: "Axes", evaluation: Evaluation, metric: str) -> Ends:
         column, color = evaluation.by_layer(lens, metric), line_styles[lens]["color"]
         mean = evaluation.of_lens(lens, "mean_prediction_depth").value
         name = f"{lens}, mean {mean:.1f}"
-        if len(lenses) > _MAX_BARS:
-            points = [(layer, e.value, e.standard_error or 0.0) for layer, e in enumerate(column)]
+        depths = [*evaluation.layers_of(lens), evaluation.n_layers]
+        if len(lenses) * len(column) > _MAX_BARS:
+            pairs = zip(depths, column, strict=True)
+            points = [(depth, e.value, e.standard_error or 0.0) for depth, e in pairs]
             _line_with_band(axes, points, line_styles[lens], is_log=False)
             ends[name] = column[-1].value, color
             continue
         shift = (index - (len(lenses) - 1) / 2) * width
         axes.bar(
-            [layer + shift for layer in range(len(column))],
+            [depth + shift for depth in depths],
             [e.value for e in column],
             width,
             yerr=[2 * (e.standard_error or 0.0) for e in column],
@@ -277,7 +280,7 @@ def _line_with_band(
     On a log scale, the band does not go below a tenth of the line.
     """
     x, y, _ = zip(*points, strict=True)
-    axes.plot(x, y, **style)
+    axes.plot(x, y, **style, markevery=ticks_of(len(points)).step)
     low = [max(v - 2 * e, v / 10 if is_log else -math.inf) for _, v, e in points]
     high = [v + 2 * e for _, v, e in points]
     axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)

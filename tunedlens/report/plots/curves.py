@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tunedlens.errors import InputError
 from tunedlens.fit import ValidationResult
+from tunedlens.model import HookPoint, hook_points
 from tunedlens.report.plots.style import (
     COLORS,
     Ends,
@@ -29,40 +30,44 @@ _DASHES = {"solid": "-", "dashed": "--", "dotted": ":", "dash-dotted": "-."}
 
 
 def learning_curve(
-    history: Sequence[ValidationResult], sites: Sequence[str] = ("resid_pre",)
+    history: Sequence[ValidationResult], points: Sequence[HookPoint] | None = None
 ) -> "Figure":
     """Held-out KL of every layer against tokens, on log scales.
 
-    About 12 of the layers are named on the right.
-
-    The validation before the first step, of the closed form or the logit lens, is at 0.
+    The validation before the first step, of the closed form or the logit lens, is at 0. Of many
+    layers, a few are named on the right.
 
     Args:
         history: the validations of a run.
-        sites: the sites that have translators; each one has a panel.
+        points: where the translators are, with a panel for every site; by default at all
+            layers of the stream.
     """
     import matplotlib
 
     tokens = [result.tokens for result in history]
     first = min((count for count in tokens if count), default=1)
     ticks = [0, *tokens[:0:-3][::-1]]
-    n_layers = len(history[0].kl_nats) // len(sites)
+    n_points = len(history[0].kl_nats)
+    points = hook_points(["resid_pre"], range(n_points)) if points is None else points
+    sites, last = list(dict.fromkeys(site for site, _ in points)), max(layer for _, layer in points)
     columns = min(2, len(sites))
     rows = -(-len(sites) // columns)
     with new_figure(4.8 * columns, 3.4 * rows) as figure:
         grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
         named: list[tuple[Axes, Ends]] = []
-        for index, (site, axes) in enumerate(zip(sites, grid.flat, strict=False)):
+        for site, axes in zip(sites, grid.flat, strict=False):
             axes.set_xscale("symlog", linthresh=first, linscale=0.5)  # it has room for 0
             axes.set_yscale("log")
             ends: Ends = {}
-            own = [kl.kl_nats[index * n_layers : (index + 1) * n_layers] for kl in history]
-            for layer, line in enumerate(zip(*own, strict=True)):
-                color = matplotlib.colormaps["viridis"](0.9 * layer / max(1, n_layers - 1))
+            of_site = [index for index, point in enumerate(points) if point.site == site]
+            own = [[result.kl_nats[index] for index in of_site] for result in history]
+            for order, line in enumerate(zip(*own, strict=True)):
+                layer = points[of_site[order]].layer
+                color = matplotlib.colormaps["viridis"](0.9 * layer / max(1, last))
                 axes.plot(tokens, line, color=color, marker=".")
-                if layer in ticks_of(n_layers):
-                    ends[str(layer) if layer else "layer 0"] = line[-1], color
-            mean = [sum(values) / n_layers for values in own]
+                if order in ticks_of(len(of_site)) or order == len(of_site) - 1:
+                    ends[str(layer) if ends else f"layer {layer}"] = line[-1], color
+            mean = [sum(values) / len(values) for values in own]
             axes.plot(tokens, mean, color="black", linestyle="--")
             ends["mean"] = mean[-1], "black"
             if len(sites) > 1:
@@ -90,11 +95,11 @@ def _short(count: int) -> str:
 
 
 def draw_learning_curve(
-    history: Sequence[ValidationResult], folder: Path, sites: Sequence[str] = ("resid_pre",)
+    history: Sequence[ValidationResult], folder: Path, points: Sequence[HookPoint] | None = None
 ) -> None:
     """Draw it as PNG, SVG and PDF, if there are at least two validations."""
     if len(history) > 1:
-        save(learning_curve(history, sites), folder / "learning_curve")
+        save(learning_curve(history, points), folder / "learning_curve")
 
 
 def curves(

@@ -1,6 +1,7 @@
 """The style of every figure: for a paper, for colour-blind readers, and in grey."""
 
 import io
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -192,8 +193,9 @@ def save(figure: "Figure", path: str | Path) -> None:
 
 
 def ticks_of(count: int) -> range:
-    """About 12 evenly spaced numbers below a count."""
-    return range(0, count, max(1, count // 12))
+    """At most nine evenly spaced numbers below a count, in steps of 1, 2, 5, 10 and so on."""
+    steps = (step * 10**power for power in itertools.count() for step in (1, 2, 5))
+    return range(0, count, next(step for step in steps if count <= 9 * step))
 
 
 def plain_log_ticks(axes: "Axes") -> None:
