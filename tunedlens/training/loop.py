@@ -225,7 +225,7 @@ def _accumulate_finite(
 ) -> Float[Tensor, " layers"]:
     """The same without the blocks whose numbers are not finite, summed over processes."""
     kept = leave_out(run, state, input_ids, active)
-    if len(kept) < run.accelerator.num_processes:
+    if not len(kept):
         return torch.zeros(len(active), device=run.model.device)
     kl = _accumulate(run, state, kept, active)
     _reduce(run, state, kl, False)
