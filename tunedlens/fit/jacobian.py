@@ -1,8 +1,7 @@
 """The mean Jacobian of the final state with respect to the states of layers."""
 
-from collections.abc import Sequence
-
 import zlib
+from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
