@@ -4,16 +4,21 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import in_two_processes, make_gpt2, short_run, write_text
 from transformers import AutoTokenizer
 
-from tunedlens import InputError, builtin, report, train
+from tunedlens import Evaluation, InputError, builtin, report, train
 from tunedlens.cli import evaluate_command, train_command
 from tunedlens.distributed import join_processes
 from tunedlens.training import checkpointing
 
+ROOT = Path(__file__).parents[1]
 FITS = {
     "preconditioned": {},
     "a sample of the vocabulary": {"vocab_sample": 400},
@@ -41,9 +46,22 @@ def configs(tmp_path_factory):
     }
 
 
+def flags_of(config):
+    """The same config for train.py."""
+    flags = ["--model", config.model.model, "--dataset", config.corpus.dataset, "--device", "cpu"]
+    flags += ["--seq-len", "16", "--tokens", "640", "--init-tokens", "128", "--batch-size", "5"]
+    return [*flags, "--precision", "fp32", "--kernel", "products", "--evaluate-tokens", "60"]
+
+
 def held_out(evaluation):
     """Every KL of a run's table."""
     return {(r.lens, r.layer): r.value for r in evaluation.results if r.metric == "kl_nats"}
+
+
+def saved(folder):
+    """The same from a run's folder."""
+    manifest = json.loads((folder / "config.json").read_text())
+    return held_out(Evaluation.from_json(manifest["held_out"]))
 
 
 def _train_and_evaluate(configs, flags, folder):
@@ -61,10 +79,7 @@ def _train_and_evaluate(configs, flags, folder):
 @pytest.fixture(scope="module")
 def shared(configs, tmp_path_factory):
     """The same by two processes: the folder, and what each of them found."""
-    folder, plain = tmp_path_factory.mktemp("two"), configs["preconditioned"]
-    flags = ["--model", plain.model.model, "--dataset", plain.corpus.dataset, "--device", "cpu"]
-    flags += ["--seq-len", "16", "--tokens", "640", "--init-tokens", "128", "--batch-size", "5"]
-    flags += ["--precision", "fp32", "--kernel", "products", "--evaluate-tokens", "60"]
+    folder, flags = tmp_path_factory.mktemp("two"), flags_of(configs["preconditioned"])
     return folder, in_two_processes(_train_and_evaluate, configs, flags, folder)
 
 
@@ -113,13 +128,7 @@ def test_commands_share_their_work(shared, alone):
     outputs = sorted(printed for _, printed in found)
     assert outputs[0] == ""  # one process prints for both
     assert outputs[1].count("saved to") == 1
-    manifest = json.loads((folder / "command" / "config.json").read_text())
-    by_commands = {
-        (r["lens"], r["layer"]): r["value"]
-        for r in manifest["held_out"]["results"]
-        if r["metric"] == "kl_nats"
-    }
-    assert by_commands == pytest.approx(alone["preconditioned"], rel=1e-5)
+    assert saved(folder / "command") == pytest.approx(alone["preconditioned"], rel=1e-5)
 
 
 def test_evaluation_by_two_processes_is_that_of_one(shared, tmp_path):
@@ -147,3 +156,59 @@ def test_accelerate_launch_that_starts_one_process_on_cpus_is_refused(monkeypatc
     monkeypatch.setenv("MASTER_PORT", "29500")
     with pytest.raises(InputError, match="use: torchrun"):
         join_processes()
+
+
+def torchrun(flags, prefix=(), interface=None):
+    """Start train.py by torchrun."""
+    command = [*prefix, sys.executable, "-m", "torch.distributed.run", *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if interface:
+        environment["GLOO_SOCKET_IFNAME"] = interface
+    return subprocess.Popen(command, cwd=ROOT, env=environment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "divided"), [(4, []), (3, ["--shard-layers"])])
+def test_more_processes_train_the_lens_of_one(processes, divided, configs, alone, tmp_path):
+    flags = ["--standalone", "--nproc_per_node", str(processes), "train.py"]
+    flags += flags_of(configs["preconditioned"])
+    assert torchrun([*flags, *divided, "--output", str(tmp_path / "run")]).wait() == 0
+    assert saved(tmp_path / "run") == pytest.approx(alone["preconditioned"], rel=1e-5)
+
+
+@pytest.fixture
+def hosts():
+    """Two network namespaces that are joined by a cable: their names, interfaces, addresses."""
+    names = [f"lens-{os.getpid()}-{i}" for i in range(2)]
+    cards, addresses = [f"lens{os.getpid()}{i}" for i in "ab"], ["10.77.0.1", "10.77.0.2"]
+
+    def ip(*words):
+        subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", cards[0], "type", "veth", "peer", "name", cards[1])
+        for name, card, address in zip(names, cards, addresses, strict=True):
+            ip("link", "set", card, "netns", name)
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", card)
+            ip("-n", name, "link", "set", card, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield list(zip(names, cards, addresses, strict=True))
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"network namespaces are not allowed here: {getattr(error, 'stderr', error)}")
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+@pytest.mark.slow
+def test_two_hosts_train_the_lens_of_one(hosts, configs, alone, tmp_path):
+    started = []
+    for rank, (name, card, _) in enumerate(hosts):
+        flags = ["--nnodes", "2", "--node_rank", str(rank), "--nproc_per_node", "1"]
+        flags += ["--master_addr", hosts[0][2], "--master_port", "29511", "train.py"]
+        flags += [*flags_of(configs["preconditioned"]), "--output", str(tmp_path / "run")]
+        started.append(torchrun(flags, ["ip", "netns", "exec", name], card))
+    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    assert saved(tmp_path / "run") == pytest.approx(alone["preconditioned"], rel=1e-5)
