@@ -18,6 +18,7 @@ from tunedlens.engine.capped import make_objective
 from tunedlens.training import loop
 from tunedlens.training.plan import TrainPlan
 from tunedlens.training.run import Progress, TrainState, make_optimizer
+from tunedlens.training.sharding import LayerShards
 from tunedlens.training.states import StateReader
 
 PLAN = TrainPlan(
@@ -71,8 +72,14 @@ def step_on_meta(tokenizer, monkeypatch, plan, active=(True, True, True)):
     )
     reader = StateReader(model, plan, Accelerator(cpu=True))
     objective = make_objective(model.unembedding.centred(), dtype=reader.dtype)
+    accelerator, d_model = reader.accelerator, model.identity.d_model
     run = SimpleNamespace(
-        plan=plan, model=model, reader=reader, objective=objective, accelerator=reader.accelerator
+        plan=plan,
+        model=model,
+        reader=reader,
+        shards=LayerShards(reader.points, d_model, accelerator, is_divided=False),
+        objective=objective,
+        accelerator=accelerator,
     )
     state = TrainState(
         make_optimizer(TunedLens.from_model(model, plan.all_sites), plan), Progress()

@@ -190,7 +190,7 @@ def _accumulate(
     plan, objective, device = run.plan, run.objective, run.model.device
     own = run.shards.own
     layers = [layer for layer, index in enumerate(own) if active[index]]
-    kl, keys = torch.zeros(len(active), device=device), objective.keys()
+    kl, keys = torch.zeros(len(own), device=device), objective.keys()
     usage = torch.zeros(run.model.identity.vocab_size, device=device) if plan.vocab_sample else None
     micro_batches: Iterable[tuple[list[Tensor], Sequence[Tensor]]] = (
         (states[:-1], objective.model_side(states[-1], usage))
@@ -208,7 +208,7 @@ def _accumulate(
     none = ModelSide.of_no_tokens(run.model.identity.d_model, device)
     for states, shared in run.shards.to_owners(micro_batches, rounds, none):
         model_side = ModelSide(*shared)
-        kl[own] += accumulate_gradient(
+        kl += accumulate_gradient(
             state.optimizer.lens,
             [*states, model_side.mean_row],
             objective,
@@ -221,7 +221,7 @@ def _accumulate(
         for parameter in translator.parameters():
             if parameter.grad is None:  # this process has no block of the step
                 parameter.grad = torch.zeros_like(parameter)
-    return kl
+    return run.shards.expand(kl)
 
 
 def _accumulate_finite(

@@ -104,6 +104,8 @@ class LayerShards:
 
     def expand(self, own: Float[Tensor, "own ..."]) -> Float[Tensor, "points ..."]:
         """Values of this process's points among zeros for those of the others."""
+        if not self.is_divided:
+            return own
         values = own.new_zeros(self._count, *own.shape[1:])
         values[self.own] = own
         return values
