@@ -13,6 +13,7 @@ from types import NoneType
 from typing import Any, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
 
 from tunedlens.errors import InputError
+from tunedlens.files import JsonObject, as_type
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Precision = Literal["fp32", "bf16"]
@@ -96,6 +97,9 @@ class ModelConfig(_Config):
     )
     gguf_file: str | None = option(
         None, "GGUF file in the folder or on the hub that holds the weights"
+    )
+    trust_remote_code: bool = option(
+        False, "run the code that the model's repository brings along; only for one that you trust"
     )
     blocks: str | None = option(
         None, "path of the list of blocks, such as model.layers, if it is not found by itself"
@@ -259,14 +263,24 @@ class TrainConfig(_Config):
         return self.sites.split(",") if self.sites else []
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Self:
-        """The inverse of `dataclasses.asdict`, also for manifests of 0.1.0."""
-        corpus = {"bos": False} | data["corpus"]  # 0.1.0 had no BOS
-        parts = {"model": ModelConfig(**data["model"]), "corpus": CorpusConfig(**corpus)}
+    def from_json(cls, data: JsonObject, what: str) -> Self:
+        """The inverse of `dataclasses.asdict`, also for manifests of 0.1.0.
+
+        Args:
+            what: what messages call the data.
+
+        Raises:
+            InputError: a value is not known or of another type.
+        """
         renamed = {"most_tokens": "max_tokens", "start_tokens": "init_tokens"}  # since 0.1.0
         fields = {renamed.get(name, name): value for name, value in data.items()}
         fields.pop("compile", None)  # of 0.1.0
-        return cls(**fields | parts)
+        if isinstance(corpus := data.get("corpus"), dict):
+            fields["corpus"] = {"bos": False} | corpus  # 0.1.0 had no BOS
+        if isinstance(model := data.get("model"), dict):
+            # A file cannot allow code to run; only its reader can.
+            fields["model"] = {k: v for k, v in model.items() if k != "trust_remote_code"}
+        return as_type(cls, fields, what)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from tunedlens.config import WandbMode
 from tunedlens.errors import first_line
+from tunedlens.escaping import for_terminal
 from tunedlens.evaluation import Evaluation
 
 if TYPE_CHECKING:
@@ -17,9 +18,13 @@ if TYPE_CHECKING:
 WANDB_PATIENCE_SECONDS = 5
 
 
-def say(message: str) -> None:
-    """Print a line, above the progress bar if there is one."""
-    tqdm.write(message, file=sys.stdout)
+def say(message: str, *, has_colors: bool = False) -> None:
+    """Print lines, above the progress bar if there is one.
+
+    Args:
+        has_colors: whether the message is ours and may move a terminal's colours.
+    """
+    tqdm.write(message if has_colors else for_terminal(message), file=sys.stdout)
     sys.stdout.flush()
 
 

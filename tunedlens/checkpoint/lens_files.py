@@ -9,18 +9,25 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from tunedlens.checkpoint.manifest import FORMAT, MANIFEST, WEIGHTS, read_manifest
 from tunedlens.errors import InputError
-from tunedlens.files import JsonObject, newest_folder, now, read_json, write, write_json
+from tunedlens.files import (
+    JsonObject,
+    newest_folder,
+    now,
+    read_tensor_names,
+    read_tensors,
+    require_finite,
+    write,
+    write_json,
+)
 from tunedlens.lenses import AffineLens, JacobianLens, TunedLens
 from tunedlens.model import FrozenModel, probe_kl, probe_tolerance, require_same_model
 
-FORMAT = 1
 ROOT = Path("checkpoints")
 """The default folder of runs."""
-MANIFEST = "config.json"
-WEIGHTS = "lens.safetensors"
 KINDS: dict[str, type[AffineLens]] = {"tuned": TunedLens, "jacobian": JacobianLens}
-"""The kinds of lens that can be saved, by their names in a manifest."""
+"""The kinds of lens that can be saved, by their names in a manifest (`manifest.Kind`)."""
 
 
 def save_lens(
@@ -53,28 +60,6 @@ def save_lens(
         **(metadata or {}),
     }
     write_json(folder / MANIFEST, manifest)
-
-
-def read_manifest(folder: Path) -> JsonObject:
-    """Read `config.json` of a saved lens.
-
-    Raises:
-        InputError: there is no lens in the folder, or its manifest is damaged.
-    """
-    path = folder / MANIFEST
-    manifest = read_json(
-        path, f"{folder} holds no lens: expected {MANIFEST} and {WEIGHTS}, as train.py writes them"
-    )
-    if not isinstance(manifest, dict) or manifest.get("lens") not in KINDS:
-        raise InputError(f"{path} is not the manifest of a lens ({' or '.join(KINDS)})")
-    if manifest.get("format") != FORMAT:
-        raise InputError(
-            f"{path} has format {manifest.get('format')}; this version reads format {FORMAT}"
-        )
-    missing = {"model", "created", "lens_sha256"} - manifest.keys()
-    if missing or not isinstance(manifest["model"], dict):
-        raise InputError(f"{path} is damaged: it says nothing of {', '.join(missing) or 'a model'}")
-    return manifest
 
 
 def kind_of(lens: AffineLens) -> str:
@@ -135,12 +120,8 @@ def fill_lens(lens: AffineLens, folder: Path, *, any_model: bool = False) -> Jso
         identity = dataclasses.asdict(lens.identity)
         require_same_model(manifest["model"], identity, f"the lens in {folder}")
     path = folder / WEIGHTS
-    try:
-        weights = path.read_bytes()
-        tensors = safetensors.torch.load(weights)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path} is missing or damaged: {error}") from error
-    if hashlib.sha256(weights).hexdigest() != manifest["lens_sha256"]:
+    tensors, _, sha256 = read_tensors(path)
+    if sha256 != manifest["lens_sha256"]:
         raise InputError(f"{path} is damaged: it is not the file that {MANIFEST} describes")
     expected = lens.translators.state_dict()
     # A translator whose weight is zero everywhere is saved as its bias.
@@ -153,9 +134,7 @@ def fill_lens(lens: AffineLens, folder: Path, *, any_model: bool = False) -> Jso
             f"{path} does not hold {len(expected)} tensors for {lens.n_layers} layers of width "
             f"{lens.identity.d_model}: {min(wrong)} is missing, not expected, or of another shape"
         )
-    for name, value in tensors.items():
-        if not value.isfinite().all():
-            raise InputError(f"{path} holds values that are not finite ({name}); train it again")
+    require_finite(tensors, path)
     lens.translators.load_state_dict(tensors)
     return manifest
 
@@ -179,9 +158,5 @@ def saved_sites(folder: Path) -> list[str]:
     Raises:
         InputError: the file is missing or damaged.
     """
-    path = folder / WEIGHTS
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            return list(dict.fromkeys(name.partition(".")[0] for name in file.keys()))  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path} is missing or damaged: {error}") from error
+    names = read_tensor_names(folder / WEIGHTS)
+    return list(dict.fromkeys(name.partition(".")[0] for name in names))

@@ -10,7 +10,7 @@ import safetensors.torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tunedlens.checkpoint.lens_files import read_manifest
+from tunedlens.checkpoint.manifest import read_manifest
 from tunedlens.config import TrainConfig
 from tunedlens.errors import InputError
 from tunedlens.files import JsonObject, newest_folder, now, write
@@ -67,10 +67,7 @@ def saved_config(folder: Path) -> TrainConfig:
         metadata = read_manifest(folder)
     if "config" not in metadata:
         raise InputError(f"the lens in {folder} was not saved by a training run")
-    try:
-        return TrainConfig.from_json(metadata["config"])
-    except (KeyError, TypeError) as error:
-        raise InputError(f"the config saved in {folder} is damaged: {error}") from error
+    return TrainConfig.from_json(metadata["config"], f"the config saved in {folder}")
 
 
 def newest_state(root: Path) -> Path:

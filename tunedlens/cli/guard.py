@@ -10,6 +10,7 @@ import huggingface_hub
 import transformers
 
 from tunedlens.errors import InputError
+from tunedlens.escaping import printable
 
 Arguments = Sequence[str] | None
 
@@ -51,7 +52,7 @@ def command(run: Callable[[Arguments], int]) -> Callable[[Arguments], int]:
         try:
             return run(arguments)
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

@@ -114,5 +114,6 @@ def _write_prompts(
         say(f"\n{prompt!r}\nbest tokens after {last}, with probabilities")
         for lens in lenses:
             table = report.top_k(read, lens=lens, k=3).to_text(is_coloured=sys.stdout.isatty())
-            say(f"\n{lens} lens\n{table}")
+            say(f"\n{lens} lens")
+            say(table, has_colors=True)
         say(f"\nreport.md, with heatmaps, curves, tables and a page to explore, is in {written}")

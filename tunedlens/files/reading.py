@@ -9,10 +9,12 @@ import json
 import math
 import os
 import stat
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
+import safetensors
 import safetensors.torch
 import torch
 import yaml
@@ -47,22 +49,27 @@ def read_bytes(path: Path, if_missing: str | None = None, max_bytes: int | None 
     Raises:
         InputError: the file is missing, too large or no regular file, or cannot be read.
     """
+    with _opened(path, if_missing) as file:
+        content = file.read() if max_bytes is None else file.read(max_bytes + 1)
+    if max_bytes is not None and len(content) > max_bytes:
+        raise InputError(f"{path} is larger than {max_bytes:,} bytes, the most that is read")
+    return content
+
+
+@contextmanager
+def _opened(path: Path, if_missing: str | None) -> Iterator[BinaryIO]:
     try:
         with open(path, "rb", opener=_open_without_waiting) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise InputError(f"{path} is not a regular file; expected a file to read")
-            content = file.read() if max_bytes is None else file.read(max_bytes + 1)
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError("it is not a regular file")
+            yield file
     except FileNotFoundError:
         raise InputError(if_missing or f"there is no file {path}") from None
     except InputError:
         raise
-    except (OSError, ValueError) as error:  # a ValueError if the path holds a NUL
+    except Exception as error:  # a damaged file can raise any kind of exception
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"cannot read {path}: {reason}") from error
-    if max_bytes is not None and len(content) > max_bytes:
-        raise InputError(f"{path} is larger than {max_bytes:,} bytes, the most that is read")
-    return content
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
@@ -196,6 +203,16 @@ def read_tensors(
             came = str(value.dtype).removeprefix("torch.")
             raise InputError(f"{path} is damaged: expected {expected}, got {came} ({name})")
     return TensorFile(tensors, metadata, hashlib.sha256(content).hexdigest())
+
+
+def read_tensor_names(path: Path, if_missing: str | None = None) -> list[str]:
+    """The names of the tensors in a safetensors file, from its header.
+
+    Raises:
+        InputError: as `read_tensors`.
+    """
+    with _opened(path, if_missing), safetensors.safe_open(path, "pt") as file:
+        return list(file.keys())
 
 
 def require_finite(tensors: Mapping[str, Shaped[Tensor, "..."]], path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tunedlens.errors import InputError
 
+_LONGEST_NAME = 100
 _A_DAY = 24 * 60 * 60
 
 
@@ -42,6 +43,20 @@ def replacing(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
     _remove_abandoned(path)
+
+
+def require_lens_name(name: str) -> None:
+    """Check that the name of a lens can be part of the names of files.
+
+    Raises:
+        InputError: it cannot.
+    """
+    is_right = name.isprintable() and 0 < len(name.encode()) <= _LONGEST_NAME
+    if not is_right or "/" in name or name.startswith("."):
+        raise InputError(
+            f"expected a name of a lens of 1 to {_LONGEST_NAME} bytes, without a slash and without "
+            f"a dot in front; got {name!r:.40}"
+        )
 
 
 def write(path: Path, content: str | bytes) -> None:

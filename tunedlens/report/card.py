@@ -8,6 +8,7 @@ import yaml
 from tunedlens.config import ONE_PASS
 from tunedlens.corpus.sources import is_on_hub
 from tunedlens.errors import InputError, first_line
+from tunedlens.escaping import code, for_markdown
 from tunedlens.evaluation import Evaluation
 from tunedlens.files import JsonObject
 from tunedlens.report.tables import kl_rows, markdown, scored_text, summary
@@ -24,8 +25,8 @@ def card(name: str, manifest: JsonObject, evaluation: Evaluation | None = None) 
         evaluation: held-out results of the training.
     """
     parts = [
-        f"# {name}",
-        f"A {manifest['lens']} lens for `{manifest['model']['name']}`, made by tunedlens.",
+        f"# {for_markdown(name)}",
+        f"A {manifest['lens']} lens for {code(manifest['model']['name'])}, made by tunedlens.",
         "\n".join([
             *(_training(manifest) if "config" in manifest else ()),
             "- Everything else is in `config.json`; load the lens with `tunedlens.load_lens`.",
@@ -54,7 +55,7 @@ def _training(manifest: JsonObject) -> list[str]:
         used += f" for the closed form and {steps:,} for the steps"
     seconds = manifest["progress"]["seconds"]
     return [
-        f"- Text: {text}, blocks of {config['corpus']['seq_len']} tokens.",
+        f"- Text: {for_markdown(text)}, blocks of {config['corpus']['seq_len']} tokens.",
         f"- Fit: {config['fit']}, with {used}, in {seconds:.0f} s on {run['device']} "
         f"({config['precision']}), seed {config['seed']}.",
         f"- Version: tunedlens {run['versions']['tunedlens']}.",
@@ -112,8 +113,8 @@ def evaluation_section(evaluation: Evaluation, picture: str) -> str:
     """
     parts = [
         "\n## Evaluation",
-        "\n".join(summary(evaluation)),
-        f"{scored_text(evaluation)}. ± is one standard error, clustered by block.",
+        "\n".join(map(for_markdown, summary(evaluation))),
+        f"{for_markdown(scored_text(evaluation))}. ± is one standard error, clustered by block.",
         markdown(kl_rows(evaluation)),
         f"![KL to the model's final distribution and other metrics, by layer]({picture})",
     ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from tunedlens.errors import InputError
+from tunedlens.escaping import code, code_block, for_csv, for_markdown
 from tunedlens.evaluation import MODEL, Evaluation
 from tunedlens.evaluation.results import Grids
 from tunedlens.files import read_json, write, write_json
@@ -17,8 +18,6 @@ from tunedlens.report import plots
 from tunedlens.report.html.explorer import explorer
 from tunedlens.report.html.page import page
 from tunedlens.report.tables import (
-    code,
-    code_block,
     difference_rows,
     kl_rows,
     markdown,
@@ -82,7 +81,7 @@ def _csv(keys: tuple[str, ...], rows: Iterable[Sequence[object]]) -> str:
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow((*keys, "metric", "value", "standard_error"))
-    lines.writerows(rows)
+    lines.writerows(map(for_csv, row) for row in rows)
     return text.getvalue()
 
 
@@ -99,9 +98,9 @@ def _grid_rows(grids: Grids, n_layers: int) -> Iterator[list[object]]:
 def _markdown_report(evaluation: Evaluation) -> str:
     run = evaluation.provenance
     parts = [
-        f"# Lenses on {run.get('model', 'a model')}",
-        "\n".join(summary(evaluation)),
-        f"{scored_text(evaluation)}. ± is one standard error, clustered by block.",
+        f"# Lenses on {for_markdown(run.get('model', 'a model'))}",
+        "\n".join(map(for_markdown, summary(evaluation))),
+        f"{for_markdown(scored_text(evaluation))}. ± is one standard error, clustered by block.",
         "## KL(model ‖ lens), nats",
         markdown(kl_rows(evaluation)),
         "## All metrics",
@@ -109,8 +108,8 @@ def _markdown_report(evaluation: Evaluation) -> str:
     ]
     if evaluation.differences:
         parts += ["## Pairwise differences of KL, nats", markdown(difference_rows(evaluation))]
-    if run:
-        parts += ["## Command", f"```sh\n{run['command']}\n```"]
+    if "command" in run:
+        parts += ["## Command", code_block(run["command"], "sh")]
     for name, drawing in plots.DRAWINGS.items():
         if drawing.has_data(evaluation):
             parts.append(f"![{drawing.caption}]({name}.png)")
@@ -193,9 +192,10 @@ def write_one_text(
     for name, figure in figures.items():
         plots.save(figure, folder / name)
     write(folder / "page.html", explorer(trajectory))
-    write(folder / "table.csv", to_dataframe(trajectory).to_csv(index=False))
+    write(folder / "table.csv", to_dataframe(trajectory).map(for_csv).to_csv(index=False))
     for lens in lenses:
-        write(folder / f"words-{lens}.csv", words(trajectory, lens).to_csv())
+        table = words(trajectory, lens).rename(for_csv, axis=1).map(for_csv)
+        write(folder / f"words-{lens}.csv", table.to_csv())
     write(folder / "report.md", _markdown_of_text(trajectory, within_blocks, list(heatmaps)))
 
 
@@ -213,12 +213,17 @@ def _markdown_of_text(
         "# One text through the layers",
         code_block(trajectory.text),
         "[An interactive page](page.html), [all metrics as a table](table.csv), the best tokens of "
-        + ", ".join(f"[the {lens} lens]({quote(f'words-{lens}.csv')})" for lens in lenses)
+        + ", ".join(
+            f"[the {for_markdown(lens)} lens]({quote(f'words-{lens}.csv')})" for lens in lenses
+        )
         + ".",
         *(["The plots show the beginning; the page has the whole text."] if is_cut else []),
-        *(f"![{name}]({quote(name)}.png)" for name in heatmaps),
+        *(f"![{for_markdown(name)}]({quote(name)}.png)" for name in heatmaps),
         f"## After {last}, the last token",
         "![The model's best tokens through the layers](curves.png)",
-        *(f"Best tokens: {title}\n\n{table.to_markdown()}" for title, table in tables.items()),
+        *(
+            f"Best tokens: {for_markdown(title)}\n\n{table.to_markdown()}"
+            for title, table in tables.items()
+        ),
     ]
     return "\n\n".join(parts) + "\n"
