@@ -76,10 +76,7 @@ def _newest(model: str | None) -> list[LensSpec]:
 
 def _read_file(path: Path) -> list[str]:
     r"""The prompts of a file, one per line; `\n` in a line stands for a line break."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read --prompt-file {path}: {error}") from error
+    lines = files.read_text(path, f"there is no --prompt-file {path}").splitlines()
     prompts = [line.replace("\\n", "\n") for line in lines if line]
     if not prompts:
         raise InputError(f"--prompt-file {path} has no prompt: expected one in each line")

@@ -213,6 +213,8 @@ class Evaluation:
         for grids in (self.by_position, self.transfer):
             for lens, measured in grids.items():
                 rows = 1 if lens == MODEL else self.n_layers
+                _require(lens in (MODEL, *self.lenses), f"it has grids of {lens}, and no results")
+                _require(lens == MODEL or "kl_nats" in measured, f"{lens} has no grid of its KL")
                 for metric, grid in measured.items():
                     columns = rows if grids is self.transfer else len(next(iter(grid.values), []))
                     is_right = columns > 0 and grid.shapes == 2 * [[columns] * rows]

@@ -1,6 +1,7 @@
 """Loads a model from a folder, the hub or the package."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -21,6 +22,7 @@ def load_model(
     device: str | torch.device | None = None,
     adapter: str | Path | None = None,
     gguf_file: str | None = None,
+    trust_remote_code: bool = False,
     blocks: str | None = None,
     final_norm: str | None = None,
     check: bool = True,
@@ -35,6 +37,8 @@ def load_model(
         device: by default the accelerator if there is one, otherwise the CPU.
         adapter: folder or hub name of a PEFT adapter, which is merged into the model.
         gguf_file: the name of a GGUF file in the folder or on the hub to read the weights from.
+        trust_remote_code: whether to run code that the model's repository brings along. Without
+            it, a model that needs such code is refused.
         blocks: see `FrozenModel`; only for a model whose structure is not recognised.
         final_norm: see `FrozenModel`.
         check: see `FrozenModel`.
@@ -46,20 +50,11 @@ def load_model(
     name = builtin.NAME if model is None else str(model)
     source = _model_source(name, gguf_file)
     target = _usable_device(device)
-    weights = {} if gguf_file is None else {"gguf_file": gguf_file}
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options |= {} if gguf_file is None else {"gguf_file": gguf_file}
     # Only float32 and bfloat16 keep the fingerprint, so float16 is reached by way of float32.
     load_dtype = torch.float32 if dtype == "float16" else getattr(torch, dtype)
-    try:
-        options = {"revision": revision, "dtype": load_dtype, "output_loading_info": True}
-        result: object = transformers.AutoModelForCausalLM.from_pretrained(
-            source, **options, **weights
-        )
-        loaded, info = cast("tuple[transformers.PreTrainedModel, dict[str, set[str]]]", result)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision, **weights)
-        if missing := sorted(info["missing_keys"])[:3]:
-            raise ValueError(f"the weights {', '.join(missing)} are missing")
-    except Exception as error:  # transformers raises many kinds of exception
-        raise InputError(f"cannot load the model {name}: {first_line(error)}") from error
+    loaded, tokenizer = _from_pretrained(name, source, load_dtype, options)
     if adapter is not None:
         loaded = _with_adapter(loaded, name, str(adapter))
         name = f"{name} + {adapter}"
@@ -74,6 +69,30 @@ def load_model(
     )
 
 
+def _from_pretrained(
+    name: str, source: str, dtype: torch.dtype, options: Mapping[str, object]
+) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
+    """A model and its tokenizer.
+
+    Raises:
+        InputError: they cannot be loaded, weights are missing, or they need code of their own.
+    """
+    try:
+        result: object = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, **options
+        )
+        model, info = cast("tuple[transformers.PreTrainedModel, dict[str, set[str]]]", result)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        if missing := sorted(info["missing_keys"])[:3]:
+            raise ValueError(f"the weights {', '.join(missing)} are missing")
+    except Exception as error:  # transformers raises many kinds of exception
+        reason = first_line(error)
+        if "trust_remote_code" in str(error):
+            reason = "it brings code of its own; to run that code, give --trust-remote-code"
+        raise InputError(f"cannot load the model {name}: {reason}") from error
+    return model, tokenizer
+
+
 def load_configured(
     config: ModelConfig, device: torch.device | None, *, check: bool = True
 ) -> FrozenModel:
@@ -85,6 +104,7 @@ def load_configured(
         device=config.device or device,
         adapter=config.adapter,
         gguf_file=config.gguf_file,
+        trust_remote_code=config.trust_remote_code,
         blocks=config.blocks,
         final_norm=config.final_norm,
         check=check,

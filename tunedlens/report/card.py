@@ -7,10 +7,10 @@ import yaml
 
 from tunedlens.config import ONE_PASS
 from tunedlens.corpus.sources import is_on_hub
-from tunedlens.errors import InputError, first_line
+from tunedlens.errors import InputError
 from tunedlens.escaping import code, for_markdown
 from tunedlens.evaluation import Evaluation
-from tunedlens.files import JsonObject
+from tunedlens.files import JsonObject, parse_yaml
 from tunedlens.report.tables import kl_rows, markdown, scored_text, summary
 
 _FRONT_MATTER = re.compile(r"---\n(.*?)^---\n+", re.DOTALL | re.MULTILINE)
@@ -79,12 +79,10 @@ def with_front_matter(text: str, manifest: JsonObject, license_id: str | None = 
         InputError: the card begins with front matter that is not YAML.
     """
     found = _FRONT_MATTER.match(text)
-    try:
-        own = yaml.safe_load(found[1]) or {} if found else {}
-        if not isinstance(own, dict):
-            raise TypeError("expected lines like `license: mit`")
-    except (yaml.YAMLError, TypeError) as error:
-        raise InputError(f"the front matter of the card is damaged: {first_line(error)}") from error
+    what = "the front matter of the card"
+    own = (parse_yaml(found[1], what) or {}) if found else {}
+    if not isinstance(own, dict):
+        raise InputError(f"{what} is damaged: expected lines like `license: mit`")
     entries = _front_matter(manifest) | own
     if license_id is not None:
         entries["license"] = license_id
