@@ -53,8 +53,12 @@ DEEP = b'{"text": "x", "a": ' + b"[" * 10_000 + b"]" * 10_000 + b"}\n"
     ("name", "content", "message"),
     [
         ("a.jsonl", DEEP, "line 1, is nested more than 64 deep"),
-        ("a.json", DEEP.replace(b"[", b"[\n"), "line 65, is nested more than 64 deep"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', r"not UTF-8 \(line 2, byte 13 is 0xe9"),
+        ("a.json", DEEP.replace(b"[", b"[\n"), "line 64, is nested more than 64 deep"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "caf\xe9"}\n',
+            r"not UTF-8 \(line 2, byte 13 is 0xe9",
+        ),
         ("a.csv", b"text\ncaf\xe9\n", r"not UTF-8 \(line 2, byte 3 is 0xe9"),
         ("a.jsonl", b"", "is empty"),
         ("a.jsonl", b"\n \n", "is empty"),
@@ -171,7 +175,7 @@ BIAS = "resid_pre.0.bias"
         lambda tensors: tensors.update({BIAS: tensors[BIAS].half()}),
         lambda tensors: tensors.update({BIAS: tensors[BIAS].to(torch.complex64)}),
         lambda tensors: tensors.update({BIAS: tensors[BIAS].to(torch.float8_e4m3fn)}),
-        lambda tensors: tensors.update({BIAS: torch.full((16,), 1e300).double()}),
+        lambda tensors: tensors.update({BIAS: torch.full((16,), 1e300, dtype=torch.float64)}),
         lambda tensors: tensors.update({BIAS: torch.full((16,), torch.inf)}),
     ],
     ids=range(11),
@@ -337,7 +341,9 @@ def test_cells_start_no_formula():
 
 
 def test_terminal_text_moves_nothing():
-    assert escaping.for_terminal("a\x1b[2J\u202eb\n\tü 日本 🎉") == "a⟨1b⟩[2J⟨e2 80 ae⟩b\n\tü 日本 🎉"
+    assert (
+        escaping.for_terminal("a\x1b[2J\u202eb\n\tü 日本 🎉") == "a⟨1b⟩[2J⟨e2 80 ae⟩b\n\tü 日本 🎉"
+    )
     assert escaping.printable("\ud800") == "⟨ed a0 80⟩"
 
 
