@@ -623,7 +623,7 @@ def test_foreign_file_is_one_clear_error(tmp_path):
     path = tmp_path / "file"
     with pytest.raises(InputError, match="there is no file"):
         Trajectory.load(path)
-    with pytest.raises(InputError, match="cannot read .*: Is a directory"):
+    with pytest.raises(InputError, match=r"cannot read .*: Is a directory"):
         Trajectory.load(tmp_path)
     for content in (
         b"",

@@ -73,12 +73,8 @@ def probe_kl(probe: Mapping[str, object], model: FrozenModel) -> float:
         known = as_type(_Probe, probe, "it")
         ids, top_ids = known["ids"], torch.tensor(known["top_ids"])
         expected = torch.tensor(known["top_log_probs"], dtype=torch.float64)
-        if (
-            not ids
-            or top_ids.ndim != 2
-            or top_ids.shape != expected.shape
-            or len(top_ids) > len(ids)
-        ):
+        is_grid = top_ids.ndim == 2 and top_ids.numel() > 0
+        if not ids or not is_grid or top_ids.shape != expected.shape or len(top_ids) > len(ids):
             raise ValueError("its lists differ in length")
         if not 0 <= min(*ids, int(top_ids.min())) <= max(*ids, int(top_ids.max())) < vocab_size:
             raise ValueError(f"expected token ids from 0 to {vocab_size - 1}")
