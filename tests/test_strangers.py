@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import zipfile
 
 import pytest
 import safetensors.torch
@@ -353,3 +354,56 @@ def test_error_of_a_command_is_one_line_without_control_characters(tmp_path, cap
     assert error.count("\n") == 1
     assert "\x1b" not in error
     shutil.rmtree(tmp_path)
+
+
+def pickled(operations):
+    """A file of `torch.save` with another pickle in it."""
+    buffer, out = io.BytesIO(), io.BytesIO()
+    torch.save({"a": 1}, buffer)
+    with zipfile.ZipFile(buffer) as whole, zipfile.ZipFile(out, "w") as changed:
+        for name in whole.namelist():
+            changed.writestr(name, operations if name.endswith(".pkl") else whole.read(name))
+    return out.getvalue()
+
+
+def test_tuples_that_take_exponential_time_are_refused(tiny, tmp_path):
+    operations = b"\x80\x02}(K\x01K\x01\x86q\x00"  # {(1, 1): ...
+    for level in range(59):  # ... then a tuple of the last one twice, as key or value
+        operations += b"h%ch%c\x86q%c" % (level, level, level + 1)
+    (tmp_path / "a.pt").write_bytes(pickled(operations + b"u."))
+    with pytest.raises(InputError, match="cannot be read"):
+        load_lens(tmp_path / "a.pt", tiny)
+
+
+def test_compressed_parts_of_a_pt_file_are_refused(tiny, tmp_path):
+    buffer = io.BytesIO()
+    torch.save({"J": {0: torch.zeros(1000, 1000)}}, buffer)
+    with (
+        zipfile.ZipFile(buffer) as whole,
+        zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as small,
+    ):
+        for name in whole.namelist():
+            small.writestr(name, whole.read(name))
+    assert (tmp_path / "a.pt").stat().st_size < 10_000
+    with pytest.raises(InputError, match="cannot be read"):
+        load_lens(tmp_path / "a.pt", tiny)
+
+
+def test_fifo_in_place_of_a_pt_file_is_refused(tiny, tmp_path):
+    os.mkfifo(tmp_path / "params.pt")
+    with pytest.raises(InputError):
+        load_lens(tmp_path / "params.pt", tiny)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
+def test_jacobians_of_other_dtypes_are_refused(tiny, tmp_path, dtype):
+    torch.save({"J": {i: torch.zeros(16, 16, dtype=dtype) for i in range(2)}}, tmp_path / "a.pt")
+    with pytest.raises(InputError, match=r"J\[0\] .* must be a floating-point tensor"):
+        load_lens(tmp_path / "a.pt", tiny)
+
+
+def test_jacobian_that_float32_cannot_hold_is_refused(tiny, tmp_path):
+    large = torch.full((16, 16), 1e300, dtype=torch.float64)
+    torch.save({"J": {0: large, 1: large}}, tmp_path / "a.pt")
+    with pytest.raises(InputError, match="not finite in float32"):
+        load_lens(tmp_path / "a.pt", tiny)
