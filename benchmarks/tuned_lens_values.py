@@ -39,9 +39,7 @@ def main() -> None:
         "logit": PeerLogitLens.from_model(model.model),
         "tuned": PeerTunedLens.from_model(model.model),
     }
-    for theirs, translator in zip(
-        peer["tuned"], ours["tuned"].translators["resid_pre"], strict=True
-    ):
+    for theirs, translator in zip(peer["tuned"], ours["tuned"].all_translators(), strict=True):
         theirs.weight.copy_(translator.weight)
         theirs.bias.copy_(translator.bias)
 

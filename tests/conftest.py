@@ -4,10 +4,12 @@ import json
 import multiprocessing
 import os
 import socket
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from tokenizers import (
     Tokenizer,
     decoders,
@@ -39,6 +41,7 @@ from tunedlens import (
 )
 from tunedlens.engine.distributions import kl_divergence, log_probs
 from tunedlens.evaluation import MODEL, Difference, Grid, Result
+from tunedlens.report import plots
 
 os.environ.setdefault("WANDB_MODE", "offline")
 torch.set_num_threads(1)  # more would wait for each other longer than small products take
@@ -55,6 +58,35 @@ def tokenizer():
 def model():
     """The embedded GPT-2."""
     return load_model(device="cpu")
+
+
+@cache
+def blank_files():
+    figure = Figure(figsize=(0.1, 0.1))
+    return {kind: plots.rendered(figure, kind) for kind in plots.FORMATS}
+
+
+@pytest.fixture(autouse=True)
+def blank_plots(request, monkeypatch):
+    """Plots have their content but no layout, and blank files: both take seconds of every run.
+
+    A test with the mark `renders` has the real ones.
+    """
+    if request.node.get_closest_marker("renders") is None:
+        files = blank_files()
+        for module in (plots, plots.style):
+            monkeypatch.setattr(module, "in_all_formats", lambda _: files)
+        monkeypatch.setattr(Figure, "draw_without_rendering", lambda _: None)
+
+
+@pytest.fixture(scope="session")
+def device():
+    """The device of tests marked `gpu`: the accelerator, or what TUNEDLENS_TEST_DEVICE names."""
+    named = os.environ.get("TUNEDLENS_TEST_DEVICE")
+    found = torch.device(named) if named else torch.accelerator.current_accelerator(True)
+    if found is None:
+        pytest.skip("there is no accelerator; TUNEDLENS_TEST_DEVICE=cpu runs the test on the CPU")
+    return found
 
 
 SMALL = {
@@ -273,7 +305,8 @@ def in_two_processes(function, *arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tunedlens"])  # imported once for all tests
     results = context.Queue()
     processes = [
         context.Process(target=_process, args=(rank, port, function, arguments, results))

@@ -55,7 +55,8 @@ def test_adapter_adds_its_product_to_the_weights(tiny_folder, tmp_path):
 def test_lens_of_an_adapted_model_says_so_and_is_scored_on_it(tiny_folder, text_file, tmp_path):
     make_adapter(tmp_path / "adapter")
     adapted = ModelConfig(model=str(tiny_folder), device="cpu", adapter=str(tmp_path / "adapter"))
-    config = short_run(tiny_folder, text_file, model=adapted, fit="closed-form", init_tokens=128)
+    config = short_run(tiny_folder, text_file, fit="closed-form", init_tokens=128)
+    config = dataclasses.replace(config, model=adapted)
     train(config, tmp_path / "run")
     manifest = json.loads((tmp_path / "run" / "config.json").read_text())
     name = f"{tiny_folder} + {tmp_path / 'adapter'}"

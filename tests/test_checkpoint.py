@@ -118,7 +118,7 @@ def test_state_reads_back_bit_equal(tmp_path):
 def test_damaged_state_is_refused_by_name_and_passed_over_otherwise(tmp_path):
     for name in ("whole", "torn"):
         checkpoint.save_state(tmp_path / name, checkpoint.State({"a": torch.ones(2)}, {}))
-    path = tmp_path / "torn" / "state" / "state.safetensors"
+    path = tmp_path / "torn" / "state" / "1.safetensors"
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(InputError, match="is damaged"):
         checkpoint.load_state(tmp_path / "torn")

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from tunedlens import (
     evaluate,
     load_model,
 )
-from tunedlens.cli import evaluate_command, train_command
+from tunedlens.cli import doctor_command, evaluate_command, train_command
 from tunedlens.report import plots
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +57,7 @@ def fails(command, arguments, capsys, *expected):
         assert words in lines[0]
 
 
+@pytest.mark.renders
 def test_both_commands_run_again_and_again(here, asked, capsys):
     for _ in range(2):
         assert train_command(asked) == 0
@@ -298,6 +300,7 @@ def test_evaluation_of_fewer_tokens_leaves_the_one_of_more(here):
         assert read(here / "steps" / f"evaluation{name}")["tokens"] == tokens
 
 
+@pytest.mark.renders
 def test_prompt_without_any_lens_gives_the_logit_lens(here, tiny_folder):
     assert evaluate_command(["--prompt", "x = 1", "--model", str(tiny_folder)]) == 0
     assert list((here / "prompts").glob("x-1-*/page.html"))
@@ -394,6 +397,7 @@ def test_bad_input_to_train_is_one_line(here, asked, capsys):
         (["--device", "nonsense"], "cannot use the device nonsense"),
         (["--config", "absent.yaml"], "there is no --config absent.yaml"),
         (["--config", "bad.yaml"], "expected lines like"),
+        (["--sites", "resid_midd"], "--sites must be of", "got resid_midd"),
         (["--resume"], "no interrupted run under checkpoints"),
         (["--resume", "nowhere"], "nowhere holds no lens"),
     ]
@@ -409,6 +413,10 @@ def test_bad_input_to_evaluate_is_one_line(here, asked, capsys):
     capsys.readouterr()
     for flags, *expected in [
         (["--lens", "nowhere"], "nowhere holds no lens"),
+        (["--lens", "unigrm"], "unigrm holds no lens"),
+        (["--lens", "run", "--model", here / "runn"], "expected a folder with a model"),
+        (["--lens", "run", "--beside", here / "runn"], "expected a folder with a model"),
+        (["--lens", "run", "--beside", "embedded"], "embedded has another shape than"),
         (["--lens", "run", "--tokens", "0"], "--tokens must be at least 1"),
         (["--lens", "run", "--dataset", "missing.txt"], "no such file"),
         (["--lens", "run", "--output", "run/config.json/x"], "cannot write to"),
@@ -430,36 +438,36 @@ def test_hub_names_without_a_network_are_one_line(asked, capsys, monkeypatch):
     fails(
         train_command, [*asked, "--dataset", "nobody/nothing"], capsys, "nobody/nothing", "network"
     )
+    fails(
+        evaluate_command,
+        ["--lens", "nobody/nothing"],
+        capsys,
+        "there is no folder nobody/nothing, and the hub cannot be read",
+    )
 
 
 def test_wrong_flags_are_refused_by_the_parser(capsys):
     fails(train_command, ["--tokens", "many"], capsys, "--tokens: expected a whole number")
     fails(train_command, ["--dtype", "int8"], capsys, "--dtype: invalid choice: 'int8'")
     fails(evaluate_command, ["--colour"], capsys, "unrecognized arguments: --colour")
+    fails(doctor_command, ["--modle", "gpt2"], capsys, "unrecognized arguments: --modle")
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
-def test_help_names_every_flag(script):
-    text = subprocess.run(
-        [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True
-    ).stdout
-    flags = {
-        "train.py": "--precision --seed --resume --wandb --skip-first",
-        "evaluate.py": "--lens",
-    }
-    for flag in f"--model --dataset --output --tokens --config {flags[script]}".split():
+@pytest.mark.parametrize(
+    ("command", "own"), [("train", "--seed --fit --resume"), ("evaluate", "--lens")]
+)
+def test_script_is_the_installed_command_and_its_help_names_the_flags(
+    command, own, capsys, monkeypatch
+):
+    (installed,) = entry_points(group="console_scripts", name="tunedlens")
+    monkeypatch.setattr(sys, "argv", ["tunedlens", command, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        installed.load()()
+    text = capsys.readouterr().out
+    for flag in f"--model --dataset --output --tokens --config --wandb {own}".split():
         assert flag in text
-
-
-def test_installed_command_is_the_same():
-    tunedlens = Path(sys.executable).parent / "tunedlens"
-    for command in ("train", "evaluate"):
-        text = subprocess.run([tunedlens, command, "--help"], capture_output=True, text=True).stdout
-        script = subprocess.run(
-            [sys.executable, ROOT / f"{command}.py", "--help"], capture_output=True, text=True
-        ).stdout
-        assert text == script
-        assert "--model" in text
+    script = [sys.executable, ROOT / f"{command}.py", "--help"]
+    assert subprocess.run(script, capture_output=True, text=True, check=True).stdout == text
 
 
 @pytest.mark.usefixtures("lenses")

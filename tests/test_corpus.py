@@ -2,12 +2,14 @@ import contextlib
 import copy
 import csv
 import json
+import random
 
 import pytest
 import torch
+from conftest import make_sentence_piece
 
 from tunedlens import CorpusConfig, InputError, builtin
-from tunedlens.corpus import Packer, load_splits, resolve_corpus
+from tunedlens.corpus import Packer, load_splits, pieces, resolve_corpus
 from tunedlens.corpus.standard_library import standard_library
 from tunedlens.tokenizer import TokenBytes
 
@@ -56,6 +58,54 @@ def test_blocks_are_the_documents_joined_by_eos_without_loss(tokenizer, tmp_path
         assert set(documents[:-1]) <= set(TEXTS)
         assert side.about["tokens"] == len(ids) + side.about["dropped_tokens"]
         assert side.about["dropped_tokens"] < 16
+
+
+def awkward_text(rng):
+    """Runs of one letter, spaces or newlines, letters of several bytes, words, special tokens."""
+    parts = [
+        lambda: "the quick brown fox jumps over a lazy dog ",
+        lambda: rng.choice("a0 \n=") * rng.randrange(1, 300),
+        lambda: "日本語🎉é" * rng.randrange(1, 40),
+        lambda: "".join(chr(rng.randrange(32, 0x2FFF)) for _ in range(100)),
+        lambda: "<|endoftext|></s>",
+    ]
+    return "".join(rng.choice(parts)() for _ in range(60))
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+@pytest.mark.parametrize("name", ["byte-level", "Prepend", "Metaspace", None])
+def test_tokens_of_a_text_in_pieces_are_those_of_the_whole(tokenizer, monkeypatch, name, is_chat):
+    if name != "byte-level":
+        tokenizer = make_sentence_piece(name)
+    monkeypatch.setattr(pieces, "PIECE", 400)
+    monkeypatch.setattr(pieces, "OVERLAP", 64)
+    rng = random.Random(0)
+    texts = [awkward_text(rng) for _ in range(10)]
+    found = pieces.token_ids(tokenizer, ["short", *texts, ""], is_chat)
+    whole = tokenizer(texts, add_special_tokens=False, split_special_tokens=not is_chat)
+    assert [ids.tolist() for ids in found[1:-1]] == whole["input_ids"]
+    assert found[-1].tolist() == []
+
+
+def test_tokenizer_never_sees_a_long_text_at_once(tokenizer, monkeypatch):
+    lengths, original = [], type(tokenizer).__call__
+
+    def call(self, text, **settings):
+        lengths.append(len(text))
+        return original(self, text, **settings)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", call)
+    (ids,) = pieces.token_ids(tokenizer, ["x = [1, 2]  # 日本\n" * 30_000], False)
+    assert len(ids) > 100_000
+    assert max(lengths) <= pieces.PIECE
+
+
+def test_long_text_that_cannot_be_cut_is_refused(tokenizer, monkeypatch):
+    for name, value in {"PIECE": 64, "OVERLAP": 16, "MAX_PIECE": 1024}.items():
+        monkeypatch.setattr(pieces, name, value)
+    monkeypatch.setattr(pieces._Tokens, "__eq__", lambda *_: False)
+    with pytest.raises(InputError, match="cannot be cut after character 0"):
+        pieces.token_ids(tokenizer, ["a b c " * 1000], False)
 
 
 def test_sides_share_no_document(tokenizer, tmp_path):

@@ -6,13 +6,36 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, make_gpt2, make_llama, make_sentence_piece, random_lens
+from conftest import (
+    SMALL,
+    make_gpt2,
+    make_llama,
+    make_sentence_piece,
+    random_lens,
+    short_run,
+)
 from torch import nn
-from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
-from tunedlens import FrozenModel, InputError, TunedLens, load_lens
-from tunedlens.doctor import doctor
+from tunedlens import (
+    CorpusConfig,
+    EvaluateConfig,
+    FrozenModel,
+    InputError,
+    TunedLens,
+    evaluate,
+    load_lens,
+)
+from tunedlens.doctor import doctor, warn_of_faults
 from tunedlens.model import probe_kl, take_probe
+from tunedlens.training import loop, train
 
 SIZES = SMALL | {"num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3}
 
@@ -123,6 +146,37 @@ def test_states_that_are_shifted_are_named(tokenizer):
     )
 
 
+def test_states_of_the_block_before_are_named(tokenizer):
+    model = FrozenModel(make_llama(), tokenizer)
+    model.blocks = nn.ModuleList([model.blocks[0], *model.blocks[:-1]])
+    assert "state l is that of layer l -1, one block before" in only_failure(doctor(model))
+
+
+def test_hidden_states_that_transformers_lists_after_each_block_are_no_fault(tokenizer):
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=4096, hidden_size=16, num_hidden_layers=2, state_size=4)
+    model = FrozenModel(MambaForCausalLM(config), tokenizer, name="mamba")
+    ids = torch.arange(5)[None]
+    listed = model.model(ids, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(model.residual_stream(ids)[1], listed[0])
+    check = next(one for one in doctor(model).checks if "hidden states" in one.name)
+    assert (check.passed, check.detail) == (True, "transformers lists those that leave a block")
+
+
+def test_cache_that_changes_what_is_written_is_named(tokenizer):
+    gpt2 = make_gpt2()
+
+    def forget(_model, _args, kwargs, output):
+        if kwargs.get("input_ids", torch.zeros(1, 2)).shape[1] == 1:  # a step with the cache
+            output.logits = output.logits.flip(-1)
+
+    gpt2.register_forward_hook(forget, with_kwargs=True)
+    model = FrozenModel(gpt2, tokenizer)
+    assert "generation with a cache differs" in only_failure(doctor(model))
+    with pytest.warns(UserWarning, match="the cache changes nothing"):
+        warn_of_faults(model, is_sampled=True)
+
+
 def test_lens_of_another_model_is_named(tokenizer, tmp_path):
     other = FrozenModel(make_gpt2(seed=1), tokenizer, name="other")
     model = FrozenModel(make_gpt2(), tokenizer, name="tiny")
@@ -224,3 +278,53 @@ def test_probe_is_zero_for_the_same_model_and_counts_the_rest(tiny, tokenizer):
 def test_damaged_probe_is_refused(tiny, damage):
     with pytest.raises(InputError, match="probe saved with the lens is damaged"):
         probe_kl(take_probe(tiny) | damage, tiny)
+
+
+def shifted_model(tokenizer):
+    """A model whose hooks read the state of the next block."""
+    model = FrozenModel(make_gpt2(), tokenizer, name="shifted")
+    model.blocks = nn.ModuleList([*model.blocks[1:], model.blocks[-1]])
+    return model
+
+
+def needs_bos(tokenizer):
+    """A model that knows every next token, but only in a text that begins with BOS."""
+    gpt2 = make_gpt2()
+
+    def answer(_model, _args, kwargs, output):
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else _args[0]
+        known = nn.functional.one_hot(ids.roll(-1, 1), output.logits.shape[-1]) * 20.0
+        output.logits = known * (ids[:, :1, None] == tokenizer.bos_token_id)
+
+    gpt2.register_forward_hook(answer, with_kwargs=True)
+    return FrozenModel(gpt2, tokenizer, name="needs-bos", check=False)
+
+
+@pytest.mark.parametrize("make", [make_gpt2, make_llama, make_gemma2, make_cohere])
+def test_healthy_model_has_no_warning(make, tokenizer, recwarn):
+    warn_of_faults(FrozenModel(make(), tokenizer), is_bos_default=True, is_sampled=True)
+    assert not recwarn.list
+
+
+def test_evaluate_warns_of_states_that_are_shifted(tokenizer, text_file):
+    corpus = CorpusConfig(dataset=str(text_file), seq_len=16)
+    model = shifted_model(tokenizer)
+    with pytest.warns(UserWarning, match="shifted fails a check.*one block after"):
+        evaluate(
+            EvaluateConfig(corpus=corpus, tokens=15),
+            model=model,
+            lenses={"tuned": TunedLens.from_model(model)},
+        )
+
+
+@pytest.mark.parametrize("bos", [None, False])
+def test_train_warns_once_of_a_bos_that_is_missing_unless_it_was_left_out_on_purpose(
+    tokenizer, text_file, tmp_path, monkeypatch, recwarn, bos
+):
+    monkeypatch.setattr(loop, "load_configured", lambda *_: needs_bos(tokenizer))
+    corpus = CorpusConfig(dataset=str(text_file), seq_len=16, bos=bos)
+    config = short_run("unused", text_file, corpus=corpus, fit="closed-form", init_tokens=64)
+    train(config, tmp_path / "run")
+    messages = [str(one.message) for one in recwarn if "fails a check" in str(one.message)]
+    assert len(messages) == (bos is None)
+    assert all("the tokenizer adds none; give --bos" in message for message in messages)

@@ -280,7 +280,7 @@ def test_no_layer_has_converged_before_the_first_doubling():
 def test_mean_jacobian_equals_every_derivative_by_itself(tiny, tokenizer, targets):
     ids = torch.tensor([tokenizer("def f(x):\n    return x + 1\n" * 4)["input_ids"][:24]] * 2)
     ids[1] = ids[1].flip(0)
-    jacobian = MeanJacobian(3, 16, targets=targets)
+    jacobian = MeanJacobian(range(3), 16, targets=targets)
     for block in ids:  # random signs average out
         for _ in range(1 if targets == "later" else 40):
             jacobian.add(tiny, block[None])

@@ -105,18 +105,27 @@ def test_lens_of_transformer_lens_gives_its_logits_one_state_after_its_block(sma
     assert_logits(lens, small, recorded)
 
 
-def test_published_jacobian_lens_says_that_it_has_none_for_the_embeddings(small):
-    with pytest.warns(UserWarning, match="no Jacobian for layer 0, the embeddings"):
-        lens = load_lens(DATA / JACOBIAN, small)
-    state = small.residual_stream(IDS)[0]
-    assert torch.equal(lens.transform_hidden(state, 0), state)
+def test_published_jacobian_lens_has_no_translator_for_the_embeddings(small):
+    lens = load_lens(DATA / JACOBIAN, small)
+    assert lens.layers == (1, 2)
+    with pytest.raises(InputError, match="translators at layers 1, 2, not at layer 0"):
+        lens.transform_hidden(small.residual_stream(IDS)[0], 0)
 
 
-def test_jacobian_lens_that_is_written_back_still_says_so(small, tmp_path):
+def test_jacobian_lens_that_is_written_back_has_the_same_layers(small, tmp_path):
     export_lens(load_lens(DATA / JACOBIAN, small), tmp_path / "back.pt")
-    with pytest.warns(UserWarning, match="no Jacobian for layer 0, the embeddings"):
-        lens = load_lens(tmp_path / "back.pt", small)
+    lens = load_lens(tmp_path / "back.pt", small)
+    assert lens.layers == (1, 2)
     assert_logits(lens, small, load_file(DATA / JACOBIAN.replace(".pt", ".safetensors")))
+
+
+def test_sparse_file_of_jacobians_gives_a_sparse_lens(small, copy):
+    path = copy(JACOBIAN)
+    jacobian = torch.load(path, weights_only=True)["J"][1].float()
+    lens = load_lens(changed_pt(path, J={1: jacobian}, source_layers=[1]), small)
+    assert lens.layers == (2,)
+    state = small.residual_stream(IDS)[2]
+    torch.testing.assert_close(lens.transform_hidden(state, 2), state @ jacobian.T)
 
 
 @pytest.mark.parametrize("release", RELEASES)
@@ -249,8 +258,8 @@ def test_lens_without_biases_has_none(small, copy):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"J": {1: torch.eye(8)}}, "outputs of blocks 1, but .* needs exactly blocks 0 to 1"),
-        ({"J": dict.fromkeys(range(3), torch.eye(8))}, "blocks 0 to 2, but .* blocks 0 to 1"),
+        ({"J": {}}, "outputs of blocks none; .* takes some of blocks 0 to 1"),
+        ({"J": dict.fromkeys(range(3), torch.eye(8))}, "blocks 0 to 2; .* some of blocks 0 to 1"),
         ({"J": {0: torch.eye(8), 1: torch.eye(9)}}, r"of shape \(8, 8\), got \(9, 9\)"),
         ({"J": {"embed": torch.eye(8)}}, "for 'embed', expected the number of a block"),
         ({"J": None}, "is not a Jacobian lens"),

@@ -19,7 +19,9 @@ def listed(capsys, *arguments):
     """The lines that the command prints, without the header."""
     assert list_command([str(argument) for argument in arguments]) == 0
     header, *lines = capsys.readouterr().out.splitlines()
-    assert header.split() == ["folder", "model", "kind", "sites", "tokens", "KL,", "nats", "date"]
+    assert header.split() == [
+        *("folder", "model", "kind", "sites", "layers", "tokens", "KL,", "nats", "date")
+    ]
     return lines
 
 
@@ -32,14 +34,14 @@ def test_every_kind_of_lens_is_a_row(tiny, tmp_path, capsys):
     held_out = make_evaluation().to_json()
     progress = {"init_tokens": 1000, "tokens": 2500}
     random_lens(tiny).save(tmp_path / "a", {"held_out": held_out, "progress": progress})
-    JacobianLens.from_model(tiny).save(tmp_path / "b")
+    JacobianLens.from_model(tiny, layers=[0, 2]).save(tmp_path / "b")
     for name in "ab":
         change(tmp_path / name, created="2026-11-22T00:56:27.652609+00:00")
     (tmp_path / "notes").mkdir()
     date = "2026-11-22 00:56"
     assert [re.split(" {2,}", line) for line in listed(capsys, tmp_path)] == [
-        [f"{tmp_path}/a", "tiny", "tuned", "resid_pre", "3,500", "4.500 ± 0.050", date],
-        [f"{tmp_path}/b", "tiny", "jacobian", "resid_pre", "–", "–", date],
+        [f"{tmp_path}/a", "tiny", "tuned", "resid_pre", "all", "3,500", "4.500 ± 0.050", date],
+        [f"{tmp_path}/b", "tiny", "jacobian", "resid_pre", "0,2", "–", "–", date],
     ]
 
 
@@ -47,7 +49,7 @@ def test_lens_of_version_0_1_0_has_the_mean_of_its_card(capsys):
     (line,) = listed(capsys, EMBEDDED)
     assert "| mean | 6.0972 | 1.1712 |" in (EMBEDDED / "README.md").read_text()
     assert line.split()[1:] == [
-        *("embedded", "tuned", "resid_pre", "1,863,680", "1.1712", "2026-11-22", "00:56"),
+        *("embedded", "tuned", "resid_pre", "all", "1,863,680", "1.1712", "2026-11-22", "00:56"),
     ]
 
 
@@ -60,7 +62,7 @@ def test_trained_lens_is_in_the_default_folder(
     assert train_command([*asked, "--fit", "closed-form", "--output", "checkpoints/run"]) == 0
     mean = capsys.readouterr().out.split("mean")[1].splitlines()[0].split()[-3:]
     (line,) = listed(capsys)
-    folder, _, kind, _, tokens, *kl = line.split()[:8]
+    folder, _, kind, _, _, tokens, *kl = line.split()[:9]
     assert (folder, kind, tokens, kl) == ("checkpoints/run", "closed-form", "128", mean)
 
 

@@ -5,8 +5,16 @@ import torch
 from conftest import SMALL, make_gpt2, make_llama, make_sentence_piece
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
     GPTNeoXConfig,
     PhiConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
 )
 
 from tunedlens import FrozenModel, InputError, builtin, load_model
@@ -107,7 +115,7 @@ def _with_norm(gpt2, tokenizer, norm):
     """Wrap a model whose final norm does not do what its own weights say."""
     deepcopy = copy.deepcopy
     try:
-        copy.deepcopy = lambda _: norm
+        copy.deepcopy = lambda *_: norm
         return FrozenModel(gpt2, tokenizer)
     finally:
         copy.deepcopy = deepcopy
@@ -184,6 +192,66 @@ def test_weights_that_are_missing_are_not_made_up(tiny_folder):
         load_model(tiny_folder)
 
 
+BERT = {**SMALL, "max_position_embeddings": 32, "initializer_range": 0.3}
+T5 = {"vocab_size": 4096, "d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 2, "num_heads": 2}
+
+
+class WithoutBlocks(PreTrainedModel):
+    """An embedding and a head, with nothing between them."""
+
+    config_class = PreTrainedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embedding, self.head = torch.nn.Embedding(4096, 16), torch.nn.Linear(16, 4096)
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: BertForMaskedLM(BertConfig(**BERT)), "is not causal: a token changes the states"),
+        (lambda: T5ForConditionalGeneration(T5Config(**T5)), "has an encoder and a decoder"),
+        (lambda: T5EncoderModel(T5Config(**T5)), "has an encoder and a decoder|no unembedding"),
+        (lambda: make_gpt2().transformer, "GPT2Model has no unembedding; expected a causal"),
+        (lambda: WithoutBlocks(PreTrainedConfig()), "found no list of any blocks.* --blocks"),
+        (lambda: WithoutBlocks(PreTrainedConfig(num_hidden_layers=2)), "found no list of 2 blocks"),
+    ],
+    ids=["encoder", "encoder and decoder", "T5 encoder", "no head", "no stack", "no blocks"],
+)
+def test_model_that_is_no_causal_stack_of_blocks_is_refused(tokenizer, make, words):
+    torch.manual_seed(0)
+    with pytest.raises(InputError, match=words):
+        FrozenModel(make(), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: BertForMaskedLM(BertConfig(**BERT)), "is not causal"),
+        (lambda: BertModel(BertConfig(**BERT)), "the weights cls.* are missing"),
+        (
+            lambda: T5ForConditionalGeneration(T5Config(**T5)),
+            "no causal language model with a T5Config$",
+        ),
+    ],
+    ids=["BERT", "BERT without its head", "T5"],
+)
+def test_folder_of_an_encoder_is_refused(tokenizer, tmp_path, make, words):
+    torch.manual_seed(0)
+    make().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=words):
+        load_model(tmp_path, device="cpu")
+
+
+def test_dtype_that_does_not_exist_is_refused():
+    with pytest.raises(InputError, match=r"dtype must be one of float32.*; got 'float8'"):
+        load_model(dtype="float8")
+
+
 def test_tokenizer_with_more_tokens_than_the_model_is_refused(tokenizer):
     with pytest.raises(InputError, match="vocabulary of 4,000, but its tokenizer has 4,096"):
         FrozenModel(make_gpt2(vocab_size=4000), tokenizer)
@@ -241,6 +309,11 @@ def test_sites_of_a_block_that_does_not_add_its_terms_are_refused(tiny):
         InputError, match="block 1 of tiny is not its input plus attention plus MLP"
     ):
         tiny.sites(torch.tensor([[5, 7]]))
+
+
+def test_name_of_a_site_with_a_typo_is_refused(tiny):
+    with pytest.raises(InputError, match=r"sites must be of resid_pre, .*; got resid_midd"):
+        tiny.sites(torch.tensor([[5, 7]]), wanted=("resid_pre", "resid_midd"))
 
 
 @pytest.mark.parametrize("config", [GPTNeoXConfig, PhiConfig], ids=lambda one: one.model_type)

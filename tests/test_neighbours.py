@@ -37,7 +37,7 @@ def expected_state(lens, label, state):
     if label == "final_post":
         return state
     layer, site = label.split("_")
-    translator = lens.translators[f"resid_{site}"][int(layer)]
+    translator = lens.translator(int(layer), f"resid_{site}")
     return state + state @ translator.weight.T + translator.bias
 
 

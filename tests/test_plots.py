@@ -3,6 +3,7 @@ import re
 import numpy as np
 import pytest
 from conftest import make_evaluation, random_lens
+from matplotlib.text import Text
 from matplotlib.textpath import TextPath
 
 from tunedlens import Evaluation, InputError, LogitLens, compare, difference, trajectory
@@ -11,6 +12,8 @@ from tunedlens.metrics import METRICS
 from tunedlens.report import plots
 from tunedlens.report.plots import style
 from tunedlens.tokenizer import shown
+
+pytestmark = pytest.mark.renders
 
 
 @pytest.fixture
@@ -72,8 +75,22 @@ def test_names_of_lines_that_end_together_do_not_touch():
     evaluation = make_evaluation({("logit", 7, "kl_nats"): 1.0, ("tuned", 7, "kl_nats"): 1.0})
     figure = plots.by_layer(evaluation, ["kl_nats"])
     figure.draw_without_rendering()
-    one, other = (text.get_window_extent() for text in figure.axes[0].texts)
+    one, other = (Text.get_window_extent(text) for text in figure.axes[0].texts)  # no leaders
     assert not one.overlaps(other)
+
+
+def test_names_move_as_little_as_they_can():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        heights = np.sort(rng.uniform(0, 30, 6))[::-1]
+        placed = np.array(style._apart(heights, 10, 0, 60))
+        assert (placed[:-1] - placed[1:] >= 10 - 1e-9).all()
+        assert placed.min() >= 0
+        assert placed.max() <= 60
+        for _ in range(200):  # no other allowed place is nearer
+            other = np.cumsum(rng.uniform(10, 14, 6))[::-1] - rng.uniform(0, 10)
+            if other.min() >= 0 and other.max() <= 60:
+                assert ((other - heights) ** 2).sum() >= ((placed - heights) ** 2).sum()
 
 
 def test_prediction_depth_bars_are_the_shares(evaluation):

@@ -73,6 +73,14 @@ def test_documents_continue_with_further_batches(tiny):
     assert more[32:] != one
 
 
+@pytest.mark.parametrize(
+    ("memory", "cache", "documents"),
+    [(80, 10, 4), (79, 10, 2), (1, 10, 1), (-5, 10, 1), (10**9, 10, 512)],
+)
+def test_batch_on_a_gpu_fills_at_most_half_of_its_memory(memory, cache, documents):
+    assert sampling._that_fit(memory, cache) == documents
+
+
 def test_progress_counts_the_tokens(tokenizer):
     model, counts = model_with_end(tokenizer, 7.0), []
     found = sample_documents(model, 10**2, 12, counts.append)

@@ -64,9 +64,11 @@ DEEP = b'{"text": "x", "a": ' + b"[" * 10_000 + b"]" * 10_000 + b"}\n"
         ("a.jsonl", b"", "is empty"),
         ("a.jsonl", b"\n \n", "is empty"),
         ("a.csv", b"", "is empty"),
+        ("a.jsonl", b'null\n{"text": "a"}\n', "holds no rows"),
+        ("a.json", b'[null, {"text": "a"}]', "holds no rows"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "cannot read the dataset"),
     ],
-    ids=range(8),
+    ids=range(10),
 )
 def test_damaged_rows_are_one_clear_error(tokenizer, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)

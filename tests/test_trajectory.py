@@ -109,17 +109,6 @@ def assert_equals_by_hand(tiny, lens, found, reading):
                     assert value == pytest.approx(log_probs[position, token].item(), abs=1e-4)
 
 
-@pytest.mark.gpu
-def test_reading_on_an_accelerator_agrees_with_the_cpu(tiny):
-    texts = [TEXT, "x"]
-    expected = trajectory(tiny, random_lens(tiny), texts)
-    tiny.to(torch.accelerator.current_accelerator())
-    for one, other in zip(trajectory(tiny, random_lens(tiny), texts), expected, strict=True):
-        for metric in TRAJECTORY_METRICS:
-            pair = [read.values(metric, token="final") for read in (one, other)]
-            assert torch.allclose(*pair, atol=1e-3, equal_nan=True)
-
-
 def test_last_position_has_no_next_token(tiny):
     reading = trajectory(tiny, None, TEXT).predictions["logit"]
     assert reading.next_log_probs[:, -1].isnan().all()
@@ -571,6 +560,7 @@ for name, content in views(read, both).items():
 """
 
 
+@pytest.mark.renders
 def test_saved_data_give_the_same_views_in_a_process_without_the_model(tiny, tmp_path):
     lenses = {"tuned": random_lens(tiny), "logit": LogitLens.from_model(tiny)}
     read = trajectory(tiny, lenses, TEXT, track=[" return", 17])

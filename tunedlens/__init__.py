@@ -26,7 +26,7 @@ from tunedlens.neighbours import as_transformer_lens
 from tunedlens.report import explorer, read_evaluation, top_k, write_report
 from tunedlens.report.plots import curves, heatmap
 from tunedlens.sharing import push_to_hub
-from tunedlens.training import train
+from tunedlens.training import CacheSettings, train
 from tunedlens.trajectories import Comparison, Trajectory, compare, difference, trajectory
 from tunedlens.trajectories.frames import probabilities, scores, to_dataframe, words
 from tunedlens.trajectories.storage import load_comparison, load_trajectory, save
@@ -54,6 +54,7 @@ Comparison.scores = scores
 Comparison.heatmap = heatmap
 
 __all__ = [
+    "CacheSettings",
     "Comparison",
     "ConstantLens",
     "CorpusConfig",

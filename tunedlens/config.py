@@ -40,6 +40,8 @@ class _Range(NamedTuple):
 
 
 _AT_LEAST_1 = _Range("at least 1", lambda value: value >= 1)
+_MAX_BLOCKS = 2**20
+_BLOCKS = _Range(f"from 1 to {_MAX_BLOCKS:,}", lambda value: 1 <= value <= _MAX_BLOCKS)
 _ABOVE_0 = _Range("above 0", lambda value: 0 < value < math.inf)
 _0_OR_MORE = _Range("0 or more", lambda value: 0 <= value < math.inf)
 _ACCEPTED = {
@@ -48,12 +50,13 @@ _ACCEPTED = {
     "self_tokens": _AT_LEAST_1,
     "max_tokens": _AT_LEAST_1,
     "init_tokens": _AT_LEAST_1,
-    "batch_size": _AT_LEAST_1,
-    "micro_batch_size": _AT_LEAST_1,
+    "batch_size": _BLOCKS,
+    "micro_batch_size": _BLOCKS,
     "validation_tokens": _AT_LEAST_1,
     "evaluate_tokens": _AT_LEAST_1,
     "skip_first": _0_OR_MORE,
     "vocab_sample": _Range("0 (all of it) or at least 64", lambda value: value == 0 or value >= 64),
+    "low_rank": _AT_LEAST_1,
     "ridge": _ABOVE_0,
     "lr": _ABOVE_0,
     "momentum": _Range("in [0, 1)", lambda value: 0 <= value < 1),
@@ -92,6 +95,11 @@ class ModelConfig(_Config):
     revision: str | None = option(None, "branch, tag or commit of a model on the hub")
     dtype: Dtype = option("float32", "dtype of the model's weights")
     device: str | None = option(None, "cpu, cuda, mps, ...; without it, the fastest one available")
+    device_map: str | None = option(
+        None,
+        "auto, balanced, balanced_low_0 or sequential: spread the model over all devices (and the "
+        "memory of the CPU), instead of --device",
+    )
     adapter: str | None = option(
         None, "folder or hub name of a PEFT adapter that is merged into the model (needs peft)"
     )
@@ -107,6 +115,10 @@ class ModelConfig(_Config):
     final_norm: str | None = option(
         None, "path of the final norm, such as model.norm, if it is not found; none for no norm"
     )
+
+    def on_any_device(self) -> Self:
+        """The same model, wherever it runs on this machine."""
+        return dataclasses.replace(self, device=None, device_map=None)
 
 
 @dataclass(frozen=True)
@@ -178,6 +190,15 @@ class TrainConfig(_Config):
         None,
         "further sites that get translators besides the stream entering each block (resid_pre), "
         "separated by commas: resid_mid, attn_out, mlp_out",
+    )
+    layers: str | None = option(
+        None,
+        "layers that get translators, separated by commas; negative ones count from the last layer "
+        "that can have one, so 0,6,-1 is the embeddings, layer 6 and the stream entering the last "
+        "block (default: all)",
+    )
+    low_rank: int | None = option(
+        None, "the largest rank of A in a translator h + A h + b, which makes the file smaller"
     )
     bias_only: bool = option(
         False, "train only the bias of every translator, h + b: the debiased logit lens"
@@ -254,6 +275,10 @@ class TrainConfig(_Config):
             raise InputError(
                 f"--bias-only works with --fit preconditioned and closed-form, not {self.fit}"
             )
+        if self.low_rank is not None and (self.bias_only or self.fit in ("jacobian", *BASELINES)):
+            other = "--bias-only" if self.bias_only else f"--fit {self.fit}"
+            raise InputError(f"--low-rank does not work with {other}; leave one of them out")
+        _ = self.chosen_layers  # checked now rather than when the model is loaded
         if self.init is not None and self.fit in ONE_PASS:
             raise InputError(f"--fit {self.fit} takes no steps, so it cannot start from --init")
 
@@ -261,6 +286,18 @@ class TrainConfig(_Config):
     def further_sites(self) -> list[str]:
         """The sites that `sites` names."""
         return self.sites.split(",") if self.sites else []
+
+    @property
+    def chosen_layers(self) -> list[int] | None:
+        """The layers that `layers` names; None for all."""
+        if self.layers is None:
+            return None
+        try:
+            return [int(layer) for layer in self.layers.split(",")]
+        except ValueError:
+            raise InputError(
+                f"--layers must be numbers separated by commas, like 0,6,-1; got {self.layers!r}"
+            ) from None
 
     @classmethod
     def from_json(cls, data: JsonObject, what: str) -> Self:
@@ -316,6 +353,11 @@ class EvaluateConfig(ScoringConfig):
     in front. The logit lens is always added. If empty, the newest saved lens."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
+    beside: str | None = option(
+        None,
+        "[NAME=]MODEL: a second model of the same shape, such as a fine-tuned one (or the folder "
+        "of a PEFT adapter for the first), on which the same lenses are scored beside the first",
+    )
     split: Split | None = option(
         None,
         "side of the text to score (default: the held-out side of a text that a lens was trained "

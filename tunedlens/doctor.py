@@ -1,19 +1,23 @@
 """Examines a model, and a lens on it: which parts were found, and whether they do their work."""
 
-import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformers import GenerationConfig
 
 from tunedlens.checkpoint import describe_lens, find_lens, load_lens
+from tunedlens.devices import float32_products
 from tunedlens.engine import kl_by_layer
 from tunedlens.errors import InputError
 from tunedlens.lenses import AffineLens, LogitLens
 from tunedlens.model import FrozenModel, probe_kl, probe_tolerance
+from tunedlens.sampling import only_settings
 
 _TEXT = """The harbour was quiet in the early morning. A few boats lay at the pier, and the men who
 worked on them talked about the weather, which had been bad for a week. In 1987 the town had 12,000
@@ -26,7 +30,6 @@ def read_lines(path):
         return [line.rstrip() for line in file]
 """
 _TOKENS = 128
-_CACHE = "past_key_values"
 _BOS_GAIN = 0.5
 """Nats of cross-entropy by which BOS must help before its absence counts as a fault."""
 
@@ -71,6 +74,7 @@ class Diagnosis:
         return "\n".join(lines)
 
 
+@float32_products()
 @torch.no_grad()
 def doctor(model: FrozenModel, lens: str | Path | None = None, text: str = _TEXT) -> Diagnosis:
     """Examine a model, and optionally a saved lens on it.
@@ -80,7 +84,7 @@ def doctor(model: FrozenModel, lens: str | Path | None = None, text: str = _TEXT
         lens: the folder of a saved lens, or its name on the hub.
         text: what the model reads; the first 128 tokens are used.
     """
-    ids = model.encode(text, is_any_length=True)[:, : min(_TOKENS, model.context or _TOKENS)]
+    ids = _first_tokens(model, text)
     checks = list(_model_checks(model, ids))
     if lens is not None:
         checks += _lens_checks(model, find_lens(lens), ids)
@@ -88,6 +92,38 @@ def doctor(model: FrozenModel, lens: str | Path | None = None, text: str = _TEXT
     norms = [state[0].float().norm(dim=-1) for state in states]
     sizes = [(float(norm[0]), float(norm[1:].median())) for norm in norms]
     return Diagnosis(_facts(model), checks, sizes)
+
+
+@torch.no_grad()
+def warn_of_faults(
+    model: FrozenModel, *, is_bos_default: bool = False, is_sampled: bool = False
+) -> None:
+    """Warn of each fault that makes numbers wrong and takes a few short forward passes to find.
+
+    `train` and `evaluate` call this; whether the final state decodes to the model's logits is
+    checked when a model is loaded.
+
+    Args:
+        is_bos_default: whether nobody chose how texts begin, so that the tokenizer's habit counts.
+        is_sampled: whether the model writes text, for which it uses its cache.
+    """
+    ids = _first_tokens(model, _TEXT)
+    checks = [_hidden_states(model, ids)]
+    if is_bos_default:
+        checks.append(_bos(model, ids))
+    if is_sampled:
+        checks.append(_cache(model, ids))
+    for check in checks:
+        if check.passed is False:
+            warnings.warn(
+                f"{model.name} fails a check ({check.name}): {check.detail} (tunedlens doctor "
+                "says more)",
+                stacklevel=3,
+            )
+
+
+def _first_tokens(model: FrozenModel, text: str) -> Int[Tensor, "1 seq"]:
+    return model.encode(text, is_any_length=True)[:, : min(_TOKENS, model.context or _TOKENS)]
 
 
 def _facts(model: FrozenModel) -> dict[str, str]:
@@ -155,10 +191,20 @@ def _hidden_states(model: FrozenModel, ids: Int[Tensor, "1 seq"]) -> Check:
             for i in range(max(0, -shift), len(states) - 1 - max(0, shift))
         )
     ]
+    if shifts == [-1] and _starts_at_embeddings(model, ids, states):
+        return Check(name, True, "transformers lists those that leave a block")
     if shifts:
         where = "after" if shifts[0] == 1 else "before"
         return Check(name, False, f"state l is that of layer l {shifts[0]:+d}, one block {where}")
     return Check(name, False, f"they differ at layers {', '.join(map(str, wrong))}")
+
+
+def _starts_at_embeddings(
+    model: FrozenModel, ids: Int[Tensor, "1 seq"], states: list[Tensor]
+) -> bool:
+    """Whether state 0, and no other, is the output of the embeddings."""
+    embeddings = model.model.get_input_embeddings()(ids)
+    return _close(states[0], embeddings) and not _close(states[1], embeddings)
 
 
 def _terms(model: FrozenModel, ids: Int[Tensor, "1 seq"]) -> Check:
@@ -189,15 +235,19 @@ def _padding(model: FrozenModel, ids: Int[Tensor, "1 seq"]) -> Check:
 
 def _cache(model: FrozenModel, ids: Int[Tensor, "1 seq"]) -> Check:
     name = "the cache changes nothing"
-    whole = model.model(ids, use_cache=False).logits[:, -1]
-    start = model.model(ids[:, :-1], use_cache=True)
-    # transformers 5.24 renamed the argument and the result.
-    key = "cache" if "cache" in inspect.signature(model.model.forward).parameters else _CACHE
-    cache = getattr(start, key, None) or getattr(start, _CACHE, None)
-    if cache is None:
-        return Check(name, None, "this model has no cache of keys and values")
-    last = model.model(ids[:, -1:], use_cache=True, **{key: cache}).logits[:, -1]
-    is_close = _close(whole, last)
+    settings = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=2,
+        output_logits=True,
+        return_dict_in_generate=True,
+        pad_token_id=0,
+    )
+    start = ids[:, :-2]
+    with only_settings(model, settings):
+        written = model.model.generate(start, attention_mask=torch.ones_like(start))
+    last = written.logits[-1]
+    whole = model.model(written.sequences[:, :-1], use_cache=False).logits[:, -1]
+    is_close = _close(whole.float(), last.float())
     return Check(name, is_close, "" if is_close else "generation with a cache differs from reading")
 
 
@@ -265,24 +315,26 @@ def _lens_checks(model: FrozenModel, folder: Path, ids: Int[Tensor, "1 seq"]) ->
 def _shift(model: FrozenModel, lens: AffineLens, ids: Int[Tensor, "1 seq"]) -> Check:
     """Whether each translator is at its own layer, and better than none."""
     name = "the lens is nearer to the model than the logit lens"
-    states, n = model.residual_stream(ids), lens.n_layers
-    plain = LogitLens.from_model(model)
+    states, plain = model.residual_stream(ids), LogitLens.from_model(model)
     own, without = (kl_by_layer(one, model.unembedding, states) for one in (lens, plain))
+    if not own:
+        return Check(name, None, "it has no translator for the stream between blocks")
     for shift in (-1, 1):
         shifted = kl_by_layer(lens, model.unembedding, states, shift)
-        same_layers = own[max(0, -shift) : n - max(0, shift)]
-        if sum(shifted) < sum(same_layers) and len(same_layers) > 1:
+        both = own.keys() & shifted.keys()
+        if sum(shifted[i] for i in both) < sum(own[i] for i in both) and len(both) > 1:
             return Check(
                 name,
                 False,
                 f"its translators fit better {shift:+d} layer away: "
                 "the lens or the states are shifted by one layer",
             )
-    means = f"mean KL {sum(own) / n:.3g} nats, logit lens {sum(without) / n:.3g}"
-    worse = [str(layer) for layer in range(n) if own[layer] > without[layer]]
+    pair = fmean(own.values()), fmean(without[layer] for layer in own)
+    means = f"mean KL {pair[0]:.3g} nats, logit lens {pair[1]:.3g}"
+    worse = [str(layer) for layer in own if own[layer] > without[layer]]
     if worse:
         means += f"; farther at layers {', '.join(worse)}"
-    if sum(own) > sum(without):
+    if pair[0] > pair[1]:
         return Check(name, False, f"{means}: train it again, or on text like this")
     return Check(name, True, means)
 

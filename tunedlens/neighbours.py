@@ -37,11 +37,12 @@ def as_transformer_lens(
     ) -> Float[Tensor, "*positions d_model"]:
         nonlocal centred_states
         point = _stack_point(index, lens.n_layers, incl_mid)
-        if not lens.reads(point.site) and point.layer < lens.n_layers:
+        if not lens.reads(point.site, point.layer):
             raise InputError(
                 f"the lens has no translator for entry {index}, {point.site} of block "
-                f"{point.layer}, only for {', '.join(lens.sites)}; train it at that site too, or "
-                "leave the entry out with layers=[...]"
+                f"{point.layer}, only for {', '.join(lens.sites)} of blocks "
+                f"{', '.join(map(str, lens.layers))}; train it there too, or leave the entry out "
+                "with layers=[...]"
             )
         centred_states = centred_states + entry[..., 0].numel() if _is_centred(entry) else 0
         if centred_states > 1:

@@ -43,7 +43,7 @@ def describe_run(model: FrozenModel, command: Sequence[str] | None = None) -> Pr
     """
     command = command or ["python", Path(sys.argv[0]).name, *sys.argv[1:]]
     identity = model.identity
-    versions = {name: metadata.version(name) for name in _VERSIONED}
+    versions = {name: _version(name) for name in _VERSIONED}
     return {
         "created": now(),
         "command": shlex.join(command),
@@ -56,6 +56,13 @@ def describe_run(model: FrozenModel, command: Sequence[str] | None = None) -> Pr
         "versions": {"python": platform.python_version(), **versions},
         "commit": _commit(),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # a checkout that was not installed
+        return "not installed"
 
 
 def _commit() -> str | None:

@@ -22,8 +22,9 @@ from tunedlens.corpus import (
 from tunedlens.errors import InputError
 from tunedlens.model import FrozenModel
 
-_DOCUMENTS_AT_A_TIME = 32
-"""Rounding, and so a sample, depends on the size of a batch."""
+_CPU_DOCUMENTS = 32
+_MAX_GPU_DOCUMENTS = 512
+"""A larger batch writes hardly more tokens a second."""
 
 Advance = Callable[[int], object]
 """Called with the number of tokens that were just sampled."""
@@ -51,9 +52,28 @@ def load_or_sample(
             "tokens_at_least": config.self_tokens,
             "temperature": 1.0,
             "longest_document": longest - 1,
-            "documents_at_a_time": _DOCUMENTS_AT_A_TIME,
+            "documents_at_a_time": documents_at_a_time(model, longest),
         }
     return splits
+
+
+def documents_at_a_time(model: FrozenModel, longest: int) -> int:
+    """The size of a batch, which a sample depends on, because rounding does.
+
+    On a GPU it depends on the size of the memory, not on what else the memory holds.
+    """
+    if model.device.type != "cuda":
+        return _CPU_DOCUMENTS
+    memory = torch.cuda.get_device_properties(model.device).total_memory
+    identity, weights = model.identity, model.model.get_memory_footprint()
+    cache = 2 * identity.n_layers * identity.d_model * model.model.dtype.itemsize * longest
+    return _that_fit(memory - weights, cache)
+
+
+def _that_fit(memory: int, cache: int) -> int:
+    """The largest power of two whose keys and values fill at most half of the memory."""
+    fitting = max(1, memory // 2 // cache)
+    return int(min(_MAX_GPU_DOCUMENTS, 1 << fitting.bit_length() - 1))
 
 
 def sample_documents(
@@ -111,7 +131,8 @@ def _sample_batch(
     model: FrozenModel, longest: int, seed: int, progress: Advance
 ) -> list[list[int]]:
     bos, eos = model.tokenizer.bos_token_id, model.tokenizer.eos_token_id
-    start = torch.full((_DOCUMENTS_AT_A_TIME, 1), eos if bos is None else bos, device=model.device)
+    count = documents_at_a_time(model, longest)
+    start = torch.full((count, 1), eos if bos is None else bos, device=model.device)
     config = GenerationConfig(
         do_sample=True,
         temperature=1.0,

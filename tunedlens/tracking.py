@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -21,11 +22,18 @@ WANDB_PATIENCE_SECONDS = 5
 def say(message: str, *, has_colors: bool = False) -> None:
     """Print lines, above the progress bar if there is one.
 
+    A run is worth more than its messages: letters that the terminal's encoding lacks are escaped,
+    and if nobody reads any more (`| head`, a closed terminal), nothing is printed.
+
     Args:
         has_colors: whether the message is ours and may move a terminal's colours.
     """
-    tqdm.write(message if has_colors else for_terminal(message), file=sys.stdout)
-    sys.stdout.flush()
+    message = message if has_colors else for_terminal(message)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    message = message.encode(encoding, "backslashreplace").decode(encoding)
+    with suppress(OSError, ValueError):  # ValueError: the file is closed
+        tqdm.write(message, file=sys.stdout)
+        sys.stdout.flush()
 
 
 def progress_bar(total_tokens: int, description: str, done: int = 0, show: bool = True) -> tqdm:

@@ -15,12 +15,12 @@ from tunedlens.checkpoint.lens_files import (
     kind_of,
     newest_lens,
     save_lens,
-    saved_sites,
+    saved_points,
 )
 from tunedlens.checkpoint.manifest import MANIFEST, WEIGHTS, read_manifest
 from tunedlens.checkpoint.run_state import (
-    STATE,
     State,
+    has_state,
     load_state,
     newest_state,
     remove_state,
@@ -32,13 +32,13 @@ __all__ = [
     "KINDS",
     "MANIFEST",
     "ROOT",
-    "STATE",
     "WEIGHTS",
     "State",
     "describe_lens",
     "export_lens",
     "fill_lens",
     "find_lens",
+    "has_state",
     "hub_name",
     "kind_of",
     "load_lens",
@@ -51,5 +51,5 @@ __all__ = [
     "save_lens",
     "save_state",
     "saved_config",
-    "saved_sites",
+    "saved_points",
 ]

@@ -142,6 +142,11 @@ def export_lens(lens: AffineLens, path: str | Path) -> None:
             f"other libraries read translators at resid_pre only; this lens has some at "
             f"{', '.join(lens.sites)}"
         )
+    if isinstance(lens, TunedLens) and len(lens.layers) < lens.n_layers:
+        raise InputError(
+            f"the library tuned-lens needs translators at all {lens.n_layers} layers; this lens "
+            f"has them at {', '.join(map(str, lens.layers))}"
+        )
     if isinstance(lens, TunedLens):
         if (path / "config.json").is_file() and not is_tuned_lens_folder(path):
             raise InputError(f"{path} holds another config.json; choose another folder")
@@ -158,7 +163,7 @@ def _warn_if_far(lens: AffineLens, model: FrozenModel, path: Path) -> None:
     """Warn if the mean KL over layers is greater than the logit lens's on a short text."""
     states = model.residual_stream(probe_ids(model))
     own, without = (
-        fmean(kl_by_layer(one, model.unembedding, states))
+        fmean(kl_by_layer(one, model.unembedding, states).values())
         for one in (lens, LogitLens.from_model(model))
     )
     if own > without:

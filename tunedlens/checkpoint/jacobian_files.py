@@ -2,18 +2,17 @@
 
 A lens is one `.pt` file with a dict. Its `J` holds a matrix by the number of a block: `J[l]` maps
 the output of block l, which is state l + 1 here, to the output of the last block. So a complete
-file of a model with n blocks has the matrices 0 to n - 2, for our states 1 to n - 1. It has none
-for state 0, the embeddings.
+file of a model with n blocks has the matrices 0 to n - 2, for our states 1 to n - 1; a sparse one
+has some of them. There is none for state 0, the embeddings.
 
-Files written here have an additional matrix for state 0 under `J_embeddings`, unless it is the
-identity; the other libraries ignore it.
+Files written here have an additional matrix for state 0 under `J_embeddings`, if the lens has a
+translator there; the other libraries ignore it.
 
 Source:
     https://github.com/TransformerLensOrg/TransformerLens,
     `transformer_lens/tools/analysis/jacobian_lens.py`.
 """
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,25 +40,23 @@ def jacobian_model(path: Path) -> JsonObject:
 def read_jacobian_file(path: Path, model: FrozenModel) -> JacobianLens:
     """Read a lens that another library has written.
 
-    If the file has no Jacobian for state 0, the embeddings, the lens decodes them as the logit lens
-    does, and a warning says so.
+    The lens has translators at the layers whose Jacobians are in the file.
 
     Raises:
-        InputError: the file is damaged, a shape is not the model's, layers are missing, or the
-            matrices map to another layer than the last one.
+        InputError: the file is damaged, a shape is not the model's, a block is not one of the
+            model's, or the matrices map to another layer than the last one.
     """
     payload = _payload(path)
-    lens = JacobianLens.from_model(model)
-    d_model, n_layers = lens.identity.d_model, lens.n_layers
+    d_model, n_layers = model.identity.d_model, model.identity.n_layers
     shape = (d_model, d_model)
     found = {
         _block(key, path): checked(matrix, shape, f"J[{key}] in {path}")
         for key, matrix in payload["J"].items()
     }
-    if found.keys() != set(range(n_layers - 1)):
+    if not found or max(found) > n_layers - 2:
         raise InputError(
-            f"{path} has Jacobians for the outputs of blocks {_short(found)}, but {model.name} "
-            f"needs exactly blocks 0 to {n_layers - 2}; fit the lens on all of them"
+            f"{path} has Jacobians for the outputs of blocks {_short(found)}; {model.name} takes "
+            f"some of blocks 0 to {n_layers - 2}"
         )
     target = _about(payload).get("target_layer", n_layers - 1)
     if target != n_layers - 1:
@@ -67,18 +64,12 @@ def read_jacobian_file(path: Path, model: FrozenModel) -> JacobianLens:
             f"the Jacobians in {path} map to the output of block {target}, expected the last block "
             f"of {model.name}, {n_layers - 1}; fit them again without a target layer"
         )
-    if _EMBEDDINGS not in payload:
-        warnings.warn(
-            f"{path} has no Jacobian for layer 0, the embeddings: the lens decodes layer 0 as the "
-            "logit lens does",
-            stacklevel=2,
-        )
-    embeddings = payload.get(_EMBEDDINGS, torch.eye(d_model))
-    jacobians = [
-        checked(embeddings, shape, f"{_EMBEDDINGS} in {path}"),
-        *(found[block] for block in range(n_layers - 1)),
-    ]
-    return JacobianLens.from_jacobians(model, torch.stack(jacobians))
+    by_layer = {block + 1: matrix for block, matrix in found.items()}
+    if _EMBEDDINGS in payload:
+        by_layer[0] = checked(payload[_EMBEDDINGS], shape, f"{_EMBEDDINGS} in {path}")
+    layers = sorted(by_layer)
+    jacobians = torch.stack([by_layer[layer] for layer in layers])
+    return JacobianLens.from_jacobians(model, jacobians, layers)
 
 
 def write_jacobian_file(lens: JacobianLens, path: Path) -> None:
@@ -91,18 +82,19 @@ def write_jacobian_file(lens: JacobianLens, path: Path) -> None:
             be written.
     """
     identity = torch.eye(lens.identity.d_model)
-    matrices = []
-    for layer in range(lens.n_layers):
+    matrices = {}
+    for layer in lens.layers:
         translator = lens.translator(layer)
         if translator.bias.any():
             raise InputError(
                 f"layer {layer} of the lens has a bias, but a file of Jacobians has no place for it"
             )
-        matrices.append(translator.weight.detach().cpu() + identity)
+        matrices[layer - 1] = translator.weight.detach().cpu() + identity
+    embeddings = matrices.pop(-1, None)
     payload = {
-        "J": dict(enumerate(matrices[1:])),
+        "J": matrices,
         "n_prompts": 0,
-        "source_layers": list(range(lens.n_layers - 1)),
+        "source_layers": list(matrices),
         "d_model": lens.identity.d_model,
         # At the top, because TransformerLens refuses a lens whose metadata spell the model's name
         # in another way than it does.
@@ -110,8 +102,8 @@ def write_jacobian_file(lens: JacobianLens, path: Path) -> None:
         "model_revision": lens.identity.revision,
         "metadata": {"target_layer": lens.n_layers - 1},
     }
-    if not torch.equal(matrices[0], identity):
-        payload[_EMBEDDINGS] = matrices[0]
+    if embeddings is not None:
+        payload[_EMBEDDINGS] = embeddings
     write_pt(path, payload)
 
 

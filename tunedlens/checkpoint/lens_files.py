@@ -8,6 +8,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from tunedlens.checkpoint.manifest import FORMAT, MANIFEST, WEIGHTS, read_manifest
 from tunedlens.errors import InputError
@@ -15,14 +16,14 @@ from tunedlens.files import (
     JsonObject,
     newest_folder,
     now,
-    read_tensor_names,
+    read_tensor_header,
     read_tensors,
     require_finite,
     write,
     write_json,
 )
 from tunedlens.lenses import AffineLens, JacobianLens, TunedLens
-from tunedlens.model import FrozenModel, probe_kl, probe_tolerance, require_same_model
+from tunedlens.model import FrozenModel, HookPoint, probe_kl, probe_tolerance, require_same_model
 
 ROOT = Path("checkpoints")
 """The default folder of runs."""
@@ -40,9 +41,12 @@ def save_lens(
         metadata: further entries of the manifest (config, corpus, results).
 
     Raises:
-        InputError: the folder cannot be written.
+        InputError: a value is not finite, or the folder cannot be written.
     """
     folder = Path(folder)
+    for name, value in lens.translators.state_dict().items():
+        if not value.isfinite().all():
+            raise InputError(f"the lens is not finite ({name}), so it is not written to {folder}")
     tensors = {
         name: value.cpu().contiguous()
         for name, value in lens.translators.state_dict().items()
@@ -54,6 +58,8 @@ def save_lens(
         "format": FORMAT,
         "lens": kind_of(lens),
         "sites": lens.sites,
+        "layers": lens.layers,
+        "rank": lens.rank,
         "created": now(),
         "model": dataclasses.asdict(lens.identity),
         "lens_sha256": hashlib.sha256(weights).hexdigest(),
@@ -78,7 +84,9 @@ def read_lens(folder: Path, model: FrozenModel, *, check: bool = True) -> Affine
             depth, vocabulary, norm or unembedding).
     """
     manifest = read_manifest(folder)
-    lens = KINDS[manifest["lens"]].from_model(model, manifest.get("sites", ["resid_pre"]))
+    sites = manifest.get("sites", ["resid_pre"])  # 0.1.0 had one site, all layers and full rank
+    layers, rank = manifest.get("layers"), manifest.get("rank")
+    lens = KINDS[manifest["lens"]].from_model(model, sites, layers, rank)
     fill_lens(lens, folder)
     probe = manifest.get("probe")
     if (
@@ -106,8 +114,11 @@ def read_lens(folder: Path, model: FrozenModel, *, check: bool = True) -> Affine
 def fill_lens(lens: AffineLens, folder: Path, *, any_model: bool = False) -> JsonObject:
     """Fill a lens with saved translators; returns their manifest.
 
+    A lens of full rank can be filled with translators of low rank.
+
     Args:
-        any_model: accept a lens that was made for another model of the same shape.
+        any_model: accept a lens that was made for another model of the same shape, or has further
+            translators.
 
     Raises:
         InputError: there is no lens, it is damaged or of another kind, holds values that are
@@ -124,19 +135,37 @@ def fill_lens(lens: AffineLens, folder: Path, *, any_model: bool = False) -> Jso
     if sha256 != manifest["lens_sha256"]:
         raise InputError(f"{path} is damaged: it is not the file that {MANIFEST} describes")
     expected = lens.translators.state_dict()
+    if lens.rank is None:
+        tensors = _with_products(tensors, lens.identity.d_model)
+    if any_model:
+        tensors = {name: value for name, value in tensors.items() if name in expected}
     # A translator whose weight is zero everywhere is saved as its bias.
-    omitted = {name for name in expected.keys() - tensors.keys() if name.endswith(".weight")}
+    omitted = {name for name in expected.keys() - tensors.keys() if not name.endswith(".bias")}
     tensors |= {name: torch.zeros_like(expected[name]) for name in omitted}
     if (wrong := expected.keys() ^ tensors.keys()) or (
         wrong := {name for name, value in tensors.items() if value.shape != expected[name].shape}
     ):
         raise InputError(
-            f"{path} does not hold {len(expected)} tensors for {lens.n_layers} layers of width "
+            f"{path} does not hold {len(expected)} tensors for {len(lens.layers)} layers of width "
             f"{lens.identity.d_model}: {min(wrong)} is missing, not expected, or of another shape"
         )
     require_finite(tensors, path)
     lens.translators.load_state_dict(tensors)
     return manifest
+
+
+def _with_products(tensors: Mapping[str, Tensor], d_model: int) -> dict[str, Tensor]:
+    """Translators of low rank, `left` and `right`, as their products; others as they are."""
+    found = dict(tensors)
+    for name in tensors:
+        point, _, part = name.rpartition(".")
+        if part == "left" and f"{point}.right" in tensors:
+            left, right = tensors[name], tensors[f"{point}.right"]
+            # The product of other shapes could be much larger than the file.
+            is_square = left.shape[:1] == right.shape[1:] == (d_model,)
+            if is_square and left.shape[1:] == right.shape[:1]:
+                found[f"{point}.weight"] = found.pop(name) @ found.pop(f"{point}.right")
+    return found
 
 
 def newest_lens(root: Path) -> Path:
@@ -152,11 +181,15 @@ def newest_lens(root: Path) -> Path:
     return found
 
 
-def saved_sites(folder: Path) -> list[str]:
-    """The sites at which a saved lens has translators, from the header of its file.
+def saved_points(folder: Path) -> list[HookPoint]:
+    """Where a saved lens has translators, from the header of its file.
 
     Raises:
         InputError: the file is missing or damaged.
     """
-    names = read_tensor_names(folder / WEIGHTS)
-    return list(dict.fromkeys(name.partition(".")[0] for name in names))
+    path = folder / WEIGHTS
+    parts = [name.split(".") for name in read_tensor_header(path).names]
+    try:
+        return sorted({HookPoint(site, int(layer)) for site, layer, _ in parts})
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: a tensor has a wrong name ({error})") from error

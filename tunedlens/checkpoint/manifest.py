@@ -54,6 +54,8 @@ class _Manifest(TypedDict):
     model: _Model
     lens_sha256: str
     sites: NotRequired[list[str]]
+    layers: NotRequired[list[int] | None]
+    rank: NotRequired[int | None]
     config: NotRequired[JsonObject]
     corpus: NotRequired[dict[str, _Text]]
     progress: NotRequired[_Progress]

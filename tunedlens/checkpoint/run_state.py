@@ -1,21 +1,37 @@
-"""Runs on disk: the state of an interrupted one, as one safetensors file, and the config of any."""
+"""Runs on disk: the states of an interrupted one, as safetensors files, and the config of any."""
 
+import hashlib
 import json
 import shutil
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors
 import safetensors.torch
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tunedlens.checkpoint.manifest import read_manifest
 from tunedlens.config import TrainConfig
 from tunedlens.errors import InputError
-from tunedlens.files import JsonObject, newest_folder, now, write
+from tunedlens.files import (
+    JsonObject,
+    as_type,
+    newest_folder,
+    now,
+    parse_json,
+    read_tensor_header,
+    read_tensors,
+    write,
+)
 
-STATE = Path("state") / "state.safetensors"
+_FOLDER, _SUFFIX = "state", ".safetensors"
+_KEPT_STATES = 2
+"""The newest state, and the one before it in case the newest is damaged."""
+_DTYPES = (torch.float32, torch.float64)
 
 
 class State(NamedTuple):
@@ -26,33 +42,77 @@ class State(NamedTuple):
     """JSON-able: the config, the model, the progress."""
 
 
+def has_state(folder: Path) -> bool:
+    """Whether a folder holds an interrupted run."""
+    return bool(_newest_first(folder))
+
+
 def save_state(folder: Path, state: State) -> None:
-    """Write what a run needs to be resumed, as one file.
+    """Write what a run needs to be resumed, as one file with a checksum.
+
+    The state that was written before stays beside it.
 
     Raises:
-        InputError: the folder cannot be written.
+        InputError: a value is not finite, or the folder cannot be written.
     """
-    metadata = {"about": json.dumps(state.metadata | {"created": now()})}
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.tensors.items()}
-    write(folder / STATE, safetensors.torch.save(tensors, metadata))
+    if bad := [name for name, value in tensors.items() if not value.isfinite().all()]:
+        raise InputError(f"the state of {folder} is not finite ({bad[0]}), so it is not written")
+    about = json.dumps(state.metadata | {"created": now()}, allow_nan=False)
+    header = {"about": about, "sha256": _digest(about, tensors)}
+    older = _newest_first(folder)
+    number = int(older[0].stem) + 1 if older else 1
+    write(folder / _FOLDER / f"{number}{_SUFFIX}", safetensors.torch.save(tensors, header))
+    for path in older[_KEPT_STATES - 1 :]:
+        with suppress(OSError):
+            path.unlink()
 
 
 def load_state(folder: Path, *, with_tensors: bool = True) -> State:
-    """Read what `save_state` wrote, or only its metadata.
+    """Read the newest state that is whole, or only its metadata.
 
     Raises:
-        InputError: there is no interrupted run, or its state is damaged.
+        InputError: there is no interrupted run, or all its states are damaged.
     """
-    path = folder / STATE
-    if not path.is_file():
-        raise InputError(f"{folder} holds no interrupted run: expected {path}")
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            names = file.keys() if with_tensors else ()
-            tensors = {name: file.get_tensor(name) for name in names}
-            return State(tensors, json.loads(file.metadata()["about"]))
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path} is damaged: {error}") from error
+    paths = _newest_first(folder)
+    if not paths:
+        raise InputError(f"{folder} holds no interrupted run: expected {folder / _FOLDER}")
+    problems = []
+    for path in paths:
+        try:
+            state = _read(path, with_tensors)
+        except (ValueError, KeyError) as error:
+            problems.append(f"{path} is damaged: {error}")
+            continue
+        if problems:
+            warnings.warn(f"{problems[0]}; {path}, saved before it, is used", stacklevel=2)
+        return state
+    raise InputError("; ".join(problems))
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    paths = [path for path in (folder / _FOLDER).glob(f"*{_SUFFIX}") if path.stem.isdecimal()]
+    return sorted(paths, key=lambda path: int(path.stem), reverse=True)
+
+
+def _read(path: Path, with_tensors: bool) -> State:
+    tensors: dict[str, Tensor] = {}
+    if with_tensors:
+        tensors, header, _ = read_tensors(path, dtypes=_DTYPES)
+    else:
+        header = read_tensor_header(path).metadata
+    if with_tensors and header["sha256"] != _digest(header["about"], tensors):
+        raise ValueError("its checksum is another")
+    return State(tensors, as_type(JsonObject, parse_json(header["about"], "it"), "it"))
+
+
+def _digest(about: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of all that is read from a state."""
+    digest = hashlib.sha256(about.encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def saved_config(folder: Path) -> TrainConfig:
@@ -61,7 +121,7 @@ def saved_config(folder: Path) -> TrainConfig:
     Raises:
         InputError: there is no run, or its files are damaged.
     """
-    if (folder / STATE).is_file():
+    if has_state(folder):
         metadata = load_state(folder, with_tensors=False).metadata
     else:
         metadata = read_manifest(folder)
@@ -76,7 +136,7 @@ def newest_state(root: Path) -> Path:
     Raises:
         InputError: there is none.
     """
-    folders = [path.parent.parent for path in root.glob(f"*/{STATE}")]
+    folders = [path.parent for path in root.glob(f"*/{_FOLDER}") if has_state(path.parent)]
     found = newest_folder(
         folders, lambda folder: load_state(folder, with_tensors=False).metadata["created"]
     )
@@ -86,5 +146,5 @@ def newest_state(root: Path) -> Path:
 
 
 def remove_state(folder: Path) -> None:
-    """Remove the state of a run that has finished."""
-    shutil.rmtree((folder / STATE).parent, ignore_errors=True)
+    """Remove the states of a run that has finished."""
+    shutil.rmtree(folder / _FOLDER, ignore_errors=True)

@@ -132,9 +132,9 @@ def write_tuned_lens_folder(lens: TunedLens, folder: Path) -> None:
     """
     layers = range(lens.n_layers)
     params = {
-        f"{layer}.{name}": value.detach().cpu().contiguous()
+        f"{layer}.{name}": getattr(lens.translator(layer), name).detach().cpu().contiguous()
         for layer in layers
-        for name, value in lens.translator(layer).named_parameters()
+        for name in ("weight", "bias")
     }
     write_pt(folder / PARAMS, params)
     config = {

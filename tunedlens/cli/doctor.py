@@ -1,7 +1,5 @@
 """`tunedlens doctor`: examines a model, and a lens on it."""
 
-import dataclasses
-
 from tunedlens import checkpoint
 from tunedlens.cli.flags import configured, make_parser, parse
 from tunedlens.cli.guard import Arguments, command
@@ -30,7 +28,7 @@ def doctor_command(arguments: Arguments = None) -> int:
     lens = checkpoint.find_lens(flags.pop("lens")) if "lens" in flags else None
     base = ModelConfig()
     if lens is not None and "model" not in flags:
-        base = dataclasses.replace(SavedLens.read("", str(lens)).trained.model, device=None)
+        base = SavedLens.read("", str(lens)).trained.model.on_any_device()
     model = load_configured(configured(base, flags), None, check=False)
     diagnosis = doctor(model, lens)
     say(str(diagnosis))

@@ -32,6 +32,7 @@ Without flags it evaluates the newest lens under checkpoints/ on the text it was
   python evaluate.py --lens checkpoints/RUN --tokens 1e6
   python evaluate.py --lens unigram --lens mean --lens checkpoints/A --lens mine=checkpoints/B
   python evaluate.py --dataset other.txt        all of it, since no lens was trained on it
+  python evaluate.py --lens checkpoints/RUN --beside MODEL   the same lens on a fine-tuned model
   python evaluate.py --prompt "The Eiffel Tower is in the city of"
   python evaluate.py --redraw DIR               write all tables and plots again, without a model
 """
@@ -90,8 +91,8 @@ def evaluate_command(arguments: Arguments = None) -> int:
     say(report.terminal_table(evaluation))
     say(f"\n{report.scored_text(evaluation)}; ± one standard error, clustered by block")
     say(f"tables, plots and report.html are in {output}")
-    if evaluation.tokens < bar.total:
-        ended = f"the text ran out after {evaluation.tokens:,} of {bar.total:,} positions"
+    if evaluation.tokens < settings["tokens"]:
+        ended = f"the text ran out after {evaluation.tokens:,} of {settings['tokens']:,} positions"
         if config.tokens is not None:
             raise InputError(f"{ended}; the results are in {output}")
         say(ended)
@@ -146,10 +147,15 @@ def _redraw(folder: Path, others: list[str]) -> int:
 def _default_output(
     saved: Sequence[SavedLens], config: EvaluateConfig, is_other_text: bool
 ) -> Path:
-    """A folder beside the first lens, other than that of an evaluation of more tokens."""
+    """A folder beside the first lens, other than that of an evaluation of more tokens.
+
+    A second model or another text is part of its name.
+    """
     name = "evaluation"
     if is_other_text and config.corpus.dataset is not None:
         name += f"-{Path(config.corpus.dataset).stem}"
+    if config.beside is not None:
+        name += f"-beside-{Path(config.beside.partition('=')[0]).name}"
     folder = (saved[0].results_folder if saved else Path()) / name
     with suppress(InputError):
         if config.tokens is not None and config.tokens < report.read_evaluation(folder).tokens:

@@ -2,9 +2,12 @@
 
 import ctypes
 import functools
+import io
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import huggingface_hub
 import transformers
@@ -37,6 +40,30 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def _in_one_line(message: Warning | str, *_: object, **__: object) -> str:
+    return f"warning: {message}\n"
+
+
+def keep_streams_open() -> None:
+    """Let a command go on when nobody reads its output: `| head`, or a closed stream."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open until the end
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def close_streams() -> None:
+    """Write out what is buffered; what nobody reads is dropped, without the usual traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def command(run: Callable[[Arguments], int]) -> Callable[[Arguments], int]:
     """Make a command: a user's mistake prints one line and returns a status other than 0."""
 
@@ -49,13 +76,23 @@ def command(run: Callable[[Arguments], int]) -> Callable[[Arguments], int]:
         transformers.logging.set_verbosity_error()
         huggingface_hub.logging.set_verbosity_error()
         keep_freed_memory()
+        original, warnings.formatwarning = warnings.formatwarning, _in_one_line
+        keep_streams_open()
         try:
             return run(arguments)
         except InputError as error:
-            print(f"error: {printable(str(error))}", file=sys.stderr)
+            _complain(f"error: {printable(str(error))}")
             return 2
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            _complain("interrupted")
             return INTERRUPTED
+        finally:
+            warnings.formatwarning = original
+            close_streams()
 
     return guarded
+
+
+def _complain(message: str) -> None:
+    with suppress(OSError, ValueError):
+        print(message, file=sys.stderr)

@@ -10,13 +10,14 @@ from tunedlens.errors import InputError
 from tunedlens.evaluation import Estimate
 from tunedlens.evaluation.lens_specs import SavedLens
 from tunedlens.files import JsonObject
+from tunedlens.model import TRANSLATED_SITES
 from tunedlens.report.card import trained_tokens
 from tunedlens.report.tables import plus_minus
 from tunedlens.tracking import say
 
-LIST = """Show the lenses in a folder: model, kind, sites, tokens, mean held-out KL and date."""
+LIST = """Show the lenses in a folder: model, kind, sites, layers, tokens, held-out KL and date."""
 
-_HEADER = ("folder", "model", "kind", "sites", "tokens", "KL, nats", "date")
+_HEADER = ("folder", "model", "kind", "sites", "layers", "tokens", "KL, nats", "date")
 
 
 @command
@@ -48,22 +49,26 @@ def list_command(arguments: Arguments = None) -> int:
 
 
 def _is_run(folder: Path) -> bool:
-    files = (checkpoint.MANIFEST, checkpoint.WEIGHTS, checkpoint.STATE)
-    return any((folder / file).is_file() for file in files)
+    files = (checkpoint.MANIFEST, checkpoint.WEIGHTS)
+    return checkpoint.has_state(folder) or any((folder / file).is_file() for file in files)
 
 
 def _line(folder: Path) -> list[str]:
     """A row of the table; or the folder and what is wrong with it, or that it is interrupted."""
-    if (folder / checkpoint.STATE).is_file() and not (folder / checkpoint.MANIFEST).exists():
+    if checkpoint.has_state(folder) and not (folder / checkpoint.MANIFEST).exists():
         return [str(folder), f"interrupted; continue with: python train.py --resume {folder}"]
     try:
         saved = SavedLens.read("", str(folder))
         manifest = saved.manifest
+        points, rank = checkpoint.saved_points(folder), manifest.get("rank")
+        sites, layers = ({point[part] for point in points} for part in (0, 1))
+        is_whole = layers == set(range(int(manifest["model"]["n_layers"])))
         return [
             str(folder),
             str(manifest["model"]["name"]),
-            saved.kind,
-            ",".join(checkpoint.saved_sites(folder)),
+            saved.kind if rank is None else f"{saved.kind}, rank {rank}",
+            ",".join(site for site in TRANSLATED_SITES if site in sites),
+            "all" if is_whole else ",".join(map(str, sorted(layers))),
             f"{sum(trained_tokens(manifest)):,}" if "progress" in manifest else "–",
             _held_out_kl(manifest) if "held_out" in manifest else "–",
             str(manifest["created"])[:16].replace("T", " "),

@@ -41,7 +41,7 @@ def show_prompts(flags: dict[str, Any]) -> int:
     if any(spec.kind in BASELINES for spec in specs):
         raise InputError("unigram and mean are the same for every prompt; leave them out")
     base = saved[0].trained.model if saved and "model" not in flags else ModelConfig()
-    config = configured(dataclasses.replace(base, device=None), flags)
+    config = configured(base.on_any_device(), flags)
     output = output or (saved[0].results_folder if saved else Path()) / "prompts"
     files.require_writable(output)
     model = load_configured(config, None)

@@ -11,7 +11,7 @@ from tunedlens.cli.guard import INTERRUPTED, Arguments, command
 from tunedlens.config import TrainConfig
 from tunedlens.errors import InputError
 from tunedlens.tracking import say
-from tunedlens.training import Interrupted, new_folder, train
+from tunedlens.training import CacheSettings, Interrupted, new_folder, train
 
 TRAIN = """Train a tuned lens: one affine translator per layer of a frozen language model.
 
@@ -39,12 +39,26 @@ def train_command(arguments: Arguments = None) -> int:
         metavar="RUN",
         help="continue an interrupted run (by default the last one), or extend a finished one",
     )
+    group.add_argument(
+        "--cache-states",
+        type=Path,
+        metavar="DIR",
+        help="folder that keeps the model's states for other runs on the same text",
+    )
+    group.add_argument(
+        "--cache-gb",
+        type=float,
+        metavar="X",
+        help="gigabytes that the folder of --cache-states may take (default: 50)",
+    )
     add_wandb_flag(group)
     flags = parse(parser, arguments)
 
     main = PartialState().is_main_process
     resume = flags.pop("resume", None)
     output, wandb = flags.pop("output", None), flags.pop("wandb", "disabled")
+    states, limit = flags.pop("cache_states", None), flags.pop("cache_gb", 50.0)
+    cache = None if states is None else CacheSettings(states, limit)
     if resume is not None and output is not None:
         raise InputError("--resume already names the folder of the run; leave out --output")
     if resume is None:
@@ -54,7 +68,7 @@ def train_command(arguments: Arguments = None) -> int:
         output = checkpoint.newest_state(checkpoint.ROOT) if resume == checkpoint.ROOT else resume
         config = configured(saved_config(output), flags)
     try:
-        evaluation = train(config, output, resume=resume is not None, wandb=wandb)
+        evaluation = train(config, output, resume=resume is not None, wandb=wandb, cache=cache)
     except Interrupted as interrupted:
         if main:
             say(f"{interrupted}; continue with: python train.py --resume {output}")

@@ -8,6 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from tunedlens.corpus.pieces import token_ids
 from tunedlens.corpus.standard_library import HELD_OUT_FRACTION, hash_fraction
 from tunedlens.errors import InputError
 from tunedlens.tokenizer import TokenBytes, required_bos
@@ -54,21 +55,13 @@ class Packer:
 
     def encode(self, texts: list[str]) -> list[Int[Tensor, " tokens"]]:
         """Token ids of each text, with EOS at the end."""
-        # A text that spells out "<|endoftext|>" means those characters, not the token, unless a
-        # template wrote it.
-        encoded = self._tokenizer(
-            texts,
-            add_special_tokens=False,
-            split_special_tokens=not self._is_chat,
-            verbose=False,
-        )
-        eos, documents = self.eos_id, []
-        for text, ids in zip(texts, encoded["input_ids"], strict=True):
-            self._compare_bytes(text, torch.tensor([eos, *ids]))
+        eos, documents = torch.tensor([self.eos_id], dtype=torch.int32), []
+        for text, ids in zip(texts, token_ids(self._tokenizer, texts, self._is_chat), strict=True):
+            self._compare_bytes(text, torch.cat([eos, ids]).long())
             if self._is_chat:
-                starts, ends = ids[:1] == [self._bos_id], ids[-1:] == [eos]
+                starts, ends = ids[:1].tolist() == [self._bos_id], ids[-1:].tolist() == eos.tolist()
                 ids = ids[starts : len(ids) - ends]
-            documents.append(torch.tensor([*ids, eos], dtype=torch.int32))
+            documents.append(torch.cat([ids, eos]))
         return documents
 
     def count_bytes(self, ids: Int[Tensor, " tokens"]) -> int:

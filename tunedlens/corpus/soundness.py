@@ -1,10 +1,11 @@
 """Looks through a table of text before a library parses it.
 
-The parser of pyarrow crashes on JSON that is nested deeply, and reports a wrong byte or an empty
-file in words that help nobody.
+The parser of pyarrow crashes on JSON that is nested deeply or begins with `null`. It reports a
+wrong byte or an empty file in words that help nobody.
 """
 
 import re
+from codecs import BOM_UTF8
 from pathlib import Path
 
 from tunedlens.errors import InputError
@@ -20,11 +21,13 @@ def require_sound(file: Path) -> None:
     Raises:
         InputError: it is not.
     """
-    depth, is_empty, is_json = 0, True, file.suffix.lower() != ".csv"
+    depth, first, is_json = 0, b"", file.suffix.lower() != ".csv"
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
-                is_empty = is_empty and not line.strip()
+                first = first or line.removeprefix(BOM_UTF8).lstrip(
+                    b" \t\r\n[" if is_json else None
+                )
                 line.decode("utf-8")
                 if is_json:
                     depth = _depth(line, depth, f"{file}, line {number},")
@@ -36,8 +39,10 @@ def require_sound(file: Path) -> None:
         ) from error
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror}") from error
-    if is_empty:
+    if not first:
         raise InputError(f"{file} is empty: expected rows with text")
+    if is_json and not first.startswith(b"{"):
+        raise InputError(f'{file} holds no rows: expected objects like {{"text": "..."}}')
 
 
 def _depth(line: bytes, depth: int, what: str) -> int:

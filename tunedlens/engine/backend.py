@@ -11,7 +11,10 @@ from tunedlens.engine.objective import LensKL
 from tunedlens.model import Unembedding
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_TOKENS, _MAX_ROWS, _ROUNDS, _MARGIN = 512, 8192, 3, 1.2
+_TOKENS = {"cpu": 512, "cuda": 8192}
+_MAX_ROWS = {"cpu": 8192, "cuda": 32_768}
+"""A GPU needs large products: small ones take as long as it takes to start them."""
+_ROUNDS, _MARGIN = 3, 1.2
 
 
 class Backend(NamedTuple):
@@ -34,18 +37,18 @@ def fastest_backend(
         precision: restricts the candidates to one precision.
         kernel: restricts the candidates to one kernel.
     """
-    weight = unembedding.weight
-    on_cpu = weight.device.type == "cpu"
+    weight, kind = unembedding.weight, unembedding.weight.device.type
+    on_cpu = kind == "cpu"
     has_bf16 = on_cpu or (
-        weight.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     )
     precisions = [precision] if precision else get_args(Precision) if has_bf16 else ["fp32"]
     kernels = [kernel] if kernel else get_args(Kernel) if on_cpu else ["products"]
     best, *others = (Backend(*pair) for pair in product(precisions, kernels))
     if not others:
         return best
-    rows = Unembedding(unembedding.norm, weight[:_MAX_ROWS], None)
-    hidden = torch.randn(_TOKENS, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    rows = Unembedding(unembedding.norm, weight[: _MAX_ROWS[kind]], None)
+    hidden = torch.randn(_TOKENS[kind], weight.shape[1], generator=torch.Generator().manual_seed(0))
     hidden = hidden.to(weight.device)
     least = _seconds(best, rows, hidden)
     for candidate in others:

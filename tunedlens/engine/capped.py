@@ -26,6 +26,8 @@ class CappedLensKL(LensKL):
         assert unembedding.cap is not None
         super().__init__(unembedding, dtype=unembedding.weight.dtype, chunk=chunk)
         self._cap = unembedding.cap
+        # Below a cap no offset gives a row the probability 0, so there are none but the tokens'.
+        self._all_keys = self._all_keys[: len(unembedding.weight)]
 
     @torch.no_grad()
     def model_side(

@@ -62,10 +62,10 @@ def chunk_tokens(rows: int, device: torch.device) -> int:
         rows: the number of rows of the unembedding, or of a sample of it.
         device: where the products run.
     """
-    elements = 3 * 2**23 if device.type == "cpu" else 2**26
+    elements = 3 * 2**23 if device.type == "cpu" else 2**27
     return min(max(256, elements // rows), max_chunk_tokens(device))
 
 
 def max_chunk_tokens(device: torch.device) -> int:
     """The largest chunk, however few rows there are."""
-    return 1024 if device.type == "cpu" else 8192
+    return 1024 if device.type == "cpu" else 32_768

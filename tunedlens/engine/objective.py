@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -31,8 +32,13 @@ States = Float[Tensor, "tokens d_model"]
 PerToken = Float[Tensor, " tokens"]
 Keys = Float[Tensor, "rows width"]
 """The rows that a softmax runs over. Each is a row of the unembedding, then a 1 for the shift of
-the query, then two columns for the row's offset if rows have offsets, then zeros up to a multiple
-of 8, which GPUs multiply faster."""
+the query, then two columns for the row's offset if rows have offsets. Where there are fewer columns
+or rows than a multiple of 8, which GPUs multiply faster, zeros follow, and rows whose offset gives
+them the probability 0."""
+
+_MULTIPLE = 8
+_NO_PROBABILITY = -1e30
+"""The offset of a row that is no token's; half precision holds it too."""
 
 
 class ModelSide(NamedTuple):
@@ -128,7 +134,8 @@ class LensKL:
             if usage is not None:
                 # The softmax was taken in place. The sum comes last, so that a chunk that is
                 # repeated when memory runs out counts once.
-                usage.add_(self._logits.mul_(self._logits).sum(0, dtype=usage.dtype))
+                squares = self._logits.mul_(self._logits).sum(0, dtype=usage.dtype)
+                usage.add_(squares[: len(usage)])
 
         self._in_chunks(len(final), keys, measure)
         return ModelSide(mean_rows, offsets)
@@ -258,7 +265,8 @@ def accumulate_gradient(
 ) -> Float[Tensor, " layers"]:
     """Add the gradient of the mean KL of every layer to the `grad` of its translator.
 
-    The layers are processed one after the other, so the memory does not grow with their number.
+    The layers are processed one after the other, or a few at a time if they have few tokens, so
+    the memory does not grow with their number.
 
     Args:
         states: the states at `lens.points`, and last the one before the final norm.
@@ -272,19 +280,30 @@ def accumulate_gradient(
         points that take no part.
     """
     model, points = model or objective.model_side(states[-1]), lens.points
-    kl, dtype = states[-1].new_zeros(len(points)), objective.dtype
-    factor = fraction / len(states[-1])
-    for index in range(len(points)) if layers is None else layers:
-        hidden, (site, layer) = states[index], points[index]
-        translator = lens.translator(layer, site)
-        nats, gradient = objective.gradient(lens.transform_hidden(hidden, layer, site), model, keys)
-        kl[index] = nats.sum() * factor
-        weight_gradient = (gradient.T.to(dtype) @ hidden.to(dtype)).to(gradient.dtype)
-        values = (weight_gradient, gradient.sum(0))
-        for parameter, value in zip(translator.parameters(), values, strict=True):
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            parameter.grad.add_(value, alpha=factor)
+    tokens, dtype = len(states[-1]), objective.dtype
+    kl, factor = states[-1].new_zeros(len(points)), fraction / tokens
+    left = list(range(len(points)) if layers is None else layers)
+    together = max(1, max_chunk_tokens(states[-1].device) // tokens)
+    while left:
+        group, left = left[:together], left[together:]
+        translated = [
+            lens.transform_hidden(states[index], points[index].layer, points[index].site)
+            for index in group
+        ]
+        same = ModelSide(model.mean_row.repeat(len(group), 1), model.offset.repeat(len(group)))
+        nats, gradients = objective.gradient(torch.cat(translated), same, keys)
+        for index, own, gradient in zip(
+            group, nats.split(tokens), gradients.split(tokens), strict=True
+        ):
+            kl[index] = own.sum() * factor
+            translator = lens.translator(points[index].layer, points[index].site)
+            weight = (gradient.T.to(dtype) @ states[index].to(dtype)).to(gradient.dtype)
+            for parameter, value in zip(
+                translator.parameters(), (weight, gradient.sum(0)), strict=True
+            ):
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad.add_(value, alpha=factor)
     return kl
 
 
@@ -292,12 +311,16 @@ def _make_keys(
     weight: Float[Tensor, "rows d_model"], offsets: Float[Tensor, " rows"] | None
 ) -> Keys:
     """Append the column of ones and the offsets, each as its rounded value and the remainder."""
+    if missing := -len(weight) % _MULTIPLE:
+        offsets = weight.new_zeros(len(weight)) if offsets is None else offsets
+        offsets = F.pad(offsets, (0, missing), value=_NO_PROBABILITY)
+        weight = F.pad(weight, (0, 0, 0, missing))
     columns = [weight, weight.new_ones(len(weight), 1)]
     if offsets is not None:
         rounded = offsets.to(weight.dtype)
         columns += [rounded[:, None], (offsets - rounded).to(weight.dtype)[:, None]]
     width = weight.shape[1] + len(columns) - 1
-    columns.append(weight.new_zeros(len(weight), -width % 8))
+    columns.append(weight.new_zeros(len(weight), -width % _MULTIPLE))
     return torch.cat(columns, 1)
 
 

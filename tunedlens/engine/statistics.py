@@ -154,26 +154,27 @@ class LensStatistics:
 @torch.no_grad()
 def kl_by_layer(
     lens: ResidualLens, unembedding: Unembedding, states: Sequence[Tensor], shift: int = 0
-) -> list[float]:
-    """Mean KL(model ‖ lens) of a short text at every layer, in nats, with all logits in memory.
+) -> dict[int, float]:
+    """Mean KL(model ‖ lens) of a short text by layer, in nats, with all logits in memory.
 
     Args:
         lens: the lens.
         unembedding: the model's.
         states: all states of the residual stream, the last one before the final norm.
-        shift: added to the layer to choose another translator for its state; layers that have
-            none are left out.
+        shift: added to the layer to choose another translator for its state. Layers without
+            one are left out.
     """
     *states, final = states
     model, n_layers = distributions.log_probs(unembedding(final)), len(states)
-    return [
-        float(
+    return {
+        layer: float(
             distributions.kl_divergence(
                 model, distributions.log_probs(lens(states[layer], layer + shift))
             ).mean()
         )
         for layer in range(max(0, -shift), n_layers - max(0, shift))
-    ]
+        if lens.reads("resid_pre", layer + shift)
+    }
 
 
 def measure(

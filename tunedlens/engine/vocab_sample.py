@@ -11,16 +11,23 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tunedlens.errors import InputError
+from tunedlens.devices import has_float64, send
 
 OverVocab = Float[Tensor, " vocab"]
 _FLOOR = 0.02
 """Uniform fraction of the proposal, so that no token has π_v = 0."""
-_FIXED_POINT_STEPS = 32
+_NEVER = 1e30
+"""Stands for log π_v at a place of the sample that holds no token: exp(z_v) / π_v is then 0."""
+_DEVIATIONS = 4
+"""Standard deviations by which the number of drawn tokens may exceed the expected one on a GPU."""
 
 
 class VocabSample(NamedTuple):
-    """The sampled tokens and log π_v of each."""
+    """The sampled tokens and log π_v of each.
+
+    On a GPU the number of places is fixed, because reading the number of tokens that were drawn
+    would wait for the device. The places that are left over hold any token and `_NEVER`.
+    """
 
     ids: Int[Tensor, " size"]
     log_inclusion: Float[Tensor, " size"]
@@ -32,23 +39,21 @@ def inclusion_probabilities(usage: OverVocab, size: int) -> OverVocab:
     If the usage is the sum of p_v² over the tokens of a step, these probabilities minimise the
     variance of an estimate of p. They prefer a token that one position is sure of to a token
     that many positions give a little probability.
-
-    Raises:
-        InputError: usage is not finite.
     """
-    if not usage.isfinite().all():
-        raise InputError("the model's probabilities are not finite; try --dtype float32")
-    roots, tiny = usage.cpu().double().sqrt(), torch.finfo(torch.float64).tiny
+    usage = usage if has_float64(usage.device) else usage.cpu()
+    roots, tiny = usage.double().sqrt(), torch.finfo(torch.float64).tiny
+    if size >= len(usage):
+        return torch.ones_like(roots)
     proposal = (1 - _FLOOR) * (roots / roots.sum().clamp_min(tiny)) + _FLOOR / len(usage)
-    probabilities = proposal * size
-    for _ in range(_FIXED_POINT_STEPS):
-        capped = probabilities >= 1
-        if not (probabilities > 1).any():
-            break
-        rest = proposal.masked_fill(capped, 0)
-        scale = (size - capped.sum()) / rest.sum().clamp_min(tiny)
-        probabilities = torch.where(capped, 1.0, scale * proposal)
-    return probabilities.clamp(max=1)
+    # Whole numbers have the same sum in any order, and the order is a GPU's own.
+    proposal = (proposal * 2.0**52).round()
+    # With the m largest at 1, the others share what is left of the size. The smallest m for which
+    # none of these exceeds 1 is the right one, and clamping then sets the m largest to 1.
+    descending = proposal.sort(descending=True).values
+    left = size - torch.arange(len(usage), device=usage.device)
+    rest = descending.flip(0).cumsum(0).flip(0)
+    m = (left * descending > rest).sum(0, keepdim=True)
+    return (proposal * (left / rest).gather(0, m)).clamp(max=1)
 
 
 def draw_sample(usage: OverVocab, size: int, seed: int, step: int) -> VocabSample:
@@ -65,5 +70,13 @@ def draw_sample(usage: OverVocab, size: int, seed: int, step: int) -> VocabSampl
     probabilities = inclusion_probabilities(usage, size)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     uniform = torch.rand(len(usage), dtype=torch.float64, generator=generator)
-    ids = (uniform < probabilities).nonzero()[:, 0]
-    return VocabSample(ids.to(usage.device), probabilities[ids].log().to(usage))
+    # Of probabilities that are not a number all are drawn, and so the KL is none either.
+    is_drawn = ~(send(uniform, probabilities.device) >= probabilities)
+    if is_drawn.device.type == "cpu":
+        ids = is_drawn.nonzero()[:, 0]
+        log_inclusion = probabilities[ids].log()
+    else:
+        places = min(size + round(_DEVIATIONS * size**0.5), len(usage))
+        ids = is_drawn.byte().argsort(descending=True, stable=True)[:places]
+        log_inclusion = probabilities[ids].log().masked_fill(~is_drawn[ids], _NEVER)
+    return VocabSample(ids.to(usage.device), log_inclusion.to(usage))

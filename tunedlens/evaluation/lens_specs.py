@@ -131,7 +131,7 @@ def model_as_trained(config: ModelConfig, saved: Sequence[SavedLens]) -> ModelCo
         if getattr(config, field.name) != field.default
     }
     name = trained.model or builtin.NAME
-    return dataclasses.replace(trained, **{"model": name, "device": None} | given)
+    return dataclasses.replace(trained.on_any_device(), **{"model": name} | given)
 
 
 def trained_on(saved: Sequence[SavedLens], dataset: str | None) -> list[SavedLens]:

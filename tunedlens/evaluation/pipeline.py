@@ -4,7 +4,8 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, islice
+from functools import partial
+from itertools import chain, islice, tee
 
 from accelerate import Accelerator
 from jaxtyping import Int
@@ -13,7 +14,16 @@ from torch import Tensor
 from tunedlens import checkpoint
 from tunedlens.config import EvaluateConfig, ScoringConfig
 from tunedlens.corpus import CorpusSplits
+from tunedlens.devices import float32_products
+from tunedlens.doctor import warn_of_faults
 from tunedlens.errors import InputError
+from tunedlens.evaluation.beside import (
+    SecondModel,
+    onto,
+    require_comparable,
+    second_model,
+    side_by_side,
+)
 from tunedlens.evaluation.lens_specs import (
     BASELINES,
     LensSpec,
@@ -22,10 +32,10 @@ from tunedlens.evaluation.lens_specs import (
     model_as_trained,
     saved_lenses,
 )
-from tunedlens.evaluation.results import Evaluation
+from tunedlens.evaluation.results import Evaluation, EvaluationProvenance, name_on
 from tunedlens.evaluation.scoring import Block, Layout, Scorer
 from tunedlens.evaluation.tally import Tally
-from tunedlens.evaluation.text import load_text
+from tunedlens.evaluation.text import ScoredText, load_text
 from tunedlens.files import JsonObject
 from tunedlens.lenses import Lens, LogitLens, require_made_for
 from tunedlens.metrics import per_token_metrics
@@ -37,6 +47,7 @@ def evaluate(
     config: EvaluateConfig,
     *,
     model: FrozenModel | None = None,
+    beside: FrozenModel | None = None,
     lenses: Mapping[str, Lens] | None = None,
     accelerator: Accelerator | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -50,6 +61,7 @@ def evaluate(
 
     Args:
         model: a loaded model, instead of `config.model`.
+        beside: a second one, instead of `config.beside`.
         lenses: lenses in memory by name, besides those of the config. If there are any, the newest
             saved lens is not the default.
         accelerator: the processes and the device.
@@ -73,26 +85,52 @@ def evaluate(
     else:
         named = dataclasses.replace(config.model, model=model.name)
         config = dataclasses.replace(config, model=named)
+    second = second_model(beside or config.beside, config.model, accelerator.device)
+    for one in [model, second.model] if second else [model]:
+        warn_of_faults(one, is_bos_default=config.corpus.bos is None and not saved)
     loaded = {spec.name: checkpoint.load_lens(spec.folder, model) for spec in saved}
+    ready = {**loaded, **(lenses or {})}
     text = load_text(config, specs, model, sampled)
-    evaluation = score_lenses(
-        model,
-        _in_order(specs, {**loaded, **(lenses or {})}, model, text.training),
-        text.blocks,
-        text.config,
+    evaluation = _score(specs, ready, model, second, text, accelerator, progress)
+    about: EvaluationProvenance = {
+        **describe_run(model, command),
+        "lenses": {spec.name: _source(spec, text.training) for spec in specs[1:]},
+        "corpus": text.description,
+        "config": dataclasses.asdict(text.config),
+        "processes": accelerator.num_processes,
+    }
+    if second:
+        about["beside"] = {"title": second.title} | dataclasses.asdict(second.model.identity)
+    return dataclasses.replace(evaluation, provenance=about)
+
+
+def _score(
+    specs: Sequence[LensSpec],
+    ready: Mapping[str, Lens],
+    model: FrozenModel,
+    second: SecondModel | None,
+    text: ScoredText,
+    accelerator: Accelerator,
+    progress: Callable[[int, int], None] | None,
+) -> Evaluation:
+    """The lenses on the model and, on the same blocks, on the second one."""
+    if second:
+        require_comparable(model, second.model, text.config.corpus.seq_len)
+    total, (blocks, blocks_again) = text.tokens * (2 if second else 1), tee(text.blocks)
+    score = partial(
+        score_lenses,
+        config=text.config,
         accelerator=accelerator,
-        progress=None if progress is None else lambda count: progress(count, text.tokens),
+        progress=None if progress is None else lambda count: progress(count, total),
     )
-    return dataclasses.replace(
-        evaluation,
-        provenance={
-            **describe_run(model, command),
-            "lenses": {spec.name: _source(spec, text.training) for spec in specs[1:]},
-            "corpus": text.description,
-            "config": dataclasses.asdict(text.config),
-            "processes": accelerator.num_processes,
-        },
-    )
+    evaluation = score(model, _in_order(specs, ready, model, text.training), blocks)
+    if second is None:
+        return evaluation
+    moved = {name: onto(lens, second.model, name) for name, lens in ready.items()}
+    found = _in_order(specs, moved, second.model, text.training)
+    named = {name_on(name, second.title): lens for name, lens in found.items()}
+    on_second = score(second.model, named, blocks_again)
+    return side_by_side(evaluation, on_second, second.title)
 
 
 def _in_order(
@@ -121,6 +159,7 @@ def _source(spec: LensSpec, training: CorpusSplits) -> JsonObject:
     return {"kind": spec.kind, "text": training.train.about, "tokens_at_most": tokens}
 
 
+@float32_products()
 def score_lenses(
     model: FrozenModel,
     lenses: Mapping[str, Lens],

@@ -23,7 +23,7 @@ class Result:
     lens: str
     """Name of the lens, or `model`."""
     layer: int | None
-    """None for the mean over layers, or for a metric of the lens as a whole."""
+    """None for the mean over the lens's layers, or for a metric of the lens as a whole."""
     metric: str
     """One of `metrics.METRICS`."""
     value: float
@@ -38,7 +38,7 @@ class Difference:
     lens: str
     other: str
     layer: int | None
-    """None for the mean over layers."""
+    """None for the mean over the layers that both lenses have."""
     metric: str
     value: float
     standard_error: float | None
@@ -59,6 +59,11 @@ class Grid:
         return [[len(row) for row in part] for part in (self.values, self.standard_errors)]
 
 
+def name_on(lens: str, title: str) -> str:
+    """What results call a lens, or the model itself, on a second model."""
+    return f"{lens} on {title}"
+
+
 Grids = dict[str, dict[str, Grid]]
 """Grids by lens and metric."""
 
@@ -74,6 +79,12 @@ class _Settings(TypedDict, total=False):
     split: str | None
 
 
+class _Second(TypedDict):
+    title: str
+    name: str
+    fingerprint: str
+
+
 class EvaluationProvenance(Provenance, total=False):
     """What produced an evaluation."""
 
@@ -81,6 +92,8 @@ class EvaluationProvenance(Provenance, total=False):
     """What each lens was made from: a saved file, or a text for a baseline."""
     corpus: Mapping[str, object]
     """The description of the scored text, or of each side of the split if both are scored."""
+    beside: JsonObject
+    """The second model: its `title` in results, `model`, `revision`, `fingerprint`."""
     config: JsonObject
     """The `EvaluateConfig` with all defaults filled in."""
     processes: int
@@ -103,8 +116,10 @@ class Evaluation:
     """Names of the lenses that have the same distribution at every layer and position."""
     sites: dict[str, str] = field(default_factory=dict)
     """The site of every lens that reads another one than the stream between blocks, by name."""
+    beside: dict[str, str] = field(default_factory=dict)
+    """The title of the second model by the name of every lens that was scored on it."""
     differences: list[Difference] = field(default_factory=list)
-    """Every lens minus each one before it."""
+    """Every lens minus each one before it on the same model."""
     by_position: Grids = field(default_factory=dict)
     """Rows are layers, columns are positions in the block."""
     transfer: Grids = field(default_factory=dict)
@@ -114,33 +129,59 @@ class Evaluation:
     @property
     def lenses(self) -> list[str]:
         """Names of the lenses, in the order in which they were given."""
-        return list(dict.fromkeys(r.lens for r in self.results if r.lens != MODEL))
+        models = self.models
+        return list(dict.fromkeys(r.lens for r in self.results if r.lens not in models))
+
+    @property
+    def models(self) -> dict[str, str | None]:
+        """The title of every model, None for the first, by what results call the model itself."""
+        seconds = dict.fromkeys(self.beside.values())
+        return {MODEL: None} | {name_on(MODEL, title): title for title in seconds}
+
+    def lenses_on(self, title: str | None = None) -> list[str]:
+        """Names of the lenses on the first model, or on the one with this title."""
+        return [lens for lens in self.lenses if self.beside.get(lens) == title]
 
     @property
     def metrics(self) -> list[str]:
-        """Names of the metrics that every lens has at every layer."""
-        return list(
-            dict.fromkeys(r.metric for r in self.results if r.lens != MODEL and r.layer == 0)
-        )
+        """Names of the metrics that every lens has at each of its layers."""
+        models = self.models
+        of_layers = (r for r in self.results if r.lens not in models and r.layer is not None)
+        return list(dict.fromkeys(r.metric for r in of_layers))
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers at which any lens was scored."""
+        return sorted({layer for lens in self.lenses for layer in self.layers_of(lens)})
+
+    def layers_of(self, lens: str) -> list[int]:
+        """The layers at which a lens was scored: those of its translators."""
+        kl = {r.layer for r in self.results if (r.lens, r.metric) == (lens, "kl_nats")}
+        return [layer for layer in range(self.n_layers) if layer in kl]
 
     def by_layer(self, lens: str, metric: str) -> list[Estimate]:
-        """A metric at every layer from 0 to n - 1 (to n for prediction depth)."""
+        """A metric at each of `layers_of(lens)` (and last at n, for prediction depth)."""
         return self._results(lens, metric, range(self.n_layers + 1))
 
-    def of_model(self, metric: str) -> Estimate:
-        """A metric of the model itself."""
-        return self._results(MODEL, metric, [self.n_layers])[0]
+    def of_model(self, metric: str, name: str = MODEL) -> Estimate:
+        """A metric of the model itself, or of another one of `models`."""
+        return self._results(name, metric, [self.n_layers])[0]
 
     def of_lens(self, lens: str, metric: str) -> Estimate:
-        """The mean of a metric over layers, or a metric of the lens as a whole."""
+        """The mean of a metric over the lens's layers, or a metric of the lens as a whole."""
         return self._results(lens, metric, [None])[0]
 
+    def shared_layers(self, lens: str, other: str) -> list[int]:
+        """The layers at which both lenses were scored."""
+        others = self.layers_of(other)
+        return [layer for layer in self.layers_of(lens) if layer in others]
+
     def difference(self, lens: str, other: str, metric: str) -> list[Estimate]:
-        """A metric of one lens minus that of another, at every layer."""
+        """A metric of one lens minus that of another, at every layer that both have."""
         return self._differences(lens, other, metric, range(self.n_layers))
 
     def mean_difference(self, lens: str, other: str, metric: str) -> Estimate:
-        """The mean over layers of a metric of one lens minus that of another."""
+        """The mean of that difference over the layers that both lenses have."""
         return self._differences(lens, other, metric, [None])[0]
 
     def _results(self, lens: str, metric: str, layers: Iterable[int | None]) -> list[Estimate]:
@@ -191,7 +232,11 @@ class Evaluation:
         Raises:
             InputError: something is missing or cannot be.
         """
-        as_type(_Settings, self.provenance.get("config", {}), "its config")
+        run = self.provenance
+        as_type(_Settings, run.get("config", {}), "its config")
+        if "beside" in run:
+            as_type(_Second, run["beside"], "its second model")
+            _require("model" in run and "fingerprint" in run, "it does not name the first model")
         _require(0 < self.n_layers <= len(self.results), f"it cannot have {self.n_layers} layers")
         _require(min(self.tokens, self.text_bytes, self.blocks) >= 0, "a count is below 0")
         errors = [one.standard_error for one in self.results]
@@ -201,20 +246,24 @@ class Evaluation:
         for metric in self.metrics:
             _require(metric in METRICS, f"the metric {metric} is unknown")
         for metric in ("perplexity", "bits_per_byte") if self.text_bytes else ("perplexity",):
-            self.of_model(metric)
+            for name in self.models:
+                self.of_model(metric, name)
         for lens in self.lenses:
             self._require_complete_lens(lens)
         for pair in dict.fromkeys((d.lens, d.other) for d in self.differences):
             self.mean_difference(*pair, "kl_nats")
             count = len(self.difference(*pair, "kl_nats"))
-            _require(count == self.n_layers, f"{' − '.join(pair)} has {count} layers")
+            is_right = count == len(self.shared_layers(*pair))
+            _require(is_right, f"{' − '.join(pair)} has {count} layers")
+        _require(self.beside.keys() <= set(self.lenses), "a lens on the second model is missing")
         for lens, site in self.sites.items():
             _require(lens in self.lenses and site in SITES, f"the site of {lens} is wrong")
         for grids in (self.by_position, self.transfer):
             for lens, measured in grids.items():
-                rows = 1 if lens == MODEL else self.n_layers
-                _require(lens in (MODEL, *self.lenses), f"it has grids of {lens}, and no results")
-                _require(lens == MODEL or "kl_nats" in measured, f"{lens} has no grid of its KL")
+                is_model = lens in self.models
+                rows = 1 if is_model else self.n_layers
+                _require(is_model or lens in self.lenses, f"it has grids of {lens} only")
+                _require(is_model or "kl_nats" in measured, f"{lens} has no grid of its KL")
                 for metric, grid in measured.items():
                     columns = rows if grids is self.transfer else len(next(iter(grid.values), []))
                     is_right = columns > 0 and grid.shapes == 2 * [[columns] * rows]
@@ -227,7 +276,7 @@ class Evaluation:
             self.of_lens(lens, "mean_prediction_depth")
         for metric in self.metrics:
             count = len(self.by_layer(lens, metric))
-            is_right = count == self.n_layers + (metric == "prediction_depth")
+            is_right = count == len(self.layers_of(lens)) + (metric == "prediction_depth")
             _require(is_right, f"{metric} of {lens} has {count} layers")
 
 

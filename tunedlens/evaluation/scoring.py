@@ -30,7 +30,9 @@ class Layout(NamedTuple):
     decodings: list[tuple[Lens | None, HookPoint]]
     """Lens and point of every row; None is the model, at the layer after the last block."""
     rows: Int[Tensor, "layers columns"]
-    """The row of every column at every layer."""
+    """The row of every column at every layer; the model's where a lens has no translator."""
+    layers: list[list[int]]
+    """The layers of every column but the last."""
     transfer_lenses: list[str]
     """Names of the lenses whose translators are applied at every layer."""
     vocab_size: int
@@ -43,34 +45,51 @@ class Layout(NamedTuple):
         n_layers, vocab_size = model.identity.n_layers, model.identity.vocab_size
         decodings: list[tuple[Lens | None, HookPoint]] = []
         columns: dict[str, tuple[Lens, str]] = {}
-        rows_by_column = []
+        rows_by_column, layers_by_column = [], []
         for name, lens in lenses.items():
-            layers = range(1 if isinstance(lens, ConstantLens) else n_layers)
-            for site in _sites_of(lens, lenses.values()):
+            sites, layers = _points_of(lens, n_layers, lenses.values())
+            for site in sites:
                 columns[name if site == "resid_pre" else f"{name} {site}"] = lens, site
-                first = len(decodings)
-                rows_by_column.append([first + min(i, layers[-1]) for i in range(n_layers)])
-                decodings += [(lens, HookPoint(site, layer)) for layer in layers]
-        rows_by_column.append([len(decodings)] * n_layers)
+                read = layers[:1] if isinstance(lens, ConstantLens) else layers
+                first, last = len(decodings), len(decodings) + len(read) - 1
+                rows = {layer: min(first + i, last) for i, layer in enumerate(layers)}
+                rows_by_column.append([rows.get(layer, -1) for layer in range(n_layers)])
+                layers_by_column.append(layers)
+                decodings += [(lens, HookPoint(site, layer)) for layer in read]
+        rows_by_column.append([-1] * n_layers)
         decodings.append((None, HookPoint("resid_pre", n_layers)))
         affine = [
             name
             for name, lens in lenses.items()
-            if isinstance(lens, AffineLens) and lens.reads("resid_pre")
+            if isinstance(lens, AffineLens) and "resid_pre" in lens.sites
         ]
         # Apple's GPUs have no float64.
         device = torch.device("cpu") if model.device.type == "mps" else model.device
-        rows, transfer_lenses = torch.tensor(rows_by_column).T, affine if transfer else []
-        return cls(columns, decodings, rows, transfer_lenses, vocab_size, device)
+        return cls(
+            columns,
+            decodings,
+            torch.tensor(rows_by_column).T % len(decodings),  # -1 is the model's
+            layers_by_column,
+            affine if transfer else [],
+            vocab_size,
+            device,
+        )
 
 
-def _sites_of(lens: Lens, lenses: Iterable[Lens]) -> list[str]:
-    """The sites at which a lens is scored: its own, or those of the others if it reads all."""
+def _points_of(
+    lens: Lens, n_layers: int, lenses: Iterable[Lens]
+) -> tuple[Sequence[str], list[int]]:
+    """The sites and the layers at which a lens is scored.
+
+    They are those of its translators. A lens without translators is scored where any of the others
+    has some, so that the two are compared at the same states.
+    """
     if isinstance(lens, AffineLens):
-        return [*lens.sites]
-    others = {site for other in lenses if isinstance(other, AffineLens) for site in other.sites}
-    further = others if isinstance(lens, ResidualLens) else set()
-    return [site for site in TRANSLATED_SITES if site in {"resid_pre"} | further]
+        return lens.sites, list(lens.layers)
+    points = {point for other in lenses if isinstance(other, AffineLens) for point in other.points}
+    sites = {site for site, _ in points} if isinstance(lens, ResidualLens) else set()
+    layers = sorted({layer for _, layer in points}) or list(range(n_layers))
+    return [site for site in TRANSLATED_SITES if site in {"resid_pre"} | sites], layers
 
 
 class Block(NamedTuple):
@@ -146,7 +165,8 @@ class Scorer:
                 probability_sums[:, row] += (in_group[:, part] @ probs).to(probability_sums)
             for column, name in enumerate(layout.transfer_lenses):
                 lens, _ = layout.columns[name]
-                for translator, layer in product(range(n_layers), repeat=2):
+                assert isinstance(lens, AffineLens)
+                for translator, layer in product(lens.layers, repeat=2):
                     state = states[HookPoint("resid_pre", layer)]
                     logits = self._logits(lens, state[part], translator)
                     measured = measure(TRANSFER_METRICS, logits, model, next_ids[part])

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
 
 import torch
 from accelerate import Accelerator
@@ -13,7 +14,7 @@ from tunedlens.errors import InputError
 from tunedlens.evaluation.estimates import Estimates, GroupSums, RatioSums, perplexity
 from tunedlens.evaluation.results import MODEL, Difference, Evaluation, Grid, Grids, Result
 from tunedlens.evaluation.scoring import TRANSFER_METRICS, Layout, ScoredBatch
-from tunedlens.lenses import ConstantLens
+from tunedlens.lenses import AffineLens, ConstantLens
 from tunedlens.metrics import METRICS, per_token_metrics
 
 BINS = 15
@@ -23,7 +24,8 @@ BINS = 15
 class Tally:
     """Accumulates every kind of result that a config asks for.
 
-    Sums by layer have n + 1 entries: layers 0 to n - 1, and last their mean.
+    Sums by layer have an entry for each of the n layers, and then a mean for every set of layers
+    that a lens has, or that two lenses share.
 
     Args:
         positions: scored positions in a block.
@@ -32,9 +34,13 @@ class Tally:
     def __init__(self, layout: Layout, config: ScoringConfig, positions: int) -> None:
         self._layout, self._names = layout, list(layout.columns)
         n_layers, columns = layout.rows.shape
+        own, pairs = layout.layers, combinations(layout.layers, 2)
+        shared = ([layer for layer in one if layer in other] for one, other in pairs)
+        self._sets = list(dict.fromkeys(tuple(layers) for layers in (*own, *shared) if layers))
+        n_rows = n_layers + len(self._sets)
         metrics = (*per_token_metrics(config.metrics), "bits_per_byte")
         self._by_layer = {
-            metric: RatioSums(n_layers + 1, columns=columns)
+            metric: RatioSums(n_rows, columns=columns)
             for metric in (*metrics, "kl_nats_position_0")
         }
         self._by_position = {
@@ -45,6 +51,12 @@ class Tally:
             metric: RatioSums(n_layers, n_layers, columns=len(layout.transfer_lenses))
             for metric in (TRANSFER_METRICS if layout.transfer_lenses else ())
         }
+        self._next_layers = torch.tensor([
+            [min((layer for layer in one if layer >= depth), default=n_layers)
+             for depth in range(n_layers + 1)]
+            for one in (*own, range(n_layers))
+        ])  # fmt: skip
+        """By column and depth: the first layer from there on that a lens has."""
         self._depths = RatioSums(n_layers + 1, columns=columns)
         self._mean_depth = RatioSums(columns=columns)
         self._probabilities = GroupSums(
@@ -57,15 +69,17 @@ class Tally:
         counts, terms = batch.is_scored.sum(-1), _terms(batch)
         for metric, sums in self._by_layer.items():
             values, weights = terms[metric]
-            sums.add(_with_mean(values.sum(-1)), weights.sum(-1))
+            sums.add(self._with_means(values.sum(-1)), weights.sum(-1))
         for metric, sums in self._by_position.items():
             values, weights = terms[metric]
             sums.add(values.movedim(-1, 1), weights.T)
         for metric, sums in self._transfer.items():
             sums.add(batch.transfer[metric], counts)
         n_layers, agrees = len(self._layout.rows), batch.values["top1_agreement"] > 0
-        # From the prediction depth on, the most probable token is the model's.
+        # From the prediction depth on, the most probable token is the model's. A layer without
+        # translator agrees, so the depth moves on to the next one that has one.
         depth = n_layers - agrees.flip(0).long().cumprod(0).sum(0)
+        depth = self._next_layers.gather(1, depth.flatten(1)).view_as(depth)
         has_depth = torch.arange(n_layers + 1)[:, None, None, None] == depth
         self._depths.add((has_depth & batch.is_scored).sum(-1), counts)
         self._mean_depth.add((depth * batch.is_scored).sum(-1), counts)
@@ -127,19 +141,19 @@ class Tally:
             sites={name: site for name, (_, site) in named if site != "resid_pre"},
             differences=differences,
             by_position=self._position_grids(),
-            transfer=_grids(self._transfer, self._layout.transfer_lenses),
+            transfer=self._transfer_grids(),
         )
 
     def _estimates(self, contrasts: Float[Tensor, "contrasts columns"]) -> dict[str, Estimates]:
-        """Estimates of shape [layers + 1, contrasts], by metric; the last layer is the mean."""
+        """Estimates of shape [layers + means, contrasts], by metric."""
         rows = self._layout.rows
         found = {metric: sums.estimates(contrasts) for metric, sums in self._by_layer.items()}
         found["bias_nats"] = self._probabilities.jackknife(
-            lambda sums: _with_mean(_bias_nats(sums).cpu()[rows]) @ contrasts.mT
+            lambda sums: self._with_means(_bias_nats(sums).cpu()[rows]) @ contrasts.mT
         )
         if "confidence" in found:
             found["calibration_error"] = self._calibration.jackknife(
-                lambda sums: _with_mean(_calibration_error(sums)) @ contrasts.mT
+                lambda sums: self._with_means(_calibration_error(sums)) @ contrasts.mT
             )
         return found
 
@@ -149,13 +163,14 @@ class Tally:
         """Results of every lens and of the model, whose contrasts are the first ones."""
         n_layers, depths = len(self._layout.rows), self._depths.estimates()
         for column, lens in enumerate(self._names):
-            for layer in (*range(n_layers), None):
+            layers = self._layout.layers[column]
+            for layer in (*layers, None):
                 for metric, found in estimates.items():
-                    estimate = found.at(-1 if layer is None else layer, column)
+                    estimate = found.at(self._row(layer, layers), column)
                     yield Result(lens, layer, metric, *estimate)
                     if metric == "cross_entropy_nats" and layer is not None:
                         yield Result(lens, layer, "perplexity", *perplexity(estimate))
-            for depth in range(n_layers + 1):
+            for depth in (*layers, n_layers):
                 yield Result(lens, depth, "prediction_depth", *depths.at(depth, column))
             yield Result(lens, None, "mean_prediction_depth", *mean_depths.at(column))
         for metric, found in estimates.items():
@@ -174,23 +189,42 @@ class Tally:
         """Every lens minus each one before it; their contrasts follow the model's."""
         for index, (i, j) in enumerate(pairs, start=len(self._names) + 1):
             lens, other = self._names[i], self._names[j]
-            for layer in (*range(len(self._layout.rows)), None):
+            own, others = self._layout.layers[i], self._layout.layers[j]
+            shared = [layer for layer in own if layer in others]
+            for layer in (*shared, None) if shared else ():
                 for metric, found in estimates.items():
-                    estimate = found.at(-1 if layer is None else layer, index)
+                    estimate = found.at(self._row(layer, shared), index)
                     yield Difference(lens, other, layer, metric, *estimate)
-            depth = mean_depths.at(index)
-            yield Difference(lens, other, None, "mean_prediction_depth", *depth)
+            if own == others:  # depths in other layers cannot be compared
+                depth = mean_depths.at(index)
+                yield Difference(lens, other, None, "mean_prediction_depth", *depth)
+
+    def _row(self, layer: int | None, layers: Sequence[int]) -> int:
+        """The entry of a layer, or of the mean over these layers."""
+        return len(self._layout.rows) + self._sets.index(tuple(layers)) if layer is None else layer
+
+    def _with_means(self, by_layer: Float[Tensor, "layers ..."]) -> Float[Tensor, "entries ..."]:
+        """The values by layer, and then the mean over every set of layers."""
+        means = [by_layer[[*layers]].mean(0) for layers in self._sets]
+        return torch.cat([by_layer, torch.stack(means)])
 
     def _position_grids(self) -> Grids:
         if not self._by_position:
             return {}
-        grids = _grids(self._by_position, [*self._names, MODEL])
+        rows = [*self._layout.layers, range(len(self._layout.rows))]
+        names = [*self._names, MODEL]
+        grids = _grids(self._by_position, dict(zip(names, rows, strict=True)))
         grids[MODEL] = {
             metric: Grid(grid.values[:1], grid.standard_errors[:1])
             for metric, grid in grids[MODEL].items()
             if METRICS[metric].for_model
         }
         return grids
+
+    def _transfer_grids(self) -> Grids:
+        lenses = {name: self._layout.columns[name][0] for name in self._layout.transfer_lenses}
+        rows = {name: lens.layers for name, lens in lenses.items() if isinstance(lens, AffineLens)}
+        return _grids(self._transfer, rows, is_square=True)
 
 
 def _terms(
@@ -202,11 +236,6 @@ def _terms(
     terms["bits_per_byte"] = (bits, batch.text_bytes)
     terms["kl_nats_position_0"] = (batch.values["kl_nats"][..., :1], batch.is_scored[:, :1])
     return terms
-
-
-def _with_mean(by_layer: Float[Tensor, "layers ..."]) -> Float[Tensor, "layers+1 ..."]:
-    """The values by layer, and last the mean over layers."""
-    return torch.cat([by_layer, by_layer.mean(0, keepdim=True)])
 
 
 def _bias_nats(sums: Float[Tensor, "rows vocab"]) -> Float[Tensor, " rows"]:
@@ -239,21 +268,37 @@ def _require_finite(results: Sequence[Result | Difference]) -> None:
             )
 
 
-def _grids(sums: Mapping[str, RatioSums], columns: Sequence[str]) -> Grids:
-    """The grids of every column by metric."""
+def _grids(
+    sums: Mapping[str, RatioSums], layers: Mapping[str, Sequence[int]], *, is_square: bool = False
+) -> Grids:
+    """The grids of every lens by metric, with values in the rows of its layers.
+
+    Args:
+        sums: one column per lens.
+        layers: by lens.
+        is_square: whether the columns are layers as well.
+    """
     estimates = {metric: part.estimates() for metric, part in sums.items()}
     return {
         name: {
-            metric: Grid(*(_rounded(part[..., column]) for part in found))
+            metric: Grid(*(_rounded(part[..., column], own, is_square) for part in found))
             for metric, found in estimates.items()
         }
-        for column, name in enumerate(columns)
+        for column, (name, own) in enumerate(layers.items())
     }
 
 
-def _rounded(values: Float[Tensor, "rows columns"]) -> list[list[float | None]]:
-    """To seven digits, since grids hold many numbers; None for NaN."""
+def _rounded(
+    values: Float[Tensor, "rows columns"], layers: Sequence[int], is_square: bool
+) -> list[list[float | None]]:
+    """To seven digits, since grids hold many numbers; None for NaN and outside the layers."""
+    columns = layers if is_square else range(values.shape[1])
     return [
-        [float(f"{value:.7g}") if math.isfinite(value) else None for value in row]
-        for row in values.tolist()
+        [
+            float(f"{value:.7g}")
+            if math.isfinite(value) and row in layers and column in columns
+            else None
+            for column, value in enumerate(line)
+        ]
+        for row, line in enumerate(values.tolist())
     ]

@@ -39,6 +39,13 @@ class TensorFile(NamedTuple):
     """Of the whole file."""
 
 
+class TensorHeader(NamedTuple):
+    """The header of a safetensors file."""
+
+    names: list[str]
+    metadata: dict[str, str]
+
+
 def read_bytes(path: Path, if_missing: str | None = None, max_bytes: int | None = None) -> bytes:
     """Read a whole file.
 
@@ -205,14 +212,14 @@ def read_tensors(
     return TensorFile(tensors, metadata, hashlib.sha256(content).hexdigest())
 
 
-def read_tensor_names(path: Path, if_missing: str | None = None) -> list[str]:
-    """The names of the tensors in a safetensors file, from its header.
+def read_tensor_header(path: Path, if_missing: str | None = None) -> TensorHeader:
+    """What the header of a safetensors file says; the tensors are not read.
 
     Raises:
         InputError: as `read_tensors`.
     """
     with _opened(path, if_missing), safetensors.safe_open(path, "pt") as file:
-        return list(file.keys())
+        return TensorHeader(list(file.keys()), file.metadata() or {})
 
 
 def require_finite(tensors: Mapping[str, Shaped[Tensor, "..."]], path: Path) -> None:

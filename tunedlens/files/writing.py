@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tunedlens.errors import InputError
 
-_LONGEST_NAME = 100
+_LONGEST_NAME = 150
 _A_DAY = 24 * 60 * 60
 
 

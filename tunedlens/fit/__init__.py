@@ -4,6 +4,7 @@ from tunedlens.fit.baselines import mean_lens, unigram_lens
 from tunedlens.fit.convergence import ValidationResult, converged_layers
 from tunedlens.fit.jacobian import SKIPPED_POSITIONS, MeanJacobian
 from tunedlens.fit.least_squares import LeastSquares
+from tunedlens.fit.low_rank import nearest_of_rank
 from tunedlens.fit.optimizer import (
     DEFAULT_HYPERPARAMETERS,
     LensOptimizer,
@@ -23,6 +24,7 @@ __all__ = [
     "ValidationResult",
     "converged_layers",
     "mean_lens",
+    "nearest_of_rank",
     "preconditioner",
     "unigram_lens",
 ]

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tunedlens.devices import float32_products
 from tunedlens.engine import Decoder, chunk_tokens
 from tunedlens.errors import InputError
 from tunedlens.lenses import ConstantLens
@@ -32,6 +33,7 @@ def unigram_lens(model: FrozenModel, blocks: Iterable[Block], tokens: int) -> Co
     return _constant_lens(counts, model, added=1)
 
 
+@float32_products()
 @torch.no_grad()
 def mean_lens(model: FrozenModel, blocks: Iterable[Block], tokens: int) -> ConstantLens:
     """The model's own distribution, averaged over the positions of a text.

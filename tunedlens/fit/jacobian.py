@@ -1,4 +1,6 @@
-"""The mean Jacobian of the final state with respect to the state of every layer."""
+"""The mean Jacobian of the final state with respect to the states of layers."""
+
+from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
@@ -6,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tunedlens.config import JacobianTargets
+from tunedlens.devices import send
 from tunedlens.distributed import reduce_sums
 from tunedlens.model import FrozenModel
 
@@ -15,7 +18,7 @@ attention sinks, and their states are unlike all others."""
 
 
 class MeanJacobian:
-    """Streaming mean over source positions p of d final / d state[p] for every layer.
+    """Streaming mean over source positions p of d final / d state[p] for some layers.
 
     Every output dimension takes one backward pass per batch, with cotangents at all target
     positions at once. With targets `later`, as published, all cotangents are 1. A source position
@@ -28,7 +31,7 @@ class MeanJacobian:
     what the KL at the same position measures.
 
     Args:
-        n_layers: the number of states to differentiate.
+        layers: the layers whose states are differentiated.
         skipped: the number of positions to skip at the start of each block.
         seed: the seed of the random signs.
 
@@ -40,14 +43,15 @@ class MeanJacobian:
 
     def __init__(
         self,
-        n_layers: int,
+        layers: Sequence[int],
         d_model: int,
         *,
         targets: JacobianTargets = "later",
         skipped: int = SKIPPED_POSITIONS,
         seed: int = 0,
     ) -> None:
-        self.sums = torch.zeros(n_layers, d_model, d_model, dtype=torch.float64)
+        self.layers = layers
+        self.sums = torch.zeros(len(layers), d_model, d_model, dtype=torch.float64)
         self.positions = torch.zeros((), dtype=torch.float64)
         self._targets, self._skipped = targets, skipped
         self._generator = torch.Generator().manual_seed(seed)
@@ -55,20 +59,24 @@ class MeanJacobian:
     def add(self, model: FrozenModel, input_ids: Int[Tensor, "batch seq"]) -> None:
         """Add the source positions of further blocks."""
         *states, final = model.residual_stream(input_ids, differentiable=True)
+        states = [states[layer] for layer in self.layers]
         kept = slice(min(self._skipped, input_ids.shape[1] - 1), None)
         signs, cotangent = torch.ones_like(final[:, kept, 0]).float(), torch.zeros_like(final)
+        by_output = []
         for output in range(final.shape[-1]):
             if self._targets == "same":
                 random = torch.randint(0, 2, signs.shape, generator=self._generator)
-                signs = (2 * random - 1).to(signs)
+                signs = send(2 * random - 1, signs.device).to(signs)
             cotangent.zero_()
             cotangent[:, kept, output] = signs.to(cotangent)
             is_last = output == final.shape[-1] - 1
             gradients = torch.autograd.grad(final, states, cotangent, retain_graph=not is_last)
-            rows = [
-                (gradient[:, kept].float() * signs[..., None]).sum((0, 1)) for gradient in gradients
-            ]
-            self.sums[:, output] += torch.stack(rows).double().cpu()
+            rows = []
+            for gradient in gradients:  # they may be on several devices
+                weights = signs[..., None].to(gradient.device)
+                rows.append((gradient[:, kept].float() * weights).sum((0, 1)).to(final.device))
+            by_output.append(torch.stack(rows))
+        self.sums += torch.stack(by_output, 1).double().cpu()
         self.positions += signs.numel()
 
     def reduce(self, accelerator: Accelerator) -> None:

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
+from tunedlens.devices import device_of_sums
 from tunedlens.distributed import reduce_sums
 
 PerLayer = Float[Tensor, " layers"]
@@ -40,7 +41,8 @@ class LeastSquares:
     """Streaming sums of the regression of `final - h` on `h` and a constant.
 
     The sums over two parts of a text add up to those over the whole. A few thousand tokens at
-    a time are summed in float32 on the device of the states; the totals are float64 on the CPU.
+    a time are summed in float32; the totals are float64. Both are on the device of the states,
+    unless the totals do not fit there: then these are on the CPU.
 
     Args:
         n_layers: the number of states to map, over all sites.
@@ -62,6 +64,8 @@ class LeastSquares:
         """Add tokens: the states of every layer and the final states."""
         if self._pending is None:
             self._pending = Sums(*(final.new_zeros(total.shape) for total in self._totals))
+            place = device_of_sums(final.device, sum(total.numel() for total in self._totals))
+            self._totals = Sums(*(total.to(place) for total in self._totals))
         inputs, products, squares = self._pending
         for layer, state in enumerate(hidden):
             target = final - state
@@ -79,7 +83,7 @@ class LeastSquares:
         """The sums over all tokens so far; those that are pending move to the totals."""
         if self._pending is not None and self._pending_tokens:
             for total, pending in zip(self._totals, self._pending, strict=True):
-                total += pending.cpu().double()
+                total += pending.to(total.device).double()
                 pending.zero_()
             self._totals.inputs[:, :-1, -1] = self._totals.inputs[:, -1, :-1]
             self._pending_tokens = 0
@@ -104,7 +108,7 @@ class LeastSquares:
         """
         inputs, products, _ = self.sums()
         strength = ridge * inputs.diagonal(dim1=-2, dim2=-1).mean(-1)
-        identity = torch.eye(inputs.shape[-1], dtype=torch.float64)
+        identity = torch.eye(inputs.shape[-1], dtype=torch.float64, device=inputs.device)
         system = inputs + strength[:, None, None] * identity
         return torch.linalg.solve(system, products).mT
 
@@ -124,9 +128,11 @@ class LeastSquares:
 
     def best_ridge(self, held_out: "LeastSquares") -> PerLayer:
         """For every layer, the ridge in `RIDGES` with the smallest error on held-out text."""
-        ridges, best = torch.tensor(RIDGES, dtype=torch.float64), []
+        device, best = self._totals.inputs.device, []
+        ridges = torch.tensor(RIDGES, dtype=torch.float64, device=device)
+        theirs = Sums(*(total.to(device) for total in held_out.sums()))
         for (inputs, products, _), (their_inputs, their_products, _) in zip(
-            zip(*self.sums(), strict=True), zip(*held_out.sums(), strict=True), strict=True
+            zip(*self.sums(), strict=True), zip(*theirs, strict=True), strict=True
         ):
             # In the eigenbasis of the inputs, solving for one more ridge is one division.
             values, vectors = torch.linalg.eigh(inputs)

@@ -7,7 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tunedlens.devices import send
 from tunedlens.fit.least_squares import LeastSquares, Translators
+from tunedlens.fit.low_rank import nearest_of_rank
 from tunedlens.lenses import AffineLens
 
 Matrices = Float[Tensor, "layers rows columns"]
@@ -78,6 +80,8 @@ class PreconditionedMuon(LensOptimizer):
         step_size: change of a translated state in one step, relative to the root mean
             square error of least squares.
         weight_decay: pulls towards the initial lens.
+        rank: the rank that no translator of the result exceeds. The steps move translators of full
+            rank, along the gradient at the nearest ones of this rank.
 
     Source:
         Jordan et al. 2024, "Muon", kellerjordan.github.io/posts/muon; Shamir and Zhang
@@ -85,10 +89,16 @@ class PreconditionedMuon(LensOptimizer):
     """
 
     def __init__(
-        self, lens: AffineLens, step_size: float, momentum: float, weight_decay: float
+        self,
+        lens: AffineLens,
+        step_size: float,
+        momentum: float,
+        weight_decay: float,
+        rank: int | None = None,
     ) -> None:
         self.lens = lens
-        self._average = type(lens)(lens.unembedding, lens.identity, lens.sites)
+        shape = (lens.sites, lens.layers, rank)
+        self._average = type(lens)(lens.unembedding, lens.identity, *shape)
         self._step_size, self._momentum, self._weight_decay = step_size, momentum, weight_decay
         initial = _columns(lens)
         width = initial.shape[-1]
@@ -101,6 +111,8 @@ class PreconditionedMuon(LensOptimizer):
             "momentum": torch.zeros_like(initial),
             "steps": initial.new_zeros(len(initial)),
         }
+        if rank is not None:
+            self._state["second_moment"] = self._state["preconditioner"].clone()
 
     def initialise(
         self,
@@ -118,7 +130,10 @@ class PreconditionedMuon(LensOptimizer):
             from_solution: start from the solution; otherwise from the lens as it is.
             bias_only: whether the steps change the biases only.
         """
-        matrices = preconditioner(first_pass.second_moment)
+        second_moment = first_pass.second_moment
+        if "second_moment" in self._state:
+            self._state["second_moment"].copy_(second_moment)
+        matrices = preconditioner(second_moment)
         if bias_only:
             # A direction of one column has one singular value instead of d_model; this keeps
             # the size of a step.
@@ -129,14 +144,19 @@ class PreconditionedMuon(LensOptimizer):
         self._state["initial_error"].copy_(error)
         if from_solution:
             self._state["initial"].copy_(solution)
-        self._write(self.lens, "iterate")
+        self._write()
 
     def revert(self, layer: int) -> None:
         """Make the result of one layer its initial translator."""
         self._state["average"][layer].zero_()
 
     def step(self, active: Sequence[bool], fraction_done: float) -> None:  # noqa: ARG002 - see class
-        state, layers = self._state, [layer for layer, learns in enumerate(active) if learns]
+        state = self._state
+        learning = [layer for layer, learns in enumerate(active) if learns]
+        # A list as an index would make a GPU's queue wait for its copy.
+        layers = (
+            slice(None) if all(active) else send(torch.tensor(learning), state["iterate"].device)
+        )
         gradient = translator_gradients(self.lens)[layers] @ state["preconditioner"][layers]
         self.lens.zero_grad()
         momentum = state["momentum"][layers].lerp(gradient, 1 - self._momentum)
@@ -147,10 +167,15 @@ class PreconditionedMuon(LensOptimizer):
         state["steps"][layers] += 1
         weight = (_AVERAGING_POWER + 1) / (state["steps"][layers, None, None] + _AVERAGING_POWER)
         state["average"][layers] = state["average"][layers].lerp(iterate, weight)
-        self._write(self.lens, "iterate")
+        self._write()
 
     def result(self) -> AffineLens:
-        self._write(self._average, "average")
+        columns, rank = self._columns("average"), self._average.rank
+        if rank is None:
+            _fill(self._average, weight=columns[..., :-1], bias=columns[..., -1])
+        else:
+            nearest = nearest_of_rank(columns, self._state["second_moment"], rank)
+            _fill(self._average, **nearest._asdict())
         return self._average
 
     def state(self) -> dict[str, Tensor]:
@@ -159,15 +184,25 @@ class PreconditionedMuon(LensOptimizer):
     def load_state(self, state: dict[str, Tensor]) -> None:
         for name, value in self._state.items():
             value.copy_(state[name])
-        self._write(self.lens, "iterate")
+        self._write()
 
-    def _write(self, lens: AffineLens, name: str) -> None:
-        columns = torch.baddbmm(
-            self._state["initial"], self._state[name], self._state["preconditioner"]
-        )
-        for translator, value in zip(lens.all_translators(), columns, strict=True):
-            translator.weight.data.copy_(value[:, :-1])
-            translator.bias.data.copy_(value[:, -1])
+    def _columns(self, name: str) -> Translators:
+        state = self._state
+        return torch.baddbmm(state["initial"], state[name], state["preconditioner"])
+
+    def _write(self) -> None:
+        columns, rank = self._columns("iterate"), self._average.rank
+        if rank is not None:
+            nearest = nearest_of_rank(columns, self._state["second_moment"], rank)
+            columns = torch.cat([nearest.left @ nearest.right, nearest.bias[..., None]], -1)
+        _fill(self.lens, weight=columns[..., :-1], bias=columns[..., -1])
+
+
+def _fill(lens: AffineLens, **values: Tensor) -> None:
+    """Set the parameters of all translators, by name, from arrays with one entry per translator."""
+    for index, translator in enumerate(lens.all_translators()):
+        for name, value in values.items():
+            translator.get_parameter(name).data.copy_(value[index])
 
 
 def _orthogonalised(matrices: Matrices) -> Matrices:
@@ -261,10 +296,13 @@ class TorchOptimizer(LensOptimizer):
         self.lens.load_state_dict({name: state[f"lens.{name}"] for name in names})
         for index, optimizer in enumerate(self._optimizers):
             values: dict[int, dict[str, Tensor]] = {}
-            for name in state:
+            parameters = [part for group in optimizer.param_groups for part in group["params"]]
+            for name, value in state.items():
                 if name.startswith(f"{index}."):
                     _, parameter, key = name.split(".")
-                    values.setdefault(int(parameter), {})[key] = state[name]
+                    if value.ndim and value.shape != parameters[int(parameter)].shape:
+                        raise ValueError(f"{name} has the shape {tuple(value.shape)}")
+                    values.setdefault(int(parameter), {})[key] = value
             optimizer.load_state_dict(optimizer.state_dict() | {"state": values})
 
 

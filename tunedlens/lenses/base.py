@@ -86,8 +86,8 @@ class ResidualLens(Lens):
             InputError: there is no such layer, or the width is not the model's.
         """
 
-    def reads(self, site: str) -> bool:  # noqa: ARG002 - a lens without translators reads all
-        """Whether the lens reads the states of a site."""
+    def reads(self, site: str, layer: int) -> bool:  # noqa: ARG002 - without translators, all
+        """Whether the lens reads the state of a layer, counted from 0. All read the last state."""
         return True
 
     def forward(

@@ -4,6 +4,7 @@ from tunedlens.model.frozen import FrozenModel
 from tunedlens.model.identity import ModelIdentity, require_same_model
 from tunedlens.model.loading import load_configured, load_model
 from tunedlens.model.probe import probe_ids, probe_kl, probe_tolerance, take_probe
+from tunedlens.model.quantised import count_weights, is_quantised
 from tunedlens.model.sites import SITES, TRANSLATED_SITES, HookPoint, hook_points
 from tunedlens.model.unembedding import Unembedding
 
@@ -14,7 +15,9 @@ __all__ = [
     "HookPoint",
     "ModelIdentity",
     "Unembedding",
+    "count_weights",
     "hook_points",
+    "is_quantised",
     "load_configured",
     "load_model",
     "probe_ids",

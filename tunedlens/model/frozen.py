@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from tunedlens.devices import float32_products
 from tunedlens.errors import InputError
 from tunedlens.model.identity import ModelIdentity
 from tunedlens.model.mlp import neuron_activations
@@ -101,7 +102,16 @@ class FrozenModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        """Where the states are decoded; those of a model on several devices are moved there."""
+        return self.unembedding.weight.device
+
+    def _run(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        """Run the model up to its last state, without its logits."""
+        # accelerate moves what goes through the whole model, which the base model is not.
+        hook = getattr(self.model, "_hf_hook", None)
+        first = self.device if hook is None else hook.execution_device
+        mask = None if attention_mask is None else attention_mask.to(first)
+        self.model.base_model(input_ids=input_ids.to(first), attention_mask=mask, use_cache=False)
 
     @property
     def context(self) -> int | None:
@@ -146,25 +156,25 @@ class FrozenModel(nn.Module):
         Args:
             input_ids: token ids, or one text.
             attention_mask: 0 where there is padding.
-            differentiable: whether autograd can differentiate later states in earlier ones.
+            differentiable: whether autograd can differentiate later states in earlier ones. Then
+                each state stays on the device that computes it.
         """
         if isinstance(input_ids, str):
             input_ids = self.encode(input_ids)
         states: list[Tensor] = []
 
         def capture(hidden: Tensor) -> Tensor | None:
+            if not differentiable:
+                states.append(hidden.to(self.device))
+                return None
             is_first = not states
-            states.append(
-                hidden.detach().requires_grad_() if differentiable and is_first else hidden
-            )
-            return states[0] if differentiable and is_first else None
+            states.append(hidden.detach().requires_grad_() if is_first else hidden)
+            return states[0] if is_first else None
 
         with ExitStack() as hooks, torch.set_grad_enabled(differentiable):
             for layer in range(len(self.blocks) + 1):
                 hooks.enter_context(self._on_state(layer, capture))
-            self.model.base_model(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-            )
+            self._run(input_ids, attention_mask)
         return states
 
     def states_at(
@@ -207,9 +217,11 @@ class FrozenModel(nn.Module):
             wanted: the names from `SITES` to keep.
 
         Raises:
-            InputError: a block is not its input plus attention plus MLP, or `resid_mid` is
-                wanted and attention and MLP run side by side.
+            InputError: there is no such site, a block is not its input plus attention plus MLP,
+                or `resid_mid` is wanted and attention and MLP run side by side.
         """
+        if unknown := [site for site in wanted if site not in SITES]:
+            raise InputError(f"sites must be of {', '.join(SITES)}; got {', '.join(unknown)}")
         blocks = [
             BlockSites(block, f"block {layer} of {self.name}", wanted)
             for layer, block in enumerate(self.blocks)
@@ -218,7 +230,9 @@ class FrozenModel(nn.Module):
             for block in blocks:
                 block.register(hooks)
             states = self.residual_stream(input_ids, attention_mask)
-        captured = {site: [block.captured[site] for block in blocks] for site in wanted}
+        captured = {
+            site: [block.captured[site].to(self.device) for block in blocks] for site in wanted
+        }
         if "resid_pre" in captured:
             captured["resid_pre"].append(states[-1])
         return captured
@@ -236,11 +250,7 @@ class FrozenModel(nn.Module):
             InputError: the MLP is not such a sum.
         """
         _, mlp = find_attention_and_mlp(self.blocks[layer])
-        found = neuron_activations(
-            mlp,
-            self.identity.d_model,
-            lambda: self.model.base_model(input_ids=input_ids, use_cache=False),
-        )
+        found = neuron_activations(mlp, self.identity.d_model, lambda: self._run(input_ids))
         if found is None:
             raise InputError(
                 f"the MLP of block {layer} of {self.name} is not a sum of output vectors of "
@@ -265,7 +275,7 @@ class FrozenModel(nn.Module):
         state: list[Tensor] = []
 
         def capture(hidden: Tensor) -> None:
-            state[:] = [hidden]
+            state[:] = [hidden.to(self.device)]
 
         def replace(_model: nn.Module, _args: Args, output: CausalLMOutputWithPast) -> None:
             assert output.logits is not None
@@ -309,6 +319,7 @@ class FrozenModel(nn.Module):
         hooks.enter_context(entry.register_forward_pre_hook(hook, with_kwargs=True))
         return hooks
 
+    @float32_products()
     @torch.no_grad()
     def check_parts(self) -> None:
         """Check that the parts give the model's own logits, as they are and scaled up.

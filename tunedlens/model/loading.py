@@ -1,17 +1,21 @@
 """Loads a model from a folder, the hub or the package."""
 
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 import torch
 import transformers
 
 from tunedlens import builtin
-from tunedlens.config import ModelConfig
+from tunedlens.config import Dtype, ModelConfig
 from tunedlens.errors import InputError, first_line
 from tunedlens.model.frozen import FrozenModel
+from tunedlens.model.quantised import is_quantised
+
+DeviceMap = str | dict[str, int | str | torch.device]
 
 
 def load_model(
@@ -20,6 +24,7 @@ def load_model(
     revision: str | None = None,
     dtype: str = "float32",
     device: str | torch.device | None = None,
+    device_map: DeviceMap | None = None,
     adapter: str | Path | None = None,
     gguf_file: str | None = None,
     trust_remote_code: bool = False,
@@ -35,6 +40,9 @@ def load_model(
         revision: branch, tag or commit on the hub.
         dtype: float32, bfloat16 or float16; weights in another dtype are converted.
         device: by default the accelerator if there is one, otherwise the CPU.
+        device_map: how transformers spreads the model over several devices, instead of `device`:
+            `auto`, or the device of every module by name. Lenses are on the device of the
+            unembedding.
         adapter: folder or hub name of a PEFT adapter, which is merged into the model.
         gguf_file: the name of a GGUF file in the folder or on the hub to read the weights from.
         trust_remote_code: whether to run code that the model's repository brings along. Without
@@ -49,48 +57,27 @@ def load_model(
     """
     name = builtin.NAME if model is None else str(model)
     source = _model_source(name, gguf_file)
-    target = _usable_device(device)
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    placed = _placement(device, device_map, dtype)
+    options: dict[str, object] = {"revision": revision, "trust_remote_code": trust_remote_code}
     options |= {} if gguf_file is None else {"gguf_file": gguf_file}
-    # Only float32 and bfloat16 keep the fingerprint, so float16 is reached by way of float32.
-    load_dtype = torch.float32 if dtype == "float16" else getattr(torch, dtype)
-    loaded, tokenizer = _from_pretrained(name, source, load_dtype, options)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        options |= {"dtype": _load_dtype(dtype), "device_map": placed}
+        loaded = _with_all_weights(source, options)
+    except Exception as error:  # transformers raises many kinds of exception
+        raise InputError(f"cannot load the model {name}: {_reason(error)}") from error
     if adapter is not None:
         loaded = _with_adapter(loaded, name, str(adapter))
         name = f"{name} + {adapter}"
     fingerprint = None
     if dtype == "float16":
+        _require_plain(loaded, name, "--dtype float16")
         exact = FrozenModel(loaded, tokenizer, blocks=blocks, final_norm=final_norm, check=False)
         fingerprint = exact.identity.fingerprint
         loaded = loaded.half()
-    loaded.to(target)  # type: ignore[arg-type]
     return FrozenModel(
         loaded, tokenizer, name, fingerprint, blocks=blocks, final_norm=final_norm, check=check
     )
-
-
-def _from_pretrained(
-    name: str, source: str, dtype: torch.dtype, options: Mapping[str, object]
-) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
-    """A model and its tokenizer.
-
-    Raises:
-        InputError: they cannot be loaded, weights are missing, or they need code of their own.
-    """
-    try:
-        result: object = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, **options
-        )
-        model, info = cast("tuple[transformers.PreTrainedModel, dict[str, set[str]]]", result)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-        if missing := sorted(info["missing_keys"])[:3]:
-            raise ValueError(f"the weights {', '.join(missing)} are missing")
-    except Exception as error:  # transformers raises many kinds of exception
-        reason = first_line(error)
-        if "trust_remote_code" in str(error):
-            reason = "it brings code of its own; to run that code, give --trust-remote-code"
-        raise InputError(f"cannot load the model {name}: {reason}") from error
-    return model, tokenizer
 
 
 def load_configured(
@@ -101,7 +88,8 @@ def load_configured(
         config.model,
         revision=config.revision,
         dtype=config.dtype,
-        device=config.device or device,
+        device=config.device or (device if config.device_map is None else None),
+        device_map=config.device_map,
         adapter=config.adapter,
         gguf_file=config.gguf_file,
         trust_remote_code=config.trust_remote_code,
@@ -111,14 +99,49 @@ def load_configured(
     )
 
 
+def _with_all_weights(source: str, options: Mapping[str, object]) -> transformers.PreTrainedModel:
+    """The model, whose file has every weight."""
+    result: object = transformers.AutoModelForCausalLM.from_pretrained(
+        source, output_loading_info=True, **options
+    )
+    loaded, info = cast("tuple[transformers.PreTrainedModel, dict[str, set[str]]]", result)
+    if missing := sorted(info["missing_keys"])[:3]:
+        raise ValueError(f"the weights {', '.join(missing)} are missing")
+    return loaded
+
+
+def _load_dtype(name: str) -> torch.dtype:
+    """The dtype that weights are loaded in, on the way to the one that is named.
+
+    Raises:
+        InputError: there is no such dtype.
+    """
+    if name not in get_args(Dtype):
+        raise InputError(f"dtype must be one of {', '.join(get_args(Dtype))}; got {name!r}")
+    # Only float32 and bfloat16 keep the fingerprint, so float16 is reached by way of float32.
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def _reason(error: Exception) -> str:
+    """Why transformers cannot load a model."""
+    reason = first_line(error)
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own; to run that code, give --trust-remote-code"
+    if unknown := re.match(r"Unrecognized configuration class <class '.*?(\w+)'>", reason):
+        return f"transformers has no causal language model with a {unknown[1]}"
+    return reason
+
+
 def _with_adapter(
     model: transformers.PreTrainedModel, name: str, adapter: str
 ) -> transformers.PreTrainedModel:
     """The model with a PEFT adapter merged into its weights.
 
     Raises:
-        InputError: peft is not installed, or there is no such adapter for this model.
+        InputError: peft is not installed, there is no such adapter for this model, or the model
+            is quantised.
     """
+    _require_plain(model, name, "--adapter")
     try:
         import peft
     except ImportError as error:
@@ -144,6 +167,11 @@ def _with_adapter(
         ) from error
 
 
+def _require_plain(model: transformers.PreTrainedModel, name: str, option: str) -> None:
+    if is_quantised(model):
+        raise InputError(f"{name} is quantised, and {option} changes weights; leave it out")
+
+
 def _model_source(name: str, gguf_file: str | None = None) -> str:
     """The folder or the hub name that transformers loads.
 
@@ -166,6 +194,22 @@ def _model_source(name: str, gguf_file: str | None = None) -> str:
     except (OSError, RuntimeError) as error:
         raise InputError(f"{name}: cannot look for a model: {first_line(error)}") from error
     return name
+
+
+def _placement(
+    device: str | torch.device | None, device_map: DeviceMap | None, dtype: str
+) -> DeviceMap:
+    """The device map that transformers takes.
+
+    Raises:
+        InputError: torch cannot use the device, or a device map is given with what excludes it.
+    """
+    if device_map is None:
+        return {"": _usable_device(device)}
+    if device is not None or dtype == "float16":
+        other = "--dtype float16" if device is None else "--device"
+        raise InputError(f"--device-map does not work with {other}; leave one of them out")
+    return device_map
 
 
 def _usable_device(device: str | torch.device | None) -> torch.device:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 import torch
+from accelerate.utils import align_module_device
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -36,7 +37,8 @@ def neuron_activations(
     coefficients, output = captured.get("coefficients"), captured.get("output")
     if not isinstance(coefficients, Tensor) or not isinstance(output, Tensor):
         return None
-    vectors = output_rows(projection)
-    total = coefficients @ vectors + (0 if projection.bias is None else projection.bias)
+    with align_module_device(projection):
+        vectors, bias = output_rows(projection), projection.bias
+        total = coefficients @ vectors + (0 if bias is None else bias)
     tolerance = 16 * torch.finfo(total.dtype).eps * total.abs().max()
     return (coefficients, vectors) if (total - output).abs().max() <= tolerance else None

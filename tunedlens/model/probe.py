@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tunedlens.devices import float32_products
 from tunedlens.errors import InputError
 from tunedlens.files import JsonObject, as_type
 from tunedlens.model.frozen import FrozenModel
@@ -86,6 +87,7 @@ def probe_kl(probe: Mapping[str, object], model: FrozenModel) -> float:
     return float((expected.exp() * (expected - actual)).sum(-1).mean())
 
 
+@float32_products()
 def _log_probs(model: FrozenModel, ids: list[int]) -> Float[Tensor, "positions vocab"]:
     final = model.residual_stream(torch.tensor([ids], device=model.device))[-1][0]
     return model.unembedding(final).log_softmax(-1)

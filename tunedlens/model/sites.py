@@ -1,6 +1,6 @@
 """Captures the residual stream and its terms inside every block, with forward hooks."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -33,9 +33,9 @@ class HookPoint(NamedTuple):
         return str(self.layer) if self.site == "resid_pre" else f"{self.layer} {self.site}"
 
 
-def hook_points(sites: Sequence[str], n_layers: int) -> tuple[HookPoint, ...]:
-    """The points of every layer, by site."""
-    return tuple(HookPoint(site, layer) for site in sites for layer in range(n_layers))
+def hook_points(sites: Iterable[str], layers: Sequence[int]) -> tuple[HookPoint, ...]:
+    """The points of some layers, by site and then by layer."""
+    return tuple(HookPoint(site, layer) for site in sites for layer in layers)
 
 
 Args = tuple[object, ...]
@@ -132,8 +132,9 @@ class BlockSites:
         return value.reshape(self._start.shape).clone() if fits else None  # some add in place
 
     def _leave(self, _block: nn.Module, _args: Args, output: object) -> None:
-        start, end, calls = self._start, output_state(output), self._calls
-        assert start is not None
+        assert self._start is not None
+        end, calls = output_state(output), self._calls
+        start = self._start.to(end.device)  # the block before may be on another one
         self._start, self._calls = None, []
         names = [call.name for call in calls]
         terms = None

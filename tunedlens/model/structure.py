@@ -7,6 +7,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tunedlens.errors import InputError
+from tunedlens.model.quantised import is_plain
 
 _MIXER_NAMES = ("attn", "attention", "mamba", "mixer", "temporal", "conv")
 _MLP_NAMES = ("mlp", "feed_forward", "ffn", "moe", "fc1")
@@ -53,6 +54,10 @@ def find_parts(
     """
     config = model.config.get_text_config()
     head = model.get_output_embeddings()
+    if model.config.is_encoder_decoder:
+        raise InputError(
+            f"{type(model).__name__} has an encoder and a decoder; expected a causal language model"
+        )
     if head is None:
         raise InputError(
             f"{type(model).__name__} has no unembedding; expected a causal language model"
@@ -99,7 +104,9 @@ def find_output_projection(mlp: nn.Module, d_model: int) -> nn.Linear | Conv1D |
     projections = [
         module
         for module in mlp.modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and output_rows(module).shape[1] == d_model
+        if isinstance(module, (nn.Linear, Conv1D))
+        and is_plain(module.weight)
+        and output_rows(module).shape[1] == d_model
     ]
     return projections[-1] if projections else None
 
@@ -113,7 +120,7 @@ def _find_blocks(
     model: PreTrainedModel, config: PretrainedConfig, path: str | None
 ) -> tuple[nn.ModuleList, list[nn.Module]]:
     """The list of blocks, and the modules beside it."""
-    n_layers = config.num_hidden_layers
+    n_layers = getattr(config, "num_hidden_layers", None)
     if path is not None:
         stack = _submodule(model, path)
         if not isinstance(stack, nn.ModuleList):
@@ -129,8 +136,8 @@ def _find_blocks(
             if isinstance(stack, nn.ModuleList) and len(stack) == n_layers:
                 return stack, [child for child in children if child is not stack]
     raise InputError(
-        f"{type(model).__name__}: found no list of {n_layers} blocks; if there is one, give its "
-        "path, as in --blocks model.layers"
+        f"{type(model).__name__}: found no list of {n_layers or 'any'} blocks; if there is one, "
+        "give its path, as in --blocks model.layers"
     )
 
 

@@ -2,12 +2,16 @@
 
 import copy
 import hashlib
+from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import ModelHook, remove_hook_from_module
+from accelerate.utils import align_module_device
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tunedlens.model.quantised import read_linear
 from tunedlens.model.structure import ModelParts
 
 
@@ -31,7 +35,7 @@ class Unembedding(nn.Module):
     ) -> None:
         super().__init__()
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.norm = copy.deepcopy(norm).to(dtype)
+        self.norm = _copied(norm).to(weight.device, dtype)
         self.cap = cap
         for module in self.norm.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
@@ -93,23 +97,24 @@ class Unembedding(nn.Module):
 def read_unembedding(parts: ModelParts) -> Unembedding:
     """Final norm and unembedding of a model, with its scale and cap.
 
-    The weight of a quantised head is read by sending the unit vectors through it.
+    Raises:
+        InputError: the head is quantised in a way that cannot be undone.
     """
-    weight, bias = getattr(parts.head, "weight", None), getattr(parts.head, "bias", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        weight, bias = _read_linear(parts.head)
+    with align_module_device(parts.head):
+        weight, bias = read_linear(parts.head)
     if parts.logit_scale != 1:
         weight = weight.float() * parts.logit_scale
         bias = None if bias is None else bias.float() * parts.logit_scale
     return Unembedding(parts.final_norm, weight, bias, parts.logit_cap)
 
 
-@torch.no_grad()
-def _read_linear(head: nn.Module) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a linear map that does not store them as floating-point numbers."""
-    tensors = [*head.parameters(), *head.buffers()]
-    device = tensors[0].device if tensors else torch.device("cpu")
-    width = int(head.in_features)  # type: ignore[arg-type]
-    inputs = torch.cat([torch.zeros(1, width), torch.eye(width)]).to(device)
-    outputs = head(inputs)
-    return (outputs[1:] - outputs[0]).T.contiguous(), outputs[0]
+def _copied(norm: nn.Module) -> nn.Module:
+    """A copy with its values in memory and without the hooks of accelerate."""
+    without: dict[int, object] = {}
+    with ExitStack() as loaded:
+        for module in norm.modules():
+            loaded.enter_context(align_module_device(module))
+            if hasattr(module, "_hf_hook"):
+                without[id(module._hf_hook)] = ModelHook()  # the hook may hold all weights
+        copied = copy.deepcopy(norm, without)
+    return remove_hook_from_module(copied, recurse=True)

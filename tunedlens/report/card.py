@@ -54,7 +54,13 @@ def _training(manifest: JsonObject) -> list[str]:
     if config["fit"] not in ONE_PASS:
         used += f" for the closed form and {steps:,} for the steps"
     seconds = manifest["progress"]["seconds"]
+    shape = []
+    if config.get("layers") is not None:
+        shape.append(f"- Layers: {config['layers'].replace(',', ', ')}.")
+    if config.get("low_rank") is not None:
+        shape.append(f"- Rank of the translators: at most {config['low_rank']}.")
     return [
+        *shape,
         f"- Text: {for_markdown(text)}, blocks of {config['corpus']['seq_len']} tokens.",
         f"- Fit: {config['fit']}, with {used}, in {seconds:.0f} s on {run['device']} "
         f"({config['precision']}), seed {config['seed']}.",

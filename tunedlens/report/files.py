@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from tunedlens.errors import InputError
 from tunedlens.escaping import code, code_block, for_csv, for_markdown
-from tunedlens.evaluation import MODEL, Evaluation
+from tunedlens.evaluation import Evaluation
 from tunedlens.evaluation.results import Grids
 from tunedlens.files import read_json, write, write_json
 from tunedlens.report import plots
@@ -60,12 +60,11 @@ def write_report(evaluation: Evaluation, folder: str | Path) -> None:
     grids = (evaluation.by_position, evaluation.transfer)
     for (name, axes), measured in zip(_GRIDS.items(), grids, strict=True):
         if measured:
-            contents[name] = _csv(("lens", *axes), _grid_rows(measured, evaluation.n_layers))
+            contents[name] = _csv(("lens", *axes), _grid_rows(measured, evaluation))
     svgs = {}
     for name, drawing in plots.DRAWINGS.items():
         if drawing.has_data(evaluation):
-            figure = drawing.draw(evaluation)
-            drawn = {kind: plots.rendered(figure, kind) for kind in plots.FORMATS}
+            drawn = plots.in_all_formats(drawing.draw(evaluation))
             contents |= {f"{name}.{kind}": content for kind, content in drawn.items()}
             svgs[name] = drawn["svg"]
     contents["report.md"] = _markdown_report(evaluation)
@@ -85,10 +84,11 @@ def _csv(keys: tuple[str, ...], rows: Iterable[Sequence[object]]) -> str:
     return text.getvalue()
 
 
-def _grid_rows(grids: Grids, n_layers: int) -> Iterator[list[object]]:
+def _grid_rows(grids: Grids, evaluation: Evaluation) -> Iterator[list[object]]:
     """One row per value: lens, row, column, metric, value, standard error."""
+    models, n_layers = evaluation.models, evaluation.n_layers
     for lens, metrics in grids.items():
-        first = n_layers if lens == MODEL else 0
+        first = n_layers if lens in models else 0
         for metric, grid in metrics.items():
             for i, row in enumerate(zip(grid.values, grid.standard_errors, strict=True)):
                 for j, (value, error) in enumerate(zip(*row, strict=True)):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tunedlens.errors import InputError
 from tunedlens.escaping import code, for_markdown
-from tunedlens.evaluation import MODEL, Estimate, Evaluation
+from tunedlens.evaluation import Estimate, Evaluation
 from tunedlens.metrics import METRICS
 from tunedlens.tokenizer import TokenText, display_width
 from tunedlens.trajectories import Row, Trajectory
@@ -37,8 +37,8 @@ def kl_rows(evaluation: Evaluation) -> Rows:
     """The KL of every lens by layer, and its mean over layers."""
     columns = {}
     for lens in evaluation.lenses:
-        mean = evaluation.of_lens(lens, "kl_nats")
-        columns[f"{lens} KL, nats"] = [*evaluation.by_layer(lens, "kl_nats"), mean]
+        own = zip(evaluation.layers_of(lens), evaluation.by_layer(lens, "kl_nats"), strict=True)
+        columns[f"{lens} KL, nats"] = dict(own) | {None: evaluation.of_lens(lens, "kl_nats")}
     return _by_layer(columns)
 
 
@@ -46,16 +46,29 @@ def difference_rows(evaluation: Evaluation) -> Rows:
     """The paired differences in KL of all pairs of lenses by layer, and their means."""
     columns = {}
     for lens, other in dict.fromkeys((d.lens, d.other) for d in evaluation.differences):
+        shared = zip(
+            evaluation.shared_layers(lens, other),
+            evaluation.difference(lens, other, "kl_nats"),
+            strict=True,
+        )
         mean = evaluation.mean_difference(lens, other, "kl_nats")
-        columns[f"{lens} − {other}"] = [*evaluation.difference(lens, other, "kl_nats"), mean]
+        columns[f"{lens} − {other}"] = dict(shared) | {None: mean}
     return _by_layer(columns)
 
 
-def _by_layer(columns: dict[str, list[Estimate]]) -> Rows:
-    """One row per layer and a last one for the mean."""
-    rows = [list(map(plus_minus, row)) for row in zip(*columns.values(), strict=True)]
-    names = [*map(str, range(len(rows) - 1)), "mean"]
-    return [["layer", *columns], *([name, *row] for name, row in zip(names, rows, strict=True))]
+def _by_layer(columns: dict[str, dict[int | None, Estimate]]) -> Rows:
+    """One row per layer and a last one, None, for the mean; a dash where a layer has no value."""
+    layers = sorted({layer for column in columns.values() for layer in column if layer is not None})
+    return [
+        ["layer", *columns],
+        *(
+            [
+                "mean" if layer is None else str(layer),
+                *(plus_minus(c[layer]) if layer in c else "–" for c in columns.values()),
+            ]
+            for layer in (*layers, None)
+        ),
+    ]
 
 
 def metric_rows(evaluation: Evaluation, metrics: list[str] | None = None) -> Rows:
@@ -65,23 +78,32 @@ def metric_rows(evaluation: Evaluation, metrics: list[str] | None = None) -> Row
         lens: [evaluation.by_layer(lens, metric) for metric in metrics]
         for lens in evaluation.lenses
     }
+    layers = {lens: evaluation.layers_of(lens) for lens in evaluation.lenses}
 
-    def row(name: str, lens: str, layer: int) -> list[str]:
-        return [name, lens, *(plus_minus(column[layer]) for column in columns[lens])]
+    def row(name: str, lens: str, index: int) -> list[str]:
+        return [name, lens, *(plus_minus(column[index]) for column in columns[lens])]
 
     varied = [lens for lens in evaluation.lenses if lens not in evaluation.constant]
     return [
         ["layer", "lens", *(_SHORT.get(metric, METRICS[metric].title) for metric in metrics)],
-        *(row(str(layer), lens, layer) for layer in range(evaluation.n_layers) for lens in varied),
+        *(
+            row(str(layer), lens, layers[lens].index(layer))
+            for layer in evaluation.layers
+            for lens in varied
+            if layer in layers[lens]
+        ),
         *(row("any", lens, 0) for lens in evaluation.constant),
-        [str(evaluation.n_layers), MODEL, *(_model_cell(evaluation, m) for m in metrics)],
+        *(
+            [str(evaluation.n_layers), model, *(_model_cell(evaluation, m, model) for m in metrics)]
+            for model in evaluation.models
+        ),
     ]
 
 
-def _model_cell(evaluation: Evaluation, metric: str) -> str:
+def _model_cell(evaluation: Evaluation, metric: str, model: str) -> str:
     """The model's value, or that of a lens which agrees with it everywhere."""
-    if any((r.lens, r.metric) == (MODEL, metric) for r in evaluation.results):
-        return plus_minus(evaluation.of_model(metric))
+    if any((r.lens, r.metric) == (model, metric) for r in evaluation.results):
+        return plus_minus(evaluation.of_model(metric, model))
     known = METRICS[metric].where_lens_is_model
     return "" if known is None else f"{known:g}"
 
@@ -102,28 +124,65 @@ def summary(evaluation: Evaluation) -> list[str]:
     means = {lens: evaluation.of_lens(lens, "kl_nats") for lens in evaluation.lenses}
     ranked = sorted(means, key=lambda lens: means[lens].value)
     varied = [lens for lens in ranked if lens not in evaluation.constant]
-    stream = [lens for lens in varied if lens not in evaluation.sites]
-    listed = ", ".join(f"{lens} {plus_minus(means[lens])}" for lens in ranked)
+    listed = ", ".join(
+        f"{lens} {plus_minus(means[lens])}{_layers_note(evaluation, lens)}" for lens in ranked
+    )
     depths = ", ".join(
         f"{lens} {plus_minus(evaluation.of_lens(lens, 'mean_prediction_depth'))}" for lens in varied
     )
-    own = f"a perplexity of {plus_minus(evaluation.of_model('perplexity'))}"
+    comparisons = []
+    for title in evaluation.models.values():
+        on_model = evaluation.lenses_on(title)
+        stream = [one for one in varied if one in on_model and one not in evaluation.sites]
+        comparisons += [
+            _comparison(evaluation, stream[0], other)
+            for other in stream[1:]
+            if evaluation.shared_layers(stream[0], other)
+        ]
+    return [
+        *_about_second_model(evaluation),
+        f"Mean KL(model ‖ lens) over layers, in nats: {listed}.",
+        *comparisons,
+        f"Mean prediction depth (of {evaluation.n_layers} layers): {depths}.",
+        *(_of_model(evaluation, name, title) for name, title in evaluation.models.items()),
+    ]
+
+
+def _about_second_model(evaluation: Evaluation) -> list[str]:
+    """Says which model's parts decode the lenses, if there is a second model."""
+    run = evaluation.provenance
+    if "beside" not in run:
+        return []
+    second = run["beside"]
+    is_same = second["fingerprint"] == run["fingerprint"]
+    return [
+        f"{second['title']} is {second['name']}. On it, the translators of the lenses for "
+        f"{run['model']} are followed by its own final norm and unembedding, which have "
+        f"{'the same' if is_same else 'other'} values, and each lens is compared with its own "
+        "model's distribution."
+    ]
+
+
+def _of_model(evaluation: Evaluation, name: str, title: str | None) -> str:
+    own = f"a perplexity of {plus_minus(evaluation.of_model('perplexity', name))}"
     if evaluation.text_bytes:
-        own += f" and {plus_minus(evaluation.of_model('bits_per_byte'))} bits per byte"
+        own += f" and {plus_minus(evaluation.of_model('bits_per_byte', name))} bits per byte"
     else:
         own += "; the bytes of its tokens are not known, so bits per byte are left out"
-    return [
-        f"Mean KL(model ‖ lens) over layers, in nats: {listed}.",
-        *(_comparison(evaluation, stream[0], other) for other in stream[1:]),
-        f"Mean prediction depth (of {evaluation.n_layers} layers): {depths}.",
-        f"The model itself has {own}.",
-    ]
+    return f"{title or 'The model'} itself has {own}."
+
+
+def _layers_note(evaluation: Evaluation, lens: str) -> str:
+    """The layers of a lens that has not all that were scored."""
+    layers = evaluation.layers_of(lens)
+    return "" if layers == evaluation.layers else f" (at {', '.join(map(str, layers))})"
 
 
 def _comparison(evaluation: Evaluation, best: str, other: str) -> str:
     layers = evaluation.difference(other, best, "kl_nats")
     clear = sum(e.value > 2 * (e.standard_error or math.inf) for e in layers)
-    where = "every layer" if clear == len(layers) else f"{clear} of {len(layers)} layers"
+    is_everywhere = clear == len(layers) == evaluation.n_layers
+    where = "every layer" if is_everywhere else f"{clear} of {len(layers)} layers"
     mean = plus_minus(evaluation.mean_difference(other, best, "kl_nats"))
     return (
         f"The mean KL of {best} is {mean} nats lower than that of {other}; it is lower by more "

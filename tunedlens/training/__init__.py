@@ -1,6 +1,8 @@
 """From a frozen model and a corpus to a saved lens."""
 
-from tunedlens.training.checkpointing import Interrupted, new_folder
+from tunedlens.training.checkpointing import new_folder
 from tunedlens.training.loop import train
+from tunedlens.training.state_cache import CacheSettings
+from tunedlens.training.stopping import Interrupted
 
-__all__ = ["Interrupted", "new_folder", "train"]
+__all__ = ["CacheSettings", "Interrupted", "new_folder", "train"]

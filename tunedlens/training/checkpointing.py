@@ -1,55 +1,23 @@
-"""The folder of a run: how a run is stopped, saved there, resumed and finished."""
+"""The folder of a run: how a run is saved there, resumed and finished."""
 
 import dataclasses
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
 from tunedlens import builtin, checkpoint, files, report
 from tunedlens.config import ONE_PASS, TrainConfig
 from tunedlens.errors import InputError
 from tunedlens.evaluation import Evaluation
-from tunedlens.lenses import AffineLens, LogitLens, TunedLens
+from tunedlens.lenses import AffineLens, LogitLens
 from tunedlens.model import require_same_model, take_probe
 from tunedlens.provenance import describe_run
 from tunedlens.report import plots
 from tunedlens.tracking import Tracker
 from tunedlens.training.run import Progress, Run, TrainState, make_optimizer
-
-
-class Interrupted(Exception):  # noqa: N818 - not an error
-    """The run was asked to stop. It is saved and can be resumed."""
-
-
-@contextmanager
-def stop_flag() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets, so that a step is never cut in two.
-
-    A second signal has its usual effect. Outside the main thread, signals are left alone.
-    """
-    flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag
-        return
-
-    def ask(number: int, _frame: object) -> None:
-        flag.set()
-        signal.signal(number, previous[number])
-
-    numbers = (int(signal.SIGINT), int(signal.SIGTERM))
-    previous = {number: signal.getsignal(number) for number in numbers}
-    for number in numbers:
-        signal.signal(number, ask)
-    try:
-        yield flag
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def new_folder(config: TrainConfig) -> Path:
@@ -68,7 +36,7 @@ def require_usable(output: Path, *, resume: bool) -> None:
     files.require_writable(output)
     if resume:
         return
-    if (output / checkpoint.STATE).exists():
+    if checkpoint.has_state(output):
         raise InputError(
             f"{output} holds an interrupted run: continue it with --resume {output}, or choose "
             "another --output"
@@ -94,7 +62,8 @@ def continued(config: TrainConfig, output: Path) -> TrainConfig:
             f"{output} was trained by an earlier version of tunedlens, whose runs cannot be "
             "resumed; its lens can be used as it is"
         )
-    if config.model.device != saved.model.device:
+    ours, theirs = config.model, saved.model
+    if (ours.device, ours.device_map) != (theirs.device, theirs.device_map):
         saved = dataclasses.replace(saved, kernel=None, micro_batch_size=None)
         if config.kernel == "attention":
             config = dataclasses.replace(config, kernel=None)
@@ -103,7 +72,11 @@ def continued(config: TrainConfig, output: Path) -> TrainConfig:
 
 
 def save(run: Run, state: TrainState) -> None:
-    """Write what the run needs to be resumed."""
+    """Write what the run needs to be resumed.
+
+    Raises:
+        InputError: it cannot be written, or is not finite; the states before it stay.
+    """
     state.progress.update_seconds()
     if not run.is_main:
         return
@@ -117,6 +90,14 @@ def save(run: Run, state: TrainState) -> None:
     checkpoint.save_state(run.output, checkpoint.State(state.optimizer.state(), metadata))
 
 
+def save_if_possible(run: Run, state: TrainState) -> None:
+    """Save; a run that cannot be saved now, on a full disk for example, says so and goes on."""
+    try:
+        save(run, state)
+    except InputError as error:
+        run.say(f"the run goes on without being saved: {error}")
+
+
 def restore(run: Run) -> TrainState:
     """The state of the interrupted or finished run in the folder.
 
@@ -124,17 +105,18 @@ def restore(run: Run) -> TrainState:
         InputError: the model, the text or a setting differs, or the run has no more to do.
     """
     _require_same_settings(run)
-    lens = TunedLens.from_model(run.model, run.plan.all_sites)
-    if (run.output / checkpoint.STATE).is_file():
+    lens = run.new_lens()
+    if checkpoint.has_state(run.output):
         tensors, saved = checkpoint.load_state(run.output)
         identity = dataclasses.asdict(run.model.identity)
         require_same_model(saved["model"], identity, f"the lens in {run.output}")
         optimizer = make_optimizer(lens, run.plan)
         try:
+            _require_same_shapes(optimizer.state(), tensors)
             optimizer.load_state(tensors)
             progress = Progress.from_json(saved["progress"], f"the state of {run.output}")
             run.objective.chunk, text = saved["chunk"], saved["text"]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"the state of {run.output} is damaged, or was saved by another version of "
                 f"tunedlens: {error!r}; start the run again with another --output"
@@ -159,12 +141,22 @@ def restore(run: Run) -> TrainState:
     return TrainState(optimizer, progress)
 
 
+def _require_same_shapes(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    """Check that saved tensors can take the place of the expected ones as they are."""
+    for name, value in expected.items():
+        if (tensors[name].shape, tensors[name].dtype) != (value.shape, value.dtype):
+            raise ValueError(f"{name} is {tensors[name].dtype} {tuple(tensors[name].shape)}")
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+
+
 def _require_same_settings(run: Run) -> None:
     saved = dataclasses.asdict(checkpoint.saved_config(run.output))
     planned = dataclasses.asdict(run.plan)
     for name in ("tokens", "kernel", "micro_batch_size"):
         saved[name] = planned[name]
-    for name in ("device", "trust_remote_code"):
+    for name in ("device", "device_map", "trust_remote_code"):
         saved["model"][name] = planned["model"][name]
     changed = [name for name, value in planned.items() if value != saved[name]]
     if changed:
@@ -175,27 +167,46 @@ def _require_same_settings(run: Run) -> None:
 
 
 def finish(run: Run, state: TrainState, tracker: Tracker, lens: AffineLens) -> Evaluation:
-    """Score the lens, write it, its card and its learning curve, and remove the state."""
+    """Write the lens, score it, write its card and its learning curve, and remove the states.
+
+    Raises:
+        InputError: the folder cannot be written any more; the lens is saved in another one.
+    """
+    if summary := run.reader.summary():
+        run.say(summary)
+    train, validation = run.splits.train, run.splits.validation
+    state.progress.update_seconds()
+    metadata = {
+        "config": dataclasses.asdict(run.plan),
+        "corpus": {"train": train.about, "validation": validation.about},
+        "progress": dataclasses.asdict(state.progress),
+        "probe": take_probe(run.model),
+        "provenance": describe_run(run.model),
+    }
+    if run.is_main:
+        _save_lens(lens, run.output, metadata)
     kind = "bias-only" if run.plan.bias_only else checkpoint.kind_of(lens)
     lenses = {"logit": LogitLens.from_model(run.model), kind: lens}
     evaluation = run.validation_set.score(lenses, run.costs.table_tokens(state.progress.tokens))
-    state.progress.update_seconds()
-    kl = evaluation.by_layer(kind, "kl_nats")
-    tracker.summarise({f"held_out/kl_nats/{layer}": e.value for layer, e in enumerate(kl)})
+    kl = zip(evaluation.layers_of(kind), evaluation.by_layer(kind, "kl_nats"), strict=True)
+    tracker.summarise({f"held_out/kl_nats/{layer}": e.value for layer, e in kl})
     if run.is_main:
-        train, validation = run.splits.train, run.splits.validation
-        metadata = {
-            "config": dataclasses.asdict(run.plan),
-            "corpus": {"train": train.about, "validation": validation.about},
-            "progress": dataclasses.asdict(state.progress),
-            "held_out": evaluation.to_json(),
-            "probe": take_probe(run.model),
-            "provenance": describe_run(run.model),
-        }
+        state.progress.update_seconds()
+        metadata["progress"] = dataclasses.asdict(state.progress)
+        metadata["held_out"] = evaluation.to_json()
         checkpoint.save_lens(lens, run.output, metadata)
         manifest = checkpoint.read_manifest(run.output)
         card = report.card(run.output.name, manifest, evaluation)
         files.write(run.output / "README.md", card)
-        plots.draw_learning_curve(state.progress.history, run.output, run.plan.all_sites)
+        plots.draw_learning_curve(state.progress.history, run.output, run.reader.points)
         checkpoint.remove_state(run.output)
     return evaluation
+
+
+def _save_lens(lens: AffineLens, output: Path, metadata: files.JsonObject) -> None:
+    try:
+        checkpoint.save_lens(lens, output, metadata)
+    except InputError as error:
+        spare = Path(tempfile.mkdtemp(prefix=f"{output.name}-"))
+        checkpoint.save_lens(lens, spare, metadata)
+        raise InputError(f"{error}; the lens is in {spare}") from error

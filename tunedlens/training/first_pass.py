@@ -3,25 +3,38 @@
 import threading
 from collections.abc import Iterator
 
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tunedlens.errors import InputError
 from tunedlens.fit import SKIPPED_POSITIONS, LeastSquares, MeanJacobian, PreconditionedMuon
 from tunedlens.lenses import JacobianLens
 from tunedlens.tracking import progress_bar
+from tunedlens.training.bad_blocks import FOLDER, MAX_BAD_BLOCKS, finite_blocks, record
 from tunedlens.training.run import Progress, Run
 
 
-def fit_closed_form(run: Run, optimizer: PreconditionedMuon, progress: Progress) -> None:
+def fit_closed_form(
+    run: Run, optimizer: PreconditionedMuon, progress: Progress, stop: threading.Event
+) -> None:
     """Initialise the optimizer from least squares over the first tokens of the text.
 
     The steps of a new run continue with the text that follows. A run that is extended keeps its
     lens, as one with `--init` does, and takes only the preconditioner and the scale of the steps.
+
+    Raises:
+        InputError: the states of many blocks are not finite.
+        KeyboardInterrupt: `stop` is set; there is nothing to save.
     """
     is_new, position = progress.step == 0, progress.position
     sums = LeastSquares(len(run.reader.points), run.model.identity.d_model)
-    for input_ids in _first_batches(run, progress, "closed form"):
-        for states in run.reader.read(input_ids):
+    for input_ids in _first_batches(run, progress, stop, "closed form"):
+        micro_batches = run.reader.micro_batches(input_ids)
+        for blocks, states in zip(micro_batches, run.reader.read(input_ids), strict=True):
+            kept = _finite(run, progress, blocks, states[-1])
+            if not kept.all():
+                tokens = kept.repeat_interleave(run.plan.positions)
+                states = [state[tokens] for state in states]
             sums.add(states[:-1], states[-1])
     if not is_new:
         progress.position = position
@@ -46,30 +59,62 @@ def mean_jacobian(run: Run, progress: Progress, stop: threading.Event) -> Jacobi
     """
     plan, identity = run.plan, run.model.identity
     jacobian = MeanJacobian(
-        identity.n_layers,
+        [point.layer for point in run.reader.points],
         identity.d_model,
         targets=plan.jacobian_targets,
         skipped=max(SKIPPED_POSITIONS, plan.skip_first),
         seed=plan.seed,
     )
-    for input_ids in _first_batches(run, progress, "jacobian"):
-        if stop.is_set():
-            raise KeyboardInterrupt
+    for input_ids in _first_batches(run, progress, stop, "jacobian"):
         for blocks in run.reader.micro_batches(input_ids):
             with run.reader.autocast():
-                jacobian.add(run.model, blocks)
+                final = run.model.residual_stream(blocks)[-1]
+                kept = blocks[_finite(run, progress, blocks, final.flatten(0, 1))]
+                if len(kept):
+                    jacobian.add(run.model, kept)
     jacobian.reduce(run.accelerator)
-    return JacobianLens.from_jacobians(run.model, jacobian.mean.float())
+    return JacobianLens.from_jacobians(run.model, jacobian.mean.float(), jacobian.layers)
+
+
+def _finite(
+    run: Run,
+    progress: Progress,
+    blocks: Int[Tensor, "blocks seq"],
+    final: Float[Tensor, "tokens d_model"],
+) -> Bool[Tensor, " blocks"]:
+    """Which blocks have finite states; the others are recorded.
+
+    Raises:
+        InputError: there are too many others.
+    """
+    kept = finite_blocks(final, len(final) // len(blocks))
+    for index in (~kept).nonzero().flatten().tolist():
+        progress.bad_blocks += 1
+        name = f"first-pass-{run.accelerator.process_index}-block-{progress.bad_blocks}"
+        record(run.output, name, "the final state", blocks[index])
+    if progress.bad_blocks > MAX_BAD_BLOCKS:
+        raise InputError(
+            f"the final state of {run.model.identity.name} is not finite for "
+            f"{progress.bad_blocks} blocks of the first {progress.init_tokens:,} tokens; their "
+            f"tokens are in {run.output / FOLDER}; try another --dtype than {run.plan.model.dtype}"
+        )
+    return kept
 
 
 def _first_batches(
-    run: Run, progress: Progress, description: str
+    run: Run, progress: Progress, stop: threading.Event, description: str
 ) -> Iterator[Int[Tensor, "batch seq"]]:
-    """The batches with the first `init_tokens` of the text; the progress counts them."""
+    """The batches with the first `init_tokens` of the text; the progress counts them.
+
+    Raises:
+        KeyboardInterrupt: `stop` is set.
+    """
     plan, progress.init_tokens = run.plan, 0
     batches = run.splits.train.batches(plan.batch_size, plan.seed)
     with progress_bar(plan.init_tokens, description, show=run.is_main) as bar:
         while progress.init_tokens < plan.init_tokens:
+            if stop.is_set():
+                raise KeyboardInterrupt
             batch = next(batches)
             yield batch.input_ids
             progress.init_tokens += plan.step_tokens

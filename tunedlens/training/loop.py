@@ -14,34 +14,43 @@ from torch import Tensor
 
 from tunedlens import checkpoint
 from tunedlens.config import TrainConfig, WandbMode
-from tunedlens.corpus import TextRanOutError
+from tunedlens.corpus import SELF, TextRanOutError
+from tunedlens.devices import float32_products
 from tunedlens.distributed import reduce_sums
+from tunedlens.doctor import warn_of_faults
 from tunedlens.engine import accumulate_gradient
 from tunedlens.engine.objective import ModelSide
 from tunedlens.engine.vocab_sample import draw_sample
 from tunedlens.errors import InputError
 from tunedlens.evaluation import Evaluation
 from tunedlens.fit import PreconditionedMuon, ValidationResult, converged_layers
+from tunedlens.lenses import AffineLens
 from tunedlens.model import load_configured
 from tunedlens.tracking import Tracker, progress_bar
 from tunedlens.training import checkpointing, messages
-from tunedlens.training.checkpointing import Interrupted, finish, stop_flag
+from tunedlens.training.bad_blocks import StepsEnded, is_finite, leave_out
+from tunedlens.training.checkpointing import finish
 from tunedlens.training.first_pass import fit_closed_form, mean_jacobian
+from tunedlens.training.lock import locked
 from tunedlens.training.plan import next_validation_step
 from tunedlens.training.resolving import resolve
 from tunedlens.training.run import Run, TrainState, initial_state
+from tunedlens.training.state_cache import CacheSettings
+from tunedlens.training.stopping import Interrupted, stop_flag
 
 _STEPS_PER_METRIC = 16
 """Reading a metric waits for the device, so it is not done at every step."""
 _SECONDS_PER_SAVE = 300
 
 
+@float32_products()
 def train(
     config: TrainConfig,
     output: str | Path | None = None,
     *,
     resume: bool = False,
     wandb: WandbMode = "disabled",
+    cache: CacheSettings | None = None,
 ) -> Evaluation:
     """Train a lens and save it in a folder.
 
@@ -54,41 +63,76 @@ def train(
         resume: continue the interrupted run in `output`, or extend the finished one there to
             the larger `config.tokens`.
         wandb: whether metrics are sent to Weights & Biases.
+        cache: where the model's states are kept for other runs; by default nowhere.
 
     Returns:
         Held-out metrics of the logit lens and the trained lens.
 
     Raises:
         InputError: a setting is impossible, or a file cannot be read or written.
-        Interrupted: after Ctrl-C or SIGTERM; the run is saved.
-        KeyboardInterrupt: the same, in a fit that takes no steps and has nothing to save.
+        Interrupted: after Ctrl-C, SIGTERM or SIGHUP; the run is saved.
+        KeyboardInterrupt: the same, while there is nothing to save.
     """
     if resume and output is None:
         raise InputError("a run can only be resumed in its folder; give output")
     accelerator = Accelerator()
     output = checkpointing.new_folder(config) if output is None else Path(output)
-    checkpointing.require_usable(output, resume=resume)
-    model = load_configured(config.model, accelerator.device)
-    if resume:
-        config = checkpointing.continued(config, output)
-    plan = resolve(config, model, accelerator)
-    run = Run(plan, output, model, accelerator)
-    state = checkpointing.restore(run) if resume else initial_state(run)
-    messages.describe(run)
+    with locked(output, is_main=accelerator.is_main_process):
+        checkpointing.require_usable(output, resume=resume)
+        model = load_configured(config.model, accelerator.device)
+        if resume:
+            config = checkpointing.continued(config, output)
+        if accelerator.is_main_process:
+            is_sampled = config.corpus.dataset == SELF
+            warn_of_faults(model, is_bos_default=config.corpus.bos is None, is_sampled=is_sampled)
+        plan = resolve(config, model, accelerator)
+        run = Run(plan, output, model, accelerator, cache)
+        state = checkpointing.restore(run) if resume else initial_state(run)
+        messages.describe(run)
+        mode = wandb if run.is_main else "disabled"
+        with Tracker(mode, output.name, dataclasses.asdict(plan), output) as tracker:
+            lens = _fit(run, state, tracker)
+            try:
+                return finish(run, state, tracker, lens)
+            except KeyboardInterrupt:
+                if not checkpoint.has_state(output):
+                    raise
+                raise Interrupted("stopped before the table at the end") from None
 
-    mode = wandb if run.is_main else "disabled"
-    with (
-        Tracker(mode, output.name, dataclasses.asdict(plan), output) as tracker,
-        stop_flag() as stop,
-    ):
-        if plan.fit == "jacobian":
-            return finish(run, state, tracker, mean_jacobian(run, state.progress, stop))
-        is_interrupted = (output / checkpoint.STATE).exists()
+
+def _fit(run: Run, state: TrainState, tracker: Tracker) -> AffineLens:
+    """The lens of the run, which saves itself when it is asked to stop."""
+    with stop_flag(show=run.is_main) as stop:
+        if run.plan.fit == "jacobian":
+            return mean_jacobian(run, state.progress, stop)
+        is_interrupted = checkpoint.has_state(run.output)
         if isinstance(state.optimizer, PreconditionedMuon) and not is_interrupted:
-            fit_closed_form(run, state.optimizer, state.progress)
-        if plan.fit != "closed-form":
-            _take_steps(run, state, tracker, stop)
-        return finish(run, state, tracker, state.best_lens())
+            fit_closed_form(run, state.optimizer, state.progress, stop)
+        if run.plan.fit != "closed-form":
+            try:
+                _take_steps(run, state, tracker, stop)
+            except StepsEnded as reason:
+                _end_early(run, state, tracker, str(reason))
+        return state.best_lens()
+
+
+def _end_early(run: Run, state: TrainState, tracker: Tracker, reason: str) -> None:
+    """Return to the closed form where the steps have made the lens worse.
+
+    Raises:
+        InputError: the fit did not start from a closed form.
+    """
+    if not isinstance(state.optimizer, PreconditionedMuon):
+        raise InputError(reason)
+    run.say(f"{reason}: the run ends with the last good lens")
+    state.progress.ended_early = reason
+    kl_nats, _ = run.validation_set.kl(state.optimizer.result(), run.objective)
+    for layer, (now, first) in enumerate(
+        zip(kl_nats, state.progress.history[0].kl_nats, strict=True)
+    ):
+        if not now <= first:  # or is not a number
+            state.optimizer.revert(layer)
+    _validate(run, state, tracker)
 
 
 def _take_steps(run: Run, state: TrainState, tracker: Tracker, stop: threading.Event) -> None:
@@ -105,14 +149,17 @@ def _take_steps(run: Run, state: TrainState, tracker: Tracker, stop: threading.E
                 break
             try:
                 batch = next(batches)
-            except TextRanOutError as error:
-                if plan.tokens is not None:  # the budget is a promise
+            except InputError as error:
+                # A budget is a promise; without one, a run may end where its text does.
+                if plan.tokens is not None or not isinstance(error, TextRanOutError):
                     checkpointing.save(run, state)
                     raise
                 run.say(f"{str(error).split(';')[0]}: the run ends here")
                 break
             kl = _accumulate(run, state, batch.input_ids, active)
             is_stopping = _reduce(run, state, kl, stop.is_set())
+            if not is_finite(kl, state.optimizer.lens):
+                kl = _accumulate_finite(run, state, batch.input_ids, active)
             state.optimizer.step(active, progress.tokens / plan.budget)
             progress.step += 1
             progress.tokens += plan.step_tokens
@@ -131,11 +178,11 @@ def _take_steps(run: Run, state: TrainState, tracker: Tracker, stop: threading.E
                 checkpointing.save(run, state)
                 raise Interrupted(f"stopped after {progress.tokens:,} tokens")
             if time.monotonic() - saved > _SECONDS_PER_SAVE:
-                checkpointing.save(run, state)
+                checkpointing.save_if_possible(run, state)
                 saved = time.monotonic()
     if history[-1].step < progress.step:
         _validate(run, state, tracker)
-    checkpointing.save(run, state)
+    checkpointing.save_if_possible(run, state)
 
 
 def _accumulate(
@@ -170,6 +217,20 @@ def _accumulate(
     return kl
 
 
+def _accumulate_finite(
+    run: Run, state: TrainState, input_ids: Int[Tensor, "batch seq"], active: list[bool]
+) -> Float[Tensor, " layers"]:
+    """The same without the blocks whose numbers are not finite, summed over processes."""
+    kept = leave_out(run, state, input_ids, active)
+    if len(kept) < run.accelerator.num_processes:
+        return torch.zeros(len(active), device=run.model.device)
+    kl = _accumulate(run, state, kept, active)
+    _reduce(run, state, kl, False)
+    if not is_finite(kl, state.optimizer.lens):
+        raise StepsEnded(f"the gradient of step {state.progress.step + 1} is not finite")
+    return kl
+
+
 def _reduce(run: Run, state: TrainState, kl: Float[Tensor, " layers"], stop: bool) -> bool:
     """Add up the gradients and the KL of all processes; return whether any was asked to stop."""
     if run.accelerator.num_processes == 1:
@@ -189,9 +250,11 @@ def _validate(run: Run, state: TrainState, tracker: Tracker) -> None:
     seconds = progress.update_seconds()
     result = ValidationResult(progress.step, progress.tokens, seconds, kl_nats, standard_error)
     if not math.isfinite(result.mean_kl_nats):
-        raise InputError(
-            f"held-out KL is {result.mean_kl_nats} after {result.tokens:,} tokens, so the steps "
-            f"are too large; give a smaller --lr than {run.plan.lr:g}"
+        problem = f"held-out KL is {result.mean_kl_nats} after {result.tokens:,} tokens"
+        if not progress.history:
+            raise InputError(f"{problem}, so the fit has nothing to start from")
+        raise StepsEnded(
+            f"{problem}, so the steps are too large; give a smaller --lr than {run.plan.lr:g}"
         )
     progress.history.append(result)
     messages.say_validation(run, progress)

@@ -33,6 +33,10 @@ def describe(run: Run) -> None:
             f"{text['blocks']:,} for training, {run.splits.validation.about['blocks']:,} held out; "
             f"{text['dropped_tokens']} leftover tokens dropped"
         )
+    if plan.layers is not None:
+        run.say(f"layers    {plan.layers}")
+    if plan.low_rank is not None:
+        run.say(f"rank      at most {plan.low_rank}")
     if plan.fit in ONE_PASS:
         run.say(f"fit       {plan.fit}: {plan.init_tokens:,} tokens, {plan.precision} products")
         return
@@ -58,11 +62,10 @@ def say_validation(run: Run, progress: Progress) -> None:
     result = progress.history[-1]
     tokens = result.tokens + progress.init_tokens
     error = f" ± {result.standard_error:.4f}" if result.standard_error else ""
-    n_layers, values = run.model.identity.n_layers, [f"{kl:.3f}" for kl in result.kl_nats]
-    by_layer = " | ".join(
-        " ".join([*([site] if index else []), *values[index * n_layers : (index + 1) * n_layers]])
-        for index, site in enumerate(run.plan.all_sites)
-    )
+    lines: dict[str, list[str]] = {}
+    for point, kl in zip(run.reader.points, result.kl_nats, strict=True):
+        lines.setdefault(point.site, [point.site] if lines else []).append(f"{kl:.3f}")
+    by_layer = " | ".join(map(" ".join, lines.values()))
     run.say(
         f"{tokens:>11,} tokens {result.seconds:>5.0f} s   held-out KL "
         f"{result.mean_kl_nats:.4f}{error} nats   by layer {by_layer}"

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 
 from tunedlens.config import BASELINES, ONE_PASS, Kernel, Precision, TrainConfig
 from tunedlens.corpus import ResolvedCorpus
-from tunedlens.model import TRANSLATED_SITES, FrozenModel
+from tunedlens.model import (
+    TRANSLATED_SITES,
+    FrozenModel,
+    HookPoint,
+    count_weights,
+    hook_points,
+)
 
 _VALIDATION_FRACTION, _TABLE_FRACTION = 0.1, 0.2
 """The largest fractions of a run's operations for validation and for the table at the end."""
@@ -56,6 +62,11 @@ class TrainPlan(TrainConfig):
         wanted = ("resid_pre", *self.further_sites)
         return tuple(site for site in TRANSLATED_SITES if site in wanted)
 
+    def points(self, n_layers: int) -> tuple[HookPoint, ...]:
+        """Where the lens of a model with this many layers has translators."""
+        layers = self.chosen_layers
+        return hook_points(self.all_sites, range(n_layers) if layers is None else layers)
+
     @property
     def positions(self) -> int:
         """Positions of one block that are trained on."""
@@ -92,10 +103,9 @@ class Costs:
 
     def __init__(self, plan: TrainPlan, model: FrozenModel) -> None:
         self.plan, identity = plan, model.identity
-        n_points, d_model = identity.n_layers * len(plan.all_sites), identity.d_model
+        n_points, d_model = len(plan.points(identity.n_layers)), identity.d_model
         fp32 = _FP32_COST if plan.precision == "bf16" else 1.0
-        blocks = sum(parameter.numel() for parameter in model.blocks.parameters())
-        forward = 2 * blocks * _FORWARD_COST
+        forward = 2 * count_weights(model.blocks) * _FORWARD_COST
         product = 2 * d_model * identity.vocab_size
         rows = plan.vocab_sample or identity.vocab_size
         self.first_pass: float = forward + n_points * 4 * d_model**2 * fp32

@@ -1,6 +1,8 @@
 """From a config to a plan: defaults for what the config leaves open."""
 
 import dataclasses
+import math
+import os
 
 import torch
 from accelerate import Accelerator
@@ -37,11 +39,13 @@ def resolve(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -
     corpus = resolve_corpus(config.corpus, model.name, model.context, model.bos_id is not None)
     _require_possible(config, corpus, model, processes)
     defaults = _defaults(config, corpus, model, processes) | _backend(config, model, accelerator)
-    settings = vars(config) | {"corpus": corpus}
+    layers = _layers(config, model)
+    settings = vars(config) | {"corpus": corpus, "layers": layers}
     settings |= {name: value for name, value in defaults.items() if settings[name] is None}
     if settings["vocab_sample"] >= model.identity.vocab_size:
         settings["vocab_sample"] = 0
     plan = TrainPlan(**settings)
+    _require_memory(plan, model, processes)
     if config.validation_tokens is None:
         # A run without a budget may end long before its cap.
         expected = plan.budget if plan.tokens is not None else plan.budget // 4
@@ -54,6 +58,19 @@ def resolve(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -
         corpus = dataclasses.replace(corpus, self_tokens=blocks * corpus.seq_len)
         plan = dataclasses.replace(plan, corpus=corpus)
     return plan
+
+
+def _layers(config: TrainConfig, model: FrozenModel) -> str | None:
+    """The layers that get translators, counted from 0 and in ascending order; None for all."""
+    chosen, count = config.chosen_layers, model.identity.n_layers
+    if chosen is None:
+        return None
+    if wrong := [layer for layer in chosen if not -count <= layer < count]:
+        raise InputError(
+            f"--layers must be between 0 and {count - 1} (or {-count} and -1, from the end) for "
+            f"{model.name}, whose last state has no translator; got {wrong[0]}"
+        )
+    return ",".join(map(str, sorted({layer % count for layer in chosen})))
 
 
 def _require_possible(
@@ -69,6 +86,11 @@ def _require_possible(
         # A block that has no such site says so here rather than after the first batch.
         ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
         model.states_at([HookPoint(site, 0) for site in further], ids)
+    if config.low_rank is not None and config.low_rank > model.identity.d_model:
+        raise InputError(
+            f"--low-rank must be at most {model.identity.d_model}, the width of {model.name}; got "
+            f"{config.low_rank}"
+        )
     if config.kernel == "attention" and model.device.type != "cpu":
         raise InputError("--kernel attention is for CPUs; leave it out, or choose products")
     if config.skip_first >= corpus.seq_len:
@@ -80,11 +102,12 @@ def _require_possible(
             f"--batch-size must be at least the number of processes ({processes}), got "
             f"{config.batch_size}"
         )
-    if processes > 1 and config.model.device is not None:
-        raise InputError(
-            f"--device cannot be given with {processes} processes, because each has its own; "
-            "leave it out"
-        )
+    for flag, value in (("device", config.model.device), ("device-map", config.model.device_map)):
+        if processes > 1 and value is not None:
+            raise InputError(
+                f"--{flag} cannot be given with {processes} processes, because each has its own; "
+                "leave it out"
+            )
     exact = {"--precision bf16": config.precision == "bf16", "--vocab-sample": config.vocab_sample}
     for flag, is_given in exact.items():
         if is_given and model.unembedding.cap is not None:
@@ -92,6 +115,31 @@ def _require_possible(
                 f"{flag} does not work with {model.name}, which caps its logits and is therefore "
                 "fitted in float32 over its whole vocabulary; leave it out"
             )
+
+
+def _require_memory(plan: TrainPlan, model: FrozenModel, processes: int) -> None:
+    """Check that the states that a step holds at a time fit into the memory of the device."""
+    held, flag = -(-plan.batch_size // processes) * plan.positions, "--batch-size"
+    if plan.micro_batch_size is not None and not plan.vocab_sample:
+        held = min(held, plan.micro_batch_size * plan.positions)
+        flag += " or --micro-batch-size"
+    n_states = model.identity.n_layers * len(plan.all_sites) + 1
+    ids = 16 * plan.batch_size * plan.corpus.seq_len
+    needed, memory = 4 * held * n_states * model.identity.d_model + ids, _memory_bytes(model.device)
+    if needed > memory:
+        raise InputError(
+            f"a step holds {needed / 1e9:,.0f} GB of states at a time, and {model.device} has "
+            f"{memory / 1e9:,.0f} GB of memory; give a smaller {flag}"
+        )
+
+
+def _memory_bytes(device: torch.device) -> float:
+    """The memory of a device; infinite if it cannot be known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return math.inf
 
 
 def _defaults(

@@ -18,6 +18,7 @@ from tunedlens.model import FrozenModel
 from tunedlens.sampling import load_or_sample
 from tunedlens.tracking import progress_bar, say
 from tunedlens.training.plan import Costs, TrainPlan
+from tunedlens.training.state_cache import CachedStateReader, CacheSettings
 from tunedlens.training.states import StateReader
 from tunedlens.training.validation import ValidationSet
 
@@ -25,12 +26,20 @@ from tunedlens.training.validation import ValidationSet
 class Run:
     """The parts of a run that stay the same from its first to its last step.
 
+    Args:
+        cache: where states are kept, if they are kept.
+
     Raises:
-        InputError: the text cannot be read or is too short.
+        InputError: the text cannot be read or is too short, or the cache holds other states.
     """
 
     def __init__(
-        self, plan: TrainPlan, output: Path, model: FrozenModel, accelerator: Accelerator
+        self,
+        plan: TrainPlan,
+        output: Path,
+        model: FrozenModel,
+        accelerator: Accelerator,
+        cache: CacheSettings | None = None,
     ) -> None:
         self.plan, self.output, self.model, self.accelerator = plan, output, model, accelerator
         self.is_main: bool = accelerator.is_main_process
@@ -39,11 +48,19 @@ class Run:
         with progress_bar(plan.corpus.self_tokens or 0, "sampling text", show=is_sampled) as bar:
             self.splits = load_or_sample(plan.corpus, model, bar.update)
         self.costs = Costs(plan, model)
-        self.reader = StateReader(model, plan, accelerator)
+        self.reader = (
+            StateReader(model, plan, accelerator)
+            if cache is None
+            else CachedStateReader(model, plan, accelerator, cache)
+        )
         table_tokens = self.costs.table_tokens(plan.budget)
         self.validation_set = ValidationSet(self.splits.validation, self.reader, table_tokens)
         unembedding = model.unembedding.centred()
         self.objective = make_objective(unembedding, dtype=self.reader.dtype, kernel=plan.kernel)
+
+    def new_lens(self) -> TunedLens:
+        """The untrained lens."""
+        return TunedLens.from_model(self.model, self.plan.all_sites, self.plan.chosen_layers)
 
     def say(self, message: str) -> None:
         """Print a line, in the main process only."""
@@ -64,6 +81,10 @@ class Progress:
     """Model and hash of the lens that `--init` names."""
     position: JsonObject | None = None
     """Where the corpus continues."""
+    bad_blocks: int = 0
+    """Blocks that were left out because their numbers are not finite."""
+    ended_early: str | None = None
+    """Why the steps could not go on."""
     seconds: float = 0.0
     history: list[ValidationResult] = field(default_factory=list)
 
@@ -111,7 +132,7 @@ def initial_state(run: Run) -> TrainState:
     Raises:
         InputError: the named lens cannot be read, or has another shape.
     """
-    lens, progress = TunedLens.from_model(run.model, run.plan.all_sites), Progress()
+    lens, progress = run.new_lens(), Progress()
     if run.plan.init is not None:
         manifest = checkpoint.fill_lens(lens, Path(run.plan.init), any_model=True)
         progress.init_lens = {name: manifest[name] for name in ("model", "lens_sha256")}
@@ -123,4 +144,4 @@ def make_optimizer(lens: AffineLens, plan: TrainPlan) -> LensOptimizer:
     hyperparameters = (plan.lr, plan.momentum, plan.weight_decay)
     if plan.fit in BASELINES:
         return TorchOptimizer(lens, plan.fit, *hyperparameters)
-    return PreconditionedMuon(lens, *hyperparameters)
+    return PreconditionedMuon(lens, *hyperparameters, rank=plan.low_rank)

@@ -7,8 +7,9 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tunedlens.devices import send
 from tunedlens.engine.backend import DTYPES
-from tunedlens.model import FrozenModel, HookPoint, hook_points
+from tunedlens.model import FrozenModel, HookPoint, is_quantised
 from tunedlens.training.plan import TrainPlan
 
 
@@ -17,22 +18,22 @@ class StateReader:
 
     def __init__(self, model: FrozenModel, plan: TrainPlan, accelerator: Accelerator) -> None:
         self.model, self.plan, self.accelerator = model, plan, accelerator
-        self.dtype = DTYPES[plan.precision]
-        self.points = hook_points(plan.all_sites, model.identity.n_layers)
+        self.dtype, self._is_quantised = DTYPES[plan.precision], is_quantised(model.blocks)
+        self.points = plan.points(model.identity.n_layers)
         """Where the states are read, in the order of the lens's translators."""
-        self._with_final = [*self.points, HookPoint("resid_pre", model.identity.n_layers)]
+        self.with_final = [*self.points, HookPoint("resid_pre", model.identity.n_layers)]
 
     def micro_batches(self, input_ids: Int[Tensor, "batch seq"]) -> Sequence[Tensor]:
         """This process's blocks, on the model's device, in micro-batches."""
         shard = input_ids[self.accelerator.process_index :: self.accelerator.num_processes]
         if not len(shard):
             return []
-        shard = shard.to(self.model.device)
+        shard = send(shard, self.model.device)
         return shard.split(self.plan.micro_batch_size or len(shard))
 
     def autocast(self) -> torch.autocast:
-        """The precision of matrix products while training."""
-        enabled = self.dtype != torch.float32
+        """The precision of matrix products while training; quantised ones have their own."""
+        enabled = self.dtype != torch.float32 and not self._is_quantised
         return torch.autocast(self.model.device.type, self.dtype, enabled=enabled)
 
     def read(
@@ -43,6 +44,16 @@ class StateReader:
         They are the model's own tensors if those are float32 and no position is skipped.
         """
         for rows in self.micro_batches(input_ids):
-            with self.autocast():
-                states = self.model.states_at(self._with_final, rows)
+            states = self.states_of(rows)
             yield [state[:, self.plan.skip_first :].flatten(0, 1).float() for state in states]
+
+    def states_of(
+        self, rows: Int[Tensor, "batch seq"]
+    ) -> Sequence[Float[Tensor, "batch seq d_model"]]:
+        """The states of one micro-batch and the final one, at every position, in any dtype."""
+        with self.autocast():
+            return self.model.states_at(self.with_final, rows)
+
+    def summary(self) -> str:
+        """Where the states came from, in a line; empty if all came from the model."""
+        return ""

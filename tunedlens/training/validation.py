@@ -1,5 +1,6 @@
 """The held-out blocks of a run."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -15,6 +16,7 @@ from tunedlens.errors import InputError
 from tunedlens.evaluation import Evaluation, RatioSums, score_lenses
 from tunedlens.fit import LeastSquares
 from tunedlens.lenses import Lens, ResidualLens
+from tunedlens.tracking import say
 from tunedlens.training.states import StateReader
 
 _BLOCKS_AT_A_TIME = 8
@@ -58,6 +60,12 @@ class ValidationSet:
         Computed over the whole vocabulary, in the precision of training. The model's side is
         computed once and kept.
         """
+        result = self._kl(lens, objective)
+        if not all(map(math.isfinite, result[0])) and self._leave_out_bad_blocks():
+            result = self._kl(lens, objective)
+        return result
+
+    def _kl(self, lens: ResidualLens, objective: LensKL) -> tuple[list[float], float | None]:
         start, positions = time.monotonic(), self._plan.positions
         points = self._reader.points
         sums = RatioSums(len(points) + 1)
@@ -82,6 +90,12 @@ class ValidationSet:
 
     def least_squares(self) -> LeastSquares:
         """The sums of the regression on held-out text, on which the ridge is chosen."""
+        sums = self._least_squares()
+        if not sums.sums().squares.isfinite().all() and self._leave_out_bad_blocks():
+            sums = self._least_squares()
+        return sums
+
+    def _least_squares(self) -> LeastSquares:
         d_model = self._reader.model.identity.d_model
         sums = LeastSquares(len(self._reader.points), d_model)
         for states in self._read(self._blocks):
@@ -94,7 +108,39 @@ class ValidationSet:
         batch_size = self._plan.micro_batch_size or _BLOCKS_AT_A_TIME
         config = ScoringConfig(tokens=tokens, batch_size=batch_size)
         model, accelerator = self._reader.model, self._reader.accelerator
+        try:
+            return score_lenses(model, lenses, self._blocks, config, accelerator=accelerator)
+        except InputError:  # a metric is not finite
+            if not self._leave_out_bad_blocks():
+                raise
         return score_lenses(model, lenses, self._blocks, config, accelerator=accelerator)
+
+    def _leave_out_bad_blocks(self) -> bool:
+        """Drop the blocks whose states are not finite; returns whether there were any.
+
+        Raises:
+            InputError: no block is left.
+        """
+        # Every process looks at all blocks, so each gets a copy of the one that is read.
+        copies = self._reader.accelerator.num_processes
+
+        def is_finite(block: Int[Tensor, " seq"]) -> bool:
+            (states,) = self._reader.read(block.expand(copies, -1))
+            return bool(states[-1].isfinite().all())
+
+        count, validated = len(self._blocks), len(self._validation_blocks)
+        self._blocks = [block for block in self._blocks if is_finite(block)]
+        self._validation_blocks = self._blocks[:validated]
+        self._model_sides.clear()
+        bad = f"{count - len(self._blocks)} of {count} held-out blocks"
+        if not self._blocks:
+            raise InputError(
+                f"{bad} have states that are not finite; try another --dtype than "
+                f"{self._plan.model.dtype}"
+            )
+        if len(self._blocks) < count:
+            say(f"{bad} are left out, because their states are not finite")
+        return len(self._blocks) < count
 
     def _read(
         self, blocks: Sequence[Int[Tensor, " seq"]]

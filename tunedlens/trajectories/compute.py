@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tunedlens.devices import float32_products
 from tunedlens.errors import InputError
 from tunedlens.metrics import DIVERGENCES
 from tunedlens.model import FrozenModel
@@ -39,6 +40,7 @@ def trajectory(
     track: Tokens = ...,
     stride: int | None = ...,
 ) -> list[Trajectory]: ...
+@float32_products()
 @torch.no_grad()
 def trajectory(
     model: FrozenModel,
@@ -56,8 +58,8 @@ def trajectory(
         lenses: one, several (by name if two are of one kind), or None for the logit lens.
         text: a text or its token ids; a list of them gives a list of trajectories, and the
             texts go through the model together.
-        sites: names of `model.sites.SITES`; the model's own row is always the last. A lens
-            with translators reads only the stream between blocks.
+        sites: names of `model.sites.SITES`; the model's own row is always the last. Rows at which
+            a lens has no translator are left out.
         k: the number of best tokens to keep at each row and position.
         track: tokens to follow at every position, as text or ids, in addition to those that
             are the best token of some row of some lens.
@@ -87,6 +89,7 @@ def trajectory(
     return results[0] if is_one else results
 
 
+@float32_products()
 @torch.no_grad()
 def compare(
     model: FrozenModel,
@@ -129,6 +132,9 @@ def compare(
         Reader(model, lenses, sites, k),
         Reader(baseline_model, baseline_lenses, sites, k),
     ]
+    rows = [row for row in readers[0].rows if row in readers[1].rows]
+    for reader in readers:
+        reader.rows = rows
     texts = [
         token_ids(model, text),
         token_ids(baseline_model, text if baseline_text is None else baseline_text),

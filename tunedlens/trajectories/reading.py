@@ -38,7 +38,7 @@ class Reader:
         self, model: FrozenModel, lenses: Lenses, sites: str | Sequence[str], k: int
     ) -> None:
         self.model, self.lenses = model, named_lenses(model, lenses)
-        self.rows = rows_of(model.identity.n_layers, sites)
+        self.rows = rows_of(model.identity.n_layers, sites, self.lenses)
         vocab_size = model.identity.vocab_size
         if not 1 <= k <= vocab_size:
             raise InputError(f"k must be between 1 and {vocab_size}, got {k}")
@@ -47,12 +47,6 @@ class Reader:
             1, LOGITS_AT_A_TIME // (vocab_size * len(self.rows) * len(self.lenses))
         )
         """The number of positions to decode at a time."""
-        for name, lens in self.lenses.items():
-            if unread := sorted({row.site for row in self.rows if not lens.reads(row.site)}):
-                raise InputError(
-                    f"the lens {name} has no translators for {', '.join(unread)}; train it with "
-                    f"--sites {','.join(unread)}, or read these with the logit lens"
-                )
 
     def logits(self, states: Sequence[Float[Tensor, "chunk d_model"]]) -> Logits:
         """Raw logits of every lens, given the states of every row; valid until the next call."""

@@ -1,6 +1,6 @@
 """The states of texts: rows of the model's depth, windows of the text."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tunedlens.errors import InputError
+from tunedlens.lenses import ResidualLens
 from tunedlens.model import SITES, FrozenModel
 from tunedlens.trajectories.result import Row
 
@@ -38,14 +39,36 @@ def next_ids(ids: Int[Tensor, " positions"]) -> Int[Tensor, " positions"]:
     return torch.cat([ids[1:], ids.new_tensor([-1])])
 
 
-def rows_of(n_layers: int, sites: str | Sequence[str]) -> list[Row]:
-    """Rows from the first layer to the last; the model's own row is the last."""
+def rows_of(
+    n_layers: int, sites: str | Sequence[str], lenses: Mapping[str, ResidualLens]
+) -> list[Row]:
+    """Rows that all lenses read, from the first layer to the last; the last is the model's own.
+
+    Raises:
+        InputError: there is no such site, a lens reads no layer of one, or no layer is read by all.
+    """
     sites = [sites] if isinstance(sites, str) else sites
     unknown = [site for site in sites if site not in SITES]
     if unknown or not sites:
         raise InputError(f"sites must be of {', '.join(SITES)}; got {', '.join(unknown) or 'none'}")
     rows = [Row(site, layer) for layer in range(n_layers) for site in SITES if site in sites]
-    return rows if rows[-1].site == "resid_post" else [*rows, Row("resid_pre", n_layers)]
+    last = rows.pop() if rows[-1].site == "resid_post" else Row("resid_pre", n_layers)
+    for name, lens in lenses.items():
+        read = {row.site for row in rows if lens.reads(row.site, row.layer)}
+        if unread := sorted({row.site for row in rows} - read):
+            raise InputError(
+                f"the lens {name} has no translators for {', '.join(unread)}; train it with "
+                f"--sites {','.join(unread)}, or read these with the logit lens"
+            )
+    shared = [
+        row for row in rows if all(lens.reads(row.site, row.layer) for lens in lenses.values())
+    ]
+    if rows and not shared:
+        raise InputError(
+            f"the lenses {', '.join(lenses)} have translators at no common layer; read the text "
+            "with each of them"
+        )
+    return [*shared, last]
 
 
 def pieces(

@@ -3,7 +3,7 @@
 from tunedlens.report.plots.by_layer import DRAWINGS, by_layer, by_position, transfer
 from tunedlens.report.plots.curves import curves, draw_learning_curve, learning_curve
 from tunedlens.report.plots.heatmaps import heatmap, heatmap_pages
-from tunedlens.report.plots.style import FORMATS, rendered, save
+from tunedlens.report.plots.style import FORMATS, in_all_formats, rendered, save
 
 __all__ = [
     "DRAWINGS",
@@ -14,6 +14,7 @@ __all__ = [
     "draw_learning_curve",
     "heatmap",
     "heatmap_pages",
+    "in_all_formats",
     "learning_curve",
     "rendered",
     "save",

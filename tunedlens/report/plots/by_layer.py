@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from tunedlens.evaluation import MODEL, Evaluation
+from tunedlens.evaluation import Evaluation
 from tunedlens.metrics import METRICS
 from tunedlens.model import SITES
 from tunedlens.report.plots.style import (
@@ -16,6 +16,7 @@ from tunedlens.report.plots.style import (
     new_figure,
     plain_log_ticks,
     styles,
+    ticks_of,
 )
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _HATCHES = ("", "///", "...", "xxx", "\\\\\\")
+_MAX_BARS = 40
+"""With more layers and lenses, lines are easier to follow than bars beside each other."""
 _MAX_ANNOTATED_LAYERS = 16
 """With more layers, the cells of a transfer matrix are too small for numbers."""
 
@@ -39,7 +42,8 @@ def by_layer(
     """Metrics of every lens by layer, with a line for the model if it has a value.
 
     Bands are two standard errors on either side. If the value of the first layer dwarfs all
-    others, it is written at the top instead of drawn. The prediction depth has bars.
+    others, it is written at the top instead of drawn. The prediction depth has bars, or lines if
+    there would be many bars.
 
     Args:
         evaluation: the results.
@@ -53,7 +57,7 @@ def by_layer(
         panels = figure.subplots(rows, columns, squeeze=False, sharey=is_shared).ravel()
         ends = []
         for axes, metric in zip(panels, metrics, strict=True):
-            draw = _draw_bars if metric == "prediction_depth" else _draw_lines
+            draw = _draw_depths if metric == "prediction_depth" else _draw_lines
             ends.append(draw(axes, evaluation, metric))
             axes.set_ylabel(METRICS[metric].title)
         if limits is not None:
@@ -79,8 +83,8 @@ def transfer(evaluation: Evaluation) -> "Figure":
             image = axes.imshow(shown, origin="lower", norm=norm, cmap="cividis")
             axes.set_title(f"{lens} lens", fontsize=9)
             axes.set_xlabel("applied at layer")
-            axes.set_xticks(_about_12(evaluation.n_layers))
-            axes.set_yticks(_about_12(evaluation.n_layers))
+            axes.set_xticks(ticks_of(evaluation.n_layers))
+            axes.set_yticks(ticks_of(evaluation.n_layers))
             if evaluation.n_layers <= _MAX_ANNOTATED_LAYERS:
                 _write_numbers(axes, shown, norm)
         panels[0].set_ylabel("translator of layer")
@@ -93,8 +97,9 @@ def by_position(evaluation: Evaluation) -> "Figure":
 
     Position 0 is a separate mark. Neighbouring positions are averaged to at most 64 points.
     """
-    layers = sorted({round(i * (evaluation.n_layers - 1) / 3) for i in range(4)})
     lenses = [lens for lens in evaluation.lenses if lens in evaluation.by_position]
+    scored = evaluation.layers
+    layers = [scored[i] for i in sorted({round(i * (len(scored) - 1) / 3) for i in range(4)})]
     line_styles = styles(evaluation.lenses, evaluation.sites)
     with new_figure(2.3 * len(layers) + 1.0, 2.8) as figure:
         panels = figure.subplots(1, len(layers), squeeze=False, sharey=True)[0]
@@ -201,39 +206,57 @@ def _draw_lines(axes: "Axes", evaluation: Evaluation, metric: str) -> Ends:
         offset = SITES.index(evaluation.sites.get(lens, "resid_pre")) / 4
         points = [
             (layer + offset, e.value if e.value <= top else math.nan, e.standard_error or 0.0)
-            for layer, e in enumerate(column)
+            for layer, e in zip(evaluation.layers_of(lens), column, strict=True)
         ]
         _line_with_band(axes, points, style, is_log=is_log)
         if first > top:
             below = (4, -3 - 11 * len(axes.texts))  # one line under the last
-            axes.annotate(f"↑ {first:.0e}", (0, top), below, color=style["color"],
+            axes.annotate(f"↑ {first:.0e}", (points[0][0], top), below, color=style["color"],
                           textcoords="offset points", va="top")  # fmt: skip
         ends[lens] = column[-1].value, style["color"]
-    of_model = [r.value for r in evaluation.results if (r.lens, r.metric) == (MODEL, metric)]
-    if of_model:
-        axes.axhline(of_model[0], color=MODEL_COLOR, linewidth=1)
-        ends[MODEL] = of_model[0], MODEL_COLOR
-        if is_log:
-            axes.set_ylim(bottom=of_model[0] / 1.8)
+    of_models = {
+        r.lens: r.value
+        for r in evaluation.results
+        if r.lens in evaluation.models and r.metric == metric
+    }
+    for model, value in of_models.items():
+        axes.axhline(value, color=MODEL_COLOR, linewidth=1)
+        ends[model] = value, MODEL_COLOR
+    if of_models and is_log:
+        axes.set_ylim(bottom=min(of_models.values()) / 1.8)
     if top < math.inf:
         axes.set_ylim(top=top)
     axes.set_xlabel("layer (0 is the embeddings)")
-    axes.set_xticks(_about_12(evaluation.n_layers))
+    axes.set_xticks(ticks_of(evaluation.n_layers))
     if is_log:
         plain_log_ticks(axes)
     return ends
 
 
-def _draw_bars(axes: "Axes", evaluation: Evaluation, metric: str) -> Ends:
-    """Draw fractions of tokens by prediction depth; the lenses are named in a corner."""
+def _draw_depths(axes: "Axes", evaluation: Evaluation, metric: str) -> Ends:
+    """Draw fractions of tokens by prediction depth as bars, or as lines if there would be many.
+
+    Lenses with bars are named in a corner. Returns where the lines end.
+    """
     lenses = [lens for lens in evaluation.lenses if lens not in evaluation.constant]
     line_styles = styles(evaluation.lenses, evaluation.sites)
-    width = 0.8 / max(1, len(lenses))
+    axes.set_xlabel("prediction depth, layers")
+    axes.set_xticks(ticks_of(evaluation.n_layers + 1))
+    width, ends = 0.8 / max(1, len(lenses)), {}
     for index, lens in enumerate(lenses):
         column, color = evaluation.by_layer(lens, metric), line_styles[lens]["color"]
+        mean = evaluation.of_lens(lens, "mean_prediction_depth").value
+        name = f"{lens}, mean {mean:.1f}"
+        depths = [*evaluation.layers_of(lens), evaluation.n_layers]
+        if len(lenses) * len(column) > _MAX_BARS:
+            pairs = zip(depths, column, strict=True)
+            points = [(depth, e.value, e.standard_error or 0.0) for depth, e in pairs]
+            _line_with_band(axes, points, line_styles[lens], is_log=False)
+            ends[name] = column[-1].value, color
+            continue
         shift = (index - (len(lenses) - 1) / 2) * width
         axes.bar(
-            [layer + shift for layer in range(len(column))],
+            [depth + shift for depth in depths],
             [e.value for e in column],
             width,
             yerr=[2 * (e.standard_error or 0.0) for e in column],
@@ -243,19 +266,10 @@ def _draw_bars(axes: "Axes", evaluation: Evaluation, metric: str) -> Ends:
             edgecolor="white",
             linewidth=0,
         )
-        mean = evaluation.of_lens(lens, "mean_prediction_depth").value
-        axes.annotate(f"{lens}, mean {mean:.1f}", (0, 1), (8, -4 - 11 * index), color=color,
-                      xycoords="axes fraction", textcoords="offset points", va="top",
-                      fontsize=8.5)  # fmt: skip
+        axes.annotate(name, (0, 1), (8, -4 - 11 * index), color=color, va="top", fontsize=8.5,
+                      xycoords="axes fraction", textcoords="offset points")  # fmt: skip
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("prediction depth, layers")
-    axes.set_xticks(_about_12(evaluation.n_layers + 1))
-    return {}
-
-
-def _about_12(count: int) -> range:
-    """Evenly spaced numbers below a count, for ticks."""
-    return range(0, count, max(1, count // 12))
+    return ends
 
 
 def _line_with_band(
@@ -266,7 +280,7 @@ def _line_with_band(
     On a log scale, the band does not go below a tenth of the line.
     """
     x, y, _ = zip(*points, strict=True)
-    axes.plot(x, y, **style)
+    axes.plot(x, y, **style, markevery=ticks_of(len(points)).step)
     low = [max(v - 2 * e, v / 10 if is_log else -math.inf) for _, v, e in points]
     high = [v + 2 * e for _, v, e in points]
     axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tunedlens.errors import InputError
 from tunedlens.fit import ValidationResult
+from tunedlens.model import HookPoint, hook_points
 from tunedlens.report.plots.style import (
     COLORS,
     Ends,
@@ -16,10 +17,12 @@ from tunedlens.report.plots.style import (
     new_figure,
     plain_log_ticks,
     save,
+    ticks_of,
 )
 from tunedlens.trajectories import Trajectory
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _MAX_TOKENS = 5
@@ -27,54 +30,76 @@ _DASHES = {"solid": "-", "dashed": "--", "dotted": ":", "dash-dotted": "-."}
 
 
 def learning_curve(
-    history: Sequence[ValidationResult], sites: Sequence[str] = ("resid_pre",)
+    history: Sequence[ValidationResult], points: Sequence[HookPoint] | None = None
 ) -> "Figure":
-    """Held-out KL of every layer against tokens, on log scales; layers are named on the right.
+    """Held-out KL of every layer against tokens, on log scales.
 
-    The validation before the first step (the closed form, or the logit lens) is drawn at the
-    left edge.
+    The validation before the first step, of the closed form or the logit lens, is at 0. Of many
+    layers, a few are named on the right.
 
     Args:
         history: the validations of a run.
-        sites: the sites that have translators; each one has a panel.
+        points: where the translators are, with a panel for every site; by default at all
+            layers of the stream.
     """
     import matplotlib
 
     tokens = [result.tokens for result in history]
-    tokens[0] = tokens[0] or min((count for count in tokens if count), default=2) // 2
-    n_layers = len(history[0].kl_nats) // len(sites)
-    with new_figure(4.8 * len(sites), 3.4) as figure:
-        panels = figure.subplots(1, len(sites), squeeze=False, sharey=True)[0]
-        for index, (site, axes) in enumerate(zip(sites, panels, strict=True)):
-            axes.set_xscale("log")
+    first = min((count for count in tokens if count), default=1)
+    ticks = [0, *tokens[:0:-3][::-1]]
+    n_points = len(history[0].kl_nats)
+    points = hook_points(["resid_pre"], range(n_points)) if points is None else points
+    sites, last = list(dict.fromkeys(site for site, _ in points)), max(layer for _, layer in points)
+    columns = min(2, len(sites))
+    rows = -(-len(sites) // columns)
+    with new_figure(4.8 * columns, 3.4 * rows) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+        named: list[tuple[Axes, Ends]] = []
+        for site, axes in zip(sites, grid.flat, strict=False):
+            axes.set_xscale("symlog", linthresh=first, linscale=0.5)  # it has room for 0
             axes.set_yscale("log")
             ends: Ends = {}
-            own = [kl.kl_nats[index * n_layers : (index + 1) * n_layers] for kl in history]
-            for layer, line in enumerate(zip(*own, strict=True)):
-                color = matplotlib.colormaps["viridis"](0.9 * layer / max(1, n_layers - 1))
+            of_site = [index for index, point in enumerate(points) if point.site == site]
+            own = [[result.kl_nats[index] for index in of_site] for result in history]
+            for order, line in enumerate(zip(*own, strict=True)):
+                layer = points[of_site[order]].layer
+                color = matplotlib.colormaps["viridis"](0.9 * layer / max(1, last))
                 axes.plot(tokens, line, color=color, marker=".")
-                ends[str(layer) if layer else "layer 0"] = line[-1], color
-            mean = [sum(values) / n_layers for values in own]
+                if order in ticks_of(len(of_site)) or order == len(of_site) - 1:
+                    ends[str(layer) if ends else f"layer {layer}"] = line[-1], color
+            mean = [sum(values) / len(values) for values in own]
             axes.plot(tokens, mean, color="black", linestyle="--")
             ends["mean"] = mean[-1], "black"
             if len(sites) > 1:
                 axes.set_title(site, fontsize=9)
-            axes.set_xlabel(
-                f"tokens in steps, {history[-1].seconds:.0f} s in all; "
-                "left edge: before the first step"
-            )
+            axes.set_xlabel(f"tokens in steps ({history[-1].seconds:.0f} s in all)")
+            axes.set_xticks(ticks, [_short(count) for count in ticks])
+            axes.set_xticks([], minor=True)
+            named.append((axes, ends))
+        for unused in grid.flat[len(sites) :]:
+            unused.remove()
+        for axes in grid[:, 0]:
+            axes.set_ylabel("held-out KL(model ‖ lens), nats")
+        for axes, ends in named:
             plain_log_ticks(axes)
             name_lines(axes, ends, size=8)
-        panels[0].set_ylabel("held-out KL(model ‖ lens), nats")
     return figure
 
 
+def _short(count: int) -> str:
+    """A number of tokens as on an axis: 512, 16k, 1.2M."""
+    for unit, size in (("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return str(count)
+
+
 def draw_learning_curve(
-    history: Sequence[ValidationResult], folder: Path, sites: Sequence[str] = ("resid_pre",)
+    history: Sequence[ValidationResult], folder: Path, points: Sequence[HookPoint] | None = None
 ) -> None:
     """Draw it as PNG, SVG and PDF, if there are at least two validations."""
     if len(history) > 1:
-        save(learning_curve(history, sites), folder / "learning_curve")
+        save(learning_curve(history, points), folder / "learning_curve")
 
 
 def curves(

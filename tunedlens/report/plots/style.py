@@ -170,6 +170,17 @@ def rendered(figure: "Figure", kind: str) -> bytes:
     return buffer.getvalue()
 
 
+def in_all_formats(figure: "Figure") -> dict[str, bytes]:
+    """A figure as the bytes of every format. They share one layout, which takes long to find."""
+    figure.draw_without_rendering()
+    layout = figure.get_layout_engine()
+    figure.set_layout_engine(None)
+    try:
+        return {kind: rendered(figure, kind) for kind in FORMATS}
+    finally:
+        figure.set_layout_engine(layout)
+
+
 def save(figure: "Figure", path: str | Path) -> None:
     """Write a figure as PNG, SVG and PDF beside each other: `<path>.png` and so on.
 
@@ -177,8 +188,14 @@ def save(figure: "Figure", path: str | Path) -> None:
         InputError: the folder cannot be written.
     """
     path = Path(path)
-    for kind in FORMATS:
-        write(path.with_name(f"{path.name}.{kind}"), rendered(figure, kind))
+    for kind, content in in_all_formats(figure).items():
+        write(path.with_name(f"{path.name}.{kind}"), content)
+
+
+def ticks_of(count: int) -> range:
+    """At most nine evenly spaced numbers below a count, in steps of 1, 2, 5, 10 and so on."""
+    steps = (step * 10**power for power in itertools.count() for step in (1, 2, 5))
+    return range(0, count, next(step for step in steps if count <= 9 * step))
 
 
 def plain_log_ticks(axes: "Axes") -> None:
@@ -194,23 +211,46 @@ def plain_log_ticks(axes: "Axes") -> None:
 def name_lines(axes: "Axes", ends: Ends, size: float = 8.5) -> None:
     """Write the name of every line at the right edge, moved apart where names would touch.
 
-    Call it last, when the limits of the axes are final. The size is that of the font in points.
+    Names that had to move are joined to the ends of their lines. Call it last, when the limits
+    of the axes are final. The size is that of the font in points.
     """
     figure: Any = axes.figure
     figure.draw_without_rendering()  # places the axes
-    to_height, to_value = axes.transData.transform, axes.transData.inverted().transform
-    low, high = (to_height((0, y))[1] for y in axes.get_ylim())
-    placed = {n: min(max(to_height((0, y))[1], low), high) for n, (y, _) in ends.items()}
-    gap = 1.25 * size * figure.dpi / 72
-    order = sorted(placed, key=lambda name: -placed[name])
-    for above, below in itertools.pairwise(order):
-        placed[below] = min(placed[below], placed[above] - gap)
-    floor = low
-    for name in reversed(order):  # back up from the lower edge
-        placed[name] = max(placed[name], floor)
-        floor = placed[name] + gap
+    points = 72 / figure.dpi
+    to_height = axes.transData.transform
+    low, high = (to_height((0, y))[1] * points for y in axes.get_ylim())
+    heights = {name: to_height((0, y))[1] * points for name, (y, _) in ends.items()}
+    heights = {name: min(max(height, low), high) for name, height in heights.items()}
+    order = sorted(heights, key=lambda name: -heights[name])
+    gap = 1.25 * size
+    placed = dict(
+        zip(order, _apart([heights[name] for name in order], gap, low, high), strict=True)
+    )
+    has_moved = any(abs(placed[name] - heights[name]) > gap / 3 for name in order)
+    leader = {"arrowstyle": "-", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)}
     for name in order:
-        at = (1, to_value((0, placed[name]))[1])
-        axes.annotate(name, at, (3, 0), xycoords=axes.get_yaxis_transform(),
-                      textcoords="offset points", color=ends[name][1], va="center",
-                      fontsize=size, annotation_clip=False)  # fmt: skip
+        fraction = (heights[name] - low) / (high - low)
+        arrow = leader | {"color": ends[name][1]} if has_moved else None
+        axes.annotate(name, (1, fraction), (14 if has_moved else 3, placed[name] - heights[name]),
+                      xycoords="axes fraction", textcoords="offset points", color=ends[name][1],
+                      va="center", fontsize=size, annotation_clip=False,
+                      arrowprops=arrow)  # fmt: skip
+
+
+def _apart(heights: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """The nearest heights, in least squares, that are `gap` apart and within the limits.
+
+    The heights fall, and so do the results. If there is too little room, they go beyond `high`.
+    """
+    # With gap · index added, the order is all that is left: an isotonic regression, by pooling
+    # neighbours that are out of order.
+    pools: list[tuple[float, int]] = []
+    for index, height in enumerate(heights):
+        mean, count = height + gap * index, 1
+        while pools and pools[-1][0] < mean:
+            other, others = pools.pop()
+            mean, count = (mean * count + other * others) / (count + others), count + others
+        pools.append((mean, count))
+    level = low + gap * (len(heights) - 1)
+    means = [max(min(mean, high), level) for mean, count in pools for _ in range(count)]
+    return [mean - gap * index for index, mean in enumerate(means)]

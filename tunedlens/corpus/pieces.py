@@ -1,0 +1,101 @@
+"""Long texts are tokenised in pieces, because a tokenizer takes about 250 bytes for each letter.
+
+The pieces overlap. A text is cut between two tokens only where both pieces agree on all tokens
+around the cut, so that the tokens are those of the whole text.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from tunedlens.errors import InputError
+
+PIECE, OVERLAP = 2**16, 2**10
+"""In characters. The overlap reaches as far to the left of a cut as to the right."""
+MAX_PIECE = 2**22
+"""No text needs pieces this long, except one whose tokens depend on all that stands before them."""
+
+
+class _Tokens(NamedTuple):
+    """The tokens of a part of a text."""
+
+    ids: list[int]
+    starts: list[int]
+    """The characters of the text at which they start, in ascending order."""
+    end: int
+    """Where the part ends."""
+
+    def between(self, low: int, high: int) -> "_Tokens":
+        """The tokens that start in [low, high)."""
+        part = slice(bisect_left(self.starts, low), bisect_left(self.starts, high))
+        return _Tokens(self.ids[part], self.starts[part], high)
+
+
+def token_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], is_chat: bool
+) -> list[Int[Tensor, " tokens"]]:
+    """The token ids of each text.
+
+    A tokenizer that does not say where its tokens start gets every text whole.
+
+    Args:
+        is_chat: whether special tokens that a text spells out are those tokens.
+
+    Raises:
+        InputError: a long text cannot be cut.
+    """
+
+    def tokenise(text: str | list[str], has_offsets: bool = False) -> BatchEncoding:
+        return tokenizer(
+            text,
+            add_special_tokens=False,
+            split_special_tokens=not is_chat,
+            return_offsets_mapping=has_offsets,
+            verbose=False,
+        )
+
+    short = [text for text in texts if len(text) <= PIECE or not tokenizer.is_fast]
+    of_short = iter(tokenise(short)["input_ids"] if short else [])
+    return [
+        torch.cat([torch.tensor(piece, dtype=torch.int32) for piece in _pieces(text, tokenise)])
+        if len(text) > PIECE and tokenizer.is_fast
+        else torch.tensor(next(of_short), dtype=torch.int32)
+        for text in texts
+    ]
+
+
+def _pieces(text: str, tokenise: Callable[..., BatchEncoding]) -> Iterator[list[int]]:
+    """The token ids of a long text, piece by piece."""
+
+    def read(begin: int, size: int) -> _Tokens:
+        part = text[begin : begin + size]
+        encoded = tokenise(part, True)
+        starts = [begin + start for start, _ in encoded["offset_mapping"]]
+        return _Tokens(encoded["input_ids"], starts, begin + len(part))
+
+    done = begin = 0
+    size, overlap = PIECE, OVERLAP
+    piece = read(begin, size)
+    while piece.end < len(text):
+        cut = piece.starts[bisect_left(piece.starts, piece.end - overlap) - 1]
+        next_begin = piece.starts[max(0, bisect_left(piece.starts, cut - overlap) - 1)]
+        following = read(next_begin, size)
+        around = (max(done, cut - overlap // 2), cut + overlap // 2)
+        if cut > done and piece.between(*around) == following.between(*around):
+            yield piece.between(done, cut).ids
+            done, begin, piece = cut, next_begin, following
+            size, overlap = PIECE, OVERLAP
+            continue
+        size, overlap = 4 * size, 4 * overlap
+        if size > MAX_PIECE:
+            raise InputError(
+                f"the text {text[:20]!r}... has {len(text):,} characters and cannot be cut after "
+                f"character {done:,}; divide it into shorter documents"
+            )
+        piece = read(begin, size)
+    yield piece.between(done, len(text) + 1).ids

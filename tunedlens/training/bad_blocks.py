@@ -1,0 +1,114 @@
+"""Blocks whose numbers are not finite: they are found, left out, counted and kept.
+
+A step costs one look at the sum of its gradient. Only if the sum is not finite are the blocks of
+the step looked at one by one.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tunedlens import files
+from tunedlens.engine import accumulate_gradient
+from tunedlens.errors import InputError
+from tunedlens.lenses import AffineLens
+from tunedlens.tracking import say
+from tunedlens.training.run import Run, TrainState
+
+FOLDER = "bad-blocks"
+LOSS = "loss or its gradient"
+MAX_BAD_BLOCKS = 16
+"""More than these end the steps."""
+
+
+class StepsEnded(Exception):  # noqa: N818 - the run goes on to its table
+    """The steps cannot go on. The message says why; the lens so far can be used."""
+
+
+def is_finite(kl: Float[Tensor, " points"], lens: AffineLens) -> bool:
+    """Whether the losses and the gradient of a step are finite. Waits for the device."""
+    gradients = [part.grad for part in lens.parameters() if part.grad is not None]
+    return bool(torch.nn.utils.get_total_norm([kl, *gradients], torch.inf).isfinite())
+
+
+def finite_blocks(
+    final: Float[Tensor, "tokens d_model"], positions: int
+) -> Bool[Tensor, " blocks"]:
+    """Which blocks have finite states.
+
+    What is not finite in one layer is not finite in the final state either.
+
+    Args:
+        positions: tokens of a block in `final`.
+    """
+    return final.isfinite().view(-1, positions * final.shape[-1]).all(1)
+
+
+def leave_out(
+    run: Run, state: TrainState, input_ids: Int[Tensor, "batch seq"], active: Sequence[bool]
+) -> Int[Tensor, "remaining seq"]:
+    """The blocks of a step whose numbers are finite; the others are recorded. Clears the gradient.
+
+    Raises:
+        StepsEnded: all losses are bad though the states are not, or too many blocks are bad.
+    """
+    state.optimizer.lens.zero_grad()
+    causes = [_cause(run, state.optimizer.lens, row, active) for row in input_ids]
+    broadcast_object_list(causes)
+    step = state.progress.step + 1
+    if all(cause is not None and LOSS in cause for cause in causes):
+        raise StepsEnded(
+            f"at step {step}, {causes[0]} is not finite for any block, so the steps are too "
+            f"large; give a smaller --lr than {run.plan.lr:g}"
+        )
+    for index, (row, cause) in enumerate(zip(input_ids, causes, strict=True)):
+        if cause is not None:
+            state.progress.bad_blocks += 1
+            if run.is_main:
+                record(run.output, f"step-{step}-block-{index}", cause, row)
+    if state.progress.bad_blocks > MAX_BAD_BLOCKS:
+        raise StepsEnded(f"{state.progress.bad_blocks} blocks had numbers that are not finite")
+    return input_ids[torch.tensor([cause is None for cause in causes])]
+
+
+def record(output: Path, name: str, cause: str, row: Int[Tensor, " seq"]) -> None:
+    """Say that a block is left out, and keep its token ids in the run's folder."""
+    path = output / FOLDER / f"{name}.json"
+    say(f"{name.replace('-', ' ')} is left out: {cause} is not finite (its tokens: {path})")
+    try:
+        files.write_json(path, {"cause": f"{cause} is not finite", "input_ids": row.tolist()})
+    except InputError as error:  # the run is worth more
+        say(str(error))
+
+
+def _cause(
+    run: Run, lens: AffineLens, row: Int[Tensor, " seq"], active: Sequence[bool]
+) -> str | None:
+    """What is not finite in a block, from the first layer on; None if all is."""
+    # Every process reads the block, so each gets a copy of it.
+    copies = row.expand(run.accelerator.num_processes, -1)
+    (states,) = run.reader.read(copies)
+    points = sorted(range(len(run.reader.points)), key=lambda i: run.reader.points[i].layer)
+    for index in [*points, len(points)]:
+        if not states[index].isfinite().all():
+            return f"the state at {_name(run, index)}"
+    layers = [layer for layer, learns in enumerate(active) if learns]
+    kl = accumulate_gradient(lens, states, run.objective, layers=layers)
+    gradients = [
+        [part.grad for part in translator.parameters() if part.grad is not None]
+        for translator in lens.all_translators()
+    ]
+    lens.zero_grad()
+    for index in points:
+        if not all(part.isfinite().all() for part in (kl[index], *gradients[index])):
+            return f"the {LOSS} at {_name(run, index)}"
+    return None
+
+
+def _name(run: Run, index: int) -> str:
+    points = run.reader.points
+    return f"layer {points[index].label}" if index < len(points) else "the end"
