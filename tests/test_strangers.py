@@ -5,7 +5,10 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -409,3 +412,20 @@ def test_jacobian_that_float32_cannot_hold_is_refused(tiny, tmp_path):
     torch.save({"J": {0: large, 1: large}}, tmp_path / "a.pt")
     with pytest.raises(InputError, match="not finite in float32"):
         load_lens(tmp_path / "a.pt", tiny)
+
+
+def test_folder_with_a_fifo_for_results_is_not_overwritten(tmp_path):
+    os.mkfifo(tmp_path / "metrics.json")
+    with pytest.raises(InputError, match="do not belong to an evaluation"):
+        report.require_own(tmp_path)
+
+
+def test_killed_report_can_be_written_again(tmp_path):
+    (tmp_path / ".host-1.metrics.csv").touch()
+    report.require_own(tmp_path)
+
+
+@pytest.mark.slow
+def test_fuzzer_finds_nothing():
+    script = Path(__file__).parents[1] / "scripts" / "fuzz.py"
+    subprocess.run([sys.executable, script, "--inputs", "300", "--seed", "2"], check=True)

@@ -25,9 +25,7 @@ def require_sound(file: Path) -> None:
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
-                first = first or line.removeprefix(BOM_UTF8).lstrip(
-                    b" \t\r\n[" if is_json else None
-                )
+                first = first or line.removeprefix(BOM_UTF8).lstrip(b"[ \t\r\n")
                 line.decode("utf-8")
                 if is_json:
                     depth = _depth(line, depth, f"{file}, line {number},")

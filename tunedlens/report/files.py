@@ -3,7 +3,6 @@
 import csv
 import io
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
@@ -145,19 +144,26 @@ def require_own(folder: Path) -> None:
         InputError: the folder holds other files.
     """
     try:
-        other = sorted({path.name for path in folder.iterdir()} - _NAMES - {"wandb"})
-        if not other:
-            data = json.loads((folder / METRICS_JSON).read_text(encoding="utf-8"))
-            other = [] if isinstance(data, dict) and "results" in data else [METRICS_JSON]
-    except (FileNotFoundError, NotADirectoryError):
+        names = {path.name for path in folder.iterdir()} - _NAMES - {"wandb"}
+    except OSError:
         return  # if something is wrong with it, writing says so
-    except (OSError, ValueError):
-        other = [METRICS_JSON]
+    other = sorted(name for name in names if not _is_abandoned(name))
+    if not other and (folder / METRICS_JSON).exists():
+        try:
+            data = read_json(folder / METRICS_JSON)
+        except InputError:
+            data = None
+        other = [] if isinstance(data, dict) and "results" in data else [METRICS_JSON]
     if other:
         raise InputError(
             f"{folder} holds files that do not belong to an evaluation ({other[0]}); choose a new "
             "or empty folder for --output"
         )
+
+
+def _is_abandoned(name: str) -> bool:
+    """Whether a file is a temporary form of one of a report's, which a killed process left."""
+    return name.startswith(".") and any(name.endswith(f".{own}") for own in _NAMES)
 
 
 def write_one_text(
