@@ -36,7 +36,7 @@ def save(data: Trajectory | Comparison, path: str | Path) -> None:
     """Write a trajectory or comparison to one file; its `load` reads it without the model.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: the file cannot be written, or the name of a lens cannot be part of one.
     """
     if isinstance(data, Trajectory):
         kind, records, tensors = "trajectory", [_record(data)], _tensors(data, "")
@@ -94,6 +94,8 @@ def _tensors(trajectory: Trajectory, prefix: str) -> Tensors:
 
 def _record(trajectory: Trajectory) -> JsonObject:
     """The metadata of one trajectory; the lenses are in the order of the tensors."""
+    for lens in trajectory.predictions:
+        require_lens_name(lens)
     return {
         "model": trajectory.model,
         "text": trajectory.text,
