@@ -23,6 +23,7 @@ from tunedlens.fit import LeastSquares, PreconditionedMuon
 from tunedlens.model import FrozenModel
 from tunedlens.training import Interrupted, checkpointing, loop, resolving, train
 from tunedlens.training.lock import LOCK, _acquire, locked
+from tunedlens.training.state_cache import CacheSettings
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +111,16 @@ def test_bad_block_is_left_out_traced_and_kept(clean, tmp_path, poison, vocab_sa
     other = safetensors.torch.load(weights(clean.folder))
     assert all(value.isfinite().all() for value in lens.values())
     assert not any(torch.equal(lens[name], other[name]) for name in lens)
+
+
+def test_states_that_are_not_finite_are_not_cached(clean, tmp_path, poison):
+    bad = clean.blocks[4][2]
+    poison(lambda ids: list(ids) == bad)
+    train(clean.config, tmp_path / "run", cache=CacheSettings(tmp_path / "cache"))
+    files = list((tmp_path / "cache").glob("*.safetensors"))
+    assert len(files) > 30
+    for file in files:
+        assert all(value.isfinite().all() for value in safetensors.torch.load_file(file).values())
 
 
 def test_number_that_is_bad_only_once_changes_nothing(clean, tmp_path, monkeypatch):
