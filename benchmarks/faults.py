@@ -72,6 +72,7 @@ class Bench:
         log = os.open(self.root / f"{pid or os.getpid()}.log", os.O_CREAT | os.O_WRONLY)
         os.dup2(stdout or log, 1)
         os.dup2(log, 2)
+        sys.stdout, sys.stderr = (os.fdopen(n, "w", 1, closefd=False) for n in (1, 2))
         try:
             if setup:
                 setup()
@@ -235,8 +236,8 @@ def faults(bench: Bench) -> list[tuple[str, str, str, str]]:
     ) -> None:
         folder = folder or f"case-{len(rows)}"
         status, lines = bench.finish(bench.start(folder, setup, *more, stdout=stdout))
-        message = next((line for line in reversed(lines) if "left out" in line), lines[-1:])
-        message = message if isinstance(message, str) else "".join(message)
+        telling = [line for line in lines if re.search("left out|kept offline|ends with", line)]
+        message = (telling or lines or [""])[-1]
         if spare := re.search("the lens is in (.*)", message):
             lens = "there: " + bench.compare(Path(spare[1]))
             shutil.rmtree(spare[1])
