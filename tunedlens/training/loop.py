@@ -201,8 +201,6 @@ def _accumulate(
         # micro-batches and processes. The states are held until it is drawn.
         held = list(micro_batches)
         reduce_sums(run.accelerator, usage)
-        if not usage.isfinite().all():  # `draw_sample` waits for the device in any case
-            return kl + torch.nan
         keys = objective.keys(draw_sample(usage, plan.vocab_sample, plan.seed, state.progress.step))
         # Each micro-batch is let go once its gradient is taken.
         micro_batches = (held.pop(0) for _ in range(len(held)))
