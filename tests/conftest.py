@@ -73,10 +73,14 @@ def blank_plots(request, monkeypatch):
     A test with the mark `renders` has the real ones.
     """
     if request.node.get_closest_marker("renders") is None:
-        files = blank_files()
-        for module in (plots, plots.style):
-            monkeypatch.setattr(module, "in_all_formats", lambda _: files)
-        monkeypatch.setattr(Figure, "draw_without_rendering", lambda _: None)
+        leave_plots_blank(monkeypatch.setattr)
+
+
+def leave_plots_blank(set_attribute):
+    files = blank_files()
+    for module in (plots, plots.style):
+        set_attribute(module, "in_all_formats", lambda _: files)
+    set_attribute(Figure, "draw_without_rendering", lambda _: None)
 
 
 @pytest.fixture(scope="session")
@@ -293,9 +297,9 @@ def _process(rank, port, function, arguments, results):
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
     }
     torch.set_num_threads(1)
+    leave_plots_blank(setattr)
     results.put(function(*arguments))
     torch.distributed.destroy_process_group()
 
@@ -314,7 +318,7 @@ def in_two_processes(function, *arguments):
     ]
     for process in processes:
         process.start()
-    found = [results.get(timeout=120) for _ in processes]
+    found = [results.get(timeout=300) for _ in processes]
     for process in processes:
         process.join()
     return found

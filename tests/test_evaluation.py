@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from conftest import in_two_processes, make_gpt2, random_lens
 
 from tunedlens import (
@@ -26,6 +25,7 @@ from tunedlens import (
     write_report,
 )
 from tunedlens.corpus import Packer, load_splits, resolve_corpus
+from tunedlens.distributed import join_processes
 from tunedlens.engine import LensStatistics
 from tunedlens.evaluation import Evaluation
 from tunedlens.metrics import METRICS, per_token_metrics
@@ -298,7 +298,7 @@ def _evaluate_a_share(folder, blocks):
     return run(
         load_model(folder, device="cpu"),
         blocks,
-        accelerator=Accelerator(),
+        accelerator=join_processes("cpu"),
         tokens=190,
         metrics="all",
         by_position=True,

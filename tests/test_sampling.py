@@ -18,6 +18,7 @@ from tunedlens import (
     load_model,
     sampling,
 )
+from tunedlens.distributed import join_processes
 from tunedlens.sampling import sample_documents
 from tunedlens.training import train
 
@@ -96,6 +97,7 @@ def test_a_model_that_writes_nothing_is_refused(tokenizer):
 
 
 def sampled(folder):
+    join_processes("cpu")
     model = load_model(folder, device="cpu")
     return sample_documents(model, 32 * 9 * 3, 9)
 

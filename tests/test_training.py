@@ -7,7 +7,6 @@ import threading
 import pytest
 import safetensors.torch
 import torch
-from accelerate import Accelerator
 from conftest import SHARED_DATA, in_two_processes, make_gpt2, short_run
 from transformers import AutoTokenizer
 
@@ -23,6 +22,7 @@ from tunedlens import (
 )
 from tunedlens.checkpoint import saved_config
 from tunedlens.corpus import load_splits, resolve_corpus
+from tunedlens.distributed import join_processes
 from tunedlens.engine.backend import Backend
 from tunedlens.fit import LeastSquares, PreconditionedMuon
 from tunedlens.training import Interrupted, resolving, train
@@ -193,7 +193,7 @@ def test_a_sample_of_the_vocabulary_gives_nearly_the_lens_of_all_of_it(config, t
 
 def _planned_precision(config):
     """The precision that a process plans; each would measure another backend by itself."""
-    accelerator = Accelerator()
+    accelerator = join_processes("cpu")
     measured = Backend(("bf16", "fp32")[accelerator.process_index], "products")
     resolving.fastest_backend = lambda *_: measured
     model = load_model(config.model.model, device="cpu")
@@ -236,7 +236,7 @@ def test_attention_is_refused_where_there_is_none(config, tiny, monkeypatch):
     monkeypatch.setattr(FrozenModel, "device", torch.device("meta"))
     config = dataclasses.replace(config, kernel="attention", precision=None)
     with pytest.raises(InputError, match="--kernel attention is for CPUs"):
-        resolving.resolve(config, tiny, Accelerator(cpu=True))
+        resolving.resolve(config, tiny, join_processes())
 
 
 def test_attention_trains_the_lens_that_products_train(config, tmp_path):
@@ -496,21 +496,3 @@ def test_bfloat16_products_give_nearly_the_same_lens(config, tmp_path):
         exact.by_layer("tuned", "kl_nats"), rough.by_layer("tuned", "kl_nats"), strict=True
     ):
         assert other.value == pytest.approx(one.value, rel=0.05)
-
-
-@pytest.mark.parametrize(
-    ("fit", "vocab_sample"),
-    [("preconditioned", 0), ("preconditioned", 400), ("closed-form", 0), ("sgd", 0), ("sgd", 400)],
-)
-def test_two_processes_train_the_lens_of_one(config, tmp_path, fit, vocab_sample):
-    tokens = None if fit == "closed-form" else config.tokens
-    config = dataclasses.replace(config, fit=fit, tokens=tokens, vocab_sample=vocab_sample)
-    shared = dataclasses.replace(config, model=dataclasses.replace(config.model, device=None))
-    evaluation = train(config, tmp_path / "one")
-    for other in in_two_processes(train, shared, tmp_path / "two"):
-        for a, b in zip(evaluation.results, other.results, strict=True):
-            assert a.value == pytest.approx(b.value, rel=0.01)
-    if fit != "preconditioned":  # orthogonalising makes much of rounding
-        one, two = (lens_of(tmp_path / name, config) for name in ("one", "two"))
-        for name, value in one.items():
-            assert torch.allclose(value, two[name], atol=1e-3)

@@ -1,7 +1,57 @@
-"""Work that several processes share."""
+"""Processes that share the work, as `torchrun` or `accelerate launch` start them."""
 
+import atexit
+import os
+
+import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, get_int_from_env, parse_flag_from_env
 from torch import Tensor
+
+from tunedlens.errors import InputError
+
+_WORLD_SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
+"""Where torchrun and MPI say how many processes they have started."""
+
+
+def join_processes(device: str | torch.device | None = None) -> Accelerator:
+    """Connect this process to the others that were started with it, if there are any.
+
+    Comes before any other use of accelerate, whose first object decides how processes
+    communicate: over gloo on CPUs, and where processes share a GPU; over NCCL otherwise.
+
+    Args:
+        device: what the config asks for; `cpu` keeps several processes off the GPUs.
+
+    Raises:
+        InputError: several processes were started, but they cannot share the work.
+    """
+    started = get_int_from_env(_WORLD_SIZES, 1)
+    if started == 1 and parse_flag_from_env("ACCELERATE_USE_CPU") and "MASTER_PORT" in os.environ:
+        raise InputError(
+            "accelerate launch starts several processes on GPUs only, and has started one; on "
+            "CPUs, use: torchrun --nproc_per_node 2 train.py"
+        )
+    on_cpu = not torch.accelerator.is_available() or (
+        device is not None and torch.device(device).type == "cpu"
+    )
+    on_one_gpu = get_int_from_env(["LOCAL_WORLD_SIZE"], 1) > torch.accelerator.device_count()
+    backend = "gloo" if on_one_gpu and not on_cpu else None
+    handlers = [InitProcessGroupKwargs(backend=backend)] if backend else []
+    accelerator = Accelerator(cpu=started > 1 and on_cpu, kwargs_handlers=handlers)
+    if accelerator.num_processes != started:
+        raise InputError(
+            f"{started} processes were started, but accelerate does not connect them "
+            f"({accelerator.device.type}, {accelerator.num_processes} process), so each would do "
+            "all the work; start one process, or give --device cpu"
+        )
+    atexit.register(_disconnect)
+    return accelerator
+
+
+def _disconnect() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def reduce_sums(accelerator: Accelerator, *sums: Tensor) -> None:

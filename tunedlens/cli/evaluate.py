@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from accelerate import Accelerator
-
 from tunedlens import checkpoint, files, report
 from tunedlens.cli.flags import add_wandb_flag, configured, make_parser, parse
 from tunedlens.cli.guard import Arguments, command
 from tunedlens.cli.prompt import show_prompts
 from tunedlens.config import EvaluateConfig, ModelConfig
+from tunedlens.distributed import join_processes
 from tunedlens.errors import InputError
 from tunedlens.evaluation import evaluate
 from tunedlens.evaluation.lens_specs import (
@@ -64,7 +63,7 @@ def evaluate_command(arguments: Arguments = None) -> int:
     report.require_own(output)
     files.require_writable(output)
 
-    accelerator = Accelerator()
+    accelerator = join_processes(config.model.device)
     is_main = accelerator.is_main_process
     if is_main and same_text and config.split in ("train", "all"):
         say(f"note: --split {config.split} scores what {same_text[0].source} was trained on")

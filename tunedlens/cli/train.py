@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-from accelerate import PartialState
-
 from tunedlens import checkpoint, report
 from tunedlens.checkpoint import saved_config
 from tunedlens.cli.flags import add_wandb_flag, configured, make_parser, parse
 from tunedlens.cli.guard import INTERRUPTED, Arguments, command
 from tunedlens.config import TrainConfig
+from tunedlens.distributed import join_processes
 from tunedlens.errors import InputError
 from tunedlens.tracking import say
 from tunedlens.training import CacheSettings, Interrupted, new_folder, train
@@ -54,7 +53,6 @@ def train_command(arguments: Arguments = None) -> int:
     add_wandb_flag(group)
     flags = parse(parser, arguments)
 
-    main = PartialState().is_main_process
     resume = flags.pop("resume", None)
     output, wandb = flags.pop("output", None), flags.pop("wandb", "disabled")
     states, limit = flags.pop("cache_states", None), flags.pop("cache_gb", 50.0)
@@ -63,10 +61,11 @@ def train_command(arguments: Arguments = None) -> int:
         raise InputError("--resume already names the folder of the run; leave out --output")
     if resume is None:
         config = configured(TrainConfig(), flags)
-        output = output or new_folder(config)
     else:
         output = checkpoint.newest_state(checkpoint.ROOT) if resume == checkpoint.ROOT else resume
         config = configured(saved_config(output), flags)
+    main = join_processes(config.model.device).is_main_process
+    output = output or new_folder(config)
     try:
         evaluation = train(config, output, resume=resume is not None, wandb=wandb, cache=cache)
     except Interrupted as interrupted:

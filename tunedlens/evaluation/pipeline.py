@@ -15,6 +15,7 @@ from tunedlens import checkpoint
 from tunedlens.config import EvaluateConfig, ScoringConfig
 from tunedlens.corpus import CorpusSplits
 from tunedlens.devices import float32_products
+from tunedlens.distributed import join_processes
 from tunedlens.doctor import warn_of_faults
 from tunedlens.errors import InputError
 from tunedlens.evaluation.beside import (
@@ -73,7 +74,7 @@ def evaluate(
         InputError: a lens, the model or the text is missing, damaged or does not fit the others,
             or there is too little text.
     """
-    accelerator = accelerator or Accelerator()
+    accelerator = accelerator or join_processes(config.model.device)
     if not config.lenses and not lenses:
         newest = checkpoint.newest_lens(checkpoint.ROOT)
         config = dataclasses.replace(config, lenses=(str(newest),))

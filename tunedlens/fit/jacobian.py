@@ -1,5 +1,6 @@
 """The mean Jacobian of the final state with respect to the states of layers."""
 
+import zlib
 from collections.abc import Sequence
 
 import torch
@@ -33,7 +34,7 @@ class MeanJacobian:
     Args:
         layers: the layers whose states are differentiated.
         skipped: the number of positions to skip at the start of each block.
-        seed: the seed of the random signs.
+        seed: the seed of the random signs, which also depend on the block.
 
     Source:
         Gurnee et al. 2026, "Verbalizable Representations Form a Global Workspace in
@@ -54,7 +55,7 @@ class MeanJacobian:
         self.sums = torch.zeros(len(layers), d_model, d_model, dtype=torch.float64)
         self.positions = torch.zeros((), dtype=torch.float64)
         self._targets, self._skipped = targets, skipped
-        self._generator = torch.Generator().manual_seed(seed)
+        self._seed = seed
 
     def add(self, model: FrozenModel, input_ids: Int[Tensor, "batch seq"]) -> None:
         """Add the source positions of further blocks."""
@@ -62,11 +63,12 @@ class MeanJacobian:
         states = [states[layer] for layer in self.layers]
         kept = slice(min(self._skipped, input_ids.shape[1] - 1), None)
         signs, cotangent = torch.ones_like(final[:, kept, 0]).float(), torch.zeros_like(final)
+        generators = self._generators(input_ids) if self._targets == "same" else []
         by_output = []
         for output in range(final.shape[-1]):
-            if self._targets == "same":
-                random = torch.randint(0, 2, signs.shape, generator=self._generator)
-                signs = send(2 * random - 1, signs.device).to(signs)
+            if generators:
+                random = [torch.randint(0, 2, signs.shape[1:], generator=g) for g in generators]
+                signs = send(2 * torch.stack(random) - 1, signs.device).to(signs)
             cotangent.zero_()
             cotangent[:, kept, output] = signs.to(cotangent)
             is_last = output == final.shape[-1] - 1
@@ -78,6 +80,11 @@ class MeanJacobian:
             by_output.append(torch.stack(rows))
         self.sums += torch.stack(by_output, 1).double().cpu()
         self.positions += signs.numel()
+
+    def _generators(self, input_ids: Int[Tensor, "batch seq"]) -> list[torch.Generator]:
+        """Random numbers for each block that depend on its tokens alone, not on the batch."""
+        hashes = [zlib.crc32(block.int().numpy()) for block in input_ids.cpu()]
+        return [torch.Generator().manual_seed(self._seed + number) for number in hashes]
 
     def reduce(self, accelerator: Accelerator) -> None:
         """Add up the sums of all processes; every process gets the totals."""

@@ -200,6 +200,7 @@ def finish(run: Run, state: TrainState, tracker: Tracker, lens: AffineLens) -> E
         files.write(run.output / "README.md", card)
         plots.draw_learning_curve(state.progress.history, run.output, run.reader.points)
         checkpoint.remove_state(run.output)
+    run.accelerator.wait_for_everyone()  # the lens can be read now, in every process
     return evaluation
 
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from tunedlens import checkpoint
 from tunedlens.config import TrainConfig, WandbMode
 from tunedlens.corpus import SELF, TextRanOutError
 from tunedlens.devices import float32_products
-from tunedlens.distributed import reduce_sums
+from tunedlens.distributed import join_processes, reduce_sums
 from tunedlens.doctor import warn_of_faults
 from tunedlens.engine import accumulate_gradient
 from tunedlens.engine.objective import ModelSide
@@ -75,7 +74,7 @@ def train(
     """
     if resume and output is None:
         raise InputError("a run can only be resumed in its folder; give output")
-    accelerator = Accelerator()
+    accelerator = join_processes(config.model.device)
     output = checkpointing.new_folder(config) if output is None else Path(output)
     with locked(output, is_main=accelerator.is_main_process):
         checkpointing.require_usable(output, resume=resume)
@@ -214,6 +213,10 @@ def _accumulate(
             layers=layers,
             fraction=len(states[-1]) / plan.step_tokens,
         )
+    for translator in (state.optimizer.lens.all_translators()[layer] for layer in layers):
+        for parameter in translator.parameters():
+            if parameter.grad is None:  # this process has no block of the step
+                parameter.grad = torch.zeros_like(parameter)
     return kl
 
 
@@ -222,7 +225,7 @@ def _accumulate_finite(
 ) -> Float[Tensor, " layers"]:
     """The same without the blocks whose numbers are not finite, summed over processes."""
     kept = leave_out(run, state, input_ids, active)
-    if len(kept) < run.accelerator.num_processes:
+    if not len(kept):
         return torch.zeros(len(active), device=run.model.device)
     kl = _accumulate(run, state, kept, active)
     _reduce(run, state, kl, False)

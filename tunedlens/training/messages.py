@@ -40,6 +40,13 @@ def describe(run: Run) -> None:
     if plan.fit in ONE_PASS:
         run.say(f"fit       {plan.fit}: {plan.init_tokens:,} tokens, {plan.precision} products")
         return
+    processes = run.accelerator.num_processes
+    if plan.batch_size < processes:
+        run.say(
+            f"note      a step has {plan.batch_size} blocks, so {processes - plan.batch_size} of "
+            f"{processes} processes have none; a larger --batch-size or a smaller --seq-len gives "
+            "each of them some"
+        )
     tokens = f"{plan.budget:,} tokens"
     if plan.tokens is None:
         tokens = f"at most {tokens}, until held-out KL has converged"

@@ -38,7 +38,7 @@ def resolve(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -
     processes = accelerator.num_processes
     corpus = resolve_corpus(config.corpus, model.name, model.context, model.bos_id is not None)
     _require_possible(config, corpus, model, processes)
-    defaults = _defaults(config, corpus, model, processes) | _backend(config, model, accelerator)
+    defaults = _defaults(config, corpus, model) | _backend(config, model, accelerator)
     layers = _layers(config, model)
     settings = vars(config) | {"corpus": corpus, "layers": layers}
     settings |= {name: value for name, value in defaults.items() if settings[name] is None}
@@ -97,17 +97,16 @@ def _require_possible(
         raise InputError(
             f"--skip-first must be less than --seq-len ({corpus.seq_len}), got {config.skip_first}"
         )
-    if config.batch_size is not None and config.batch_size < processes:
+    if processes > 1 and config.model.device not in (None, "cpu", model.device.type):
         raise InputError(
-            f"--batch-size must be at least the number of processes ({processes}), got "
-            f"{config.batch_size}"
+            f"--device {config.model.device} cannot be given with {processes} processes, because "
+            "each has its own; leave it out"
         )
-    for flag, value in (("device", config.model.device), ("device-map", config.model.device_map)):
-        if processes > 1 and value is not None:
-            raise InputError(
-                f"--{flag} cannot be given with {processes} processes, because each has its own; "
-                "leave it out"
-            )
+    if processes > 1 and config.model.device_map is not None:
+        raise InputError(
+            f"--device-map cannot be given with {processes} processes, because each has its own "
+            "device; leave it out"
+        )
     exact = {"--precision bf16": config.precision == "bf16", "--vocab-sample": config.vocab_sample}
     for flag, is_given in exact.items():
         if is_given and model.unembedding.cap is not None:
@@ -142,9 +141,7 @@ def _memory_bytes(device: torch.device) -> float:
     return math.inf
 
 
-def _defaults(
-    config: TrainConfig, corpus: ResolvedCorpus, model: FrozenModel, processes: int
-) -> dict[str, object]:
+def _defaults(config: TrainConfig, corpus: ResolvedCorpus, model: FrozenModel) -> dict[str, object]:
     """The defaults of all settings but the backend."""
     d_model, positions = model.identity.d_model, corpus.seq_len - config.skip_first
     is_baseline = config.fit in BASELINES
@@ -168,7 +165,7 @@ def _defaults(
         "tokens": tokens,
         "max_tokens": 2048 * d_model,
         "init_tokens": init_tokens,
-        "batch_size": max(processes, round(step_tokens / positions), 1),
+        "batch_size": max(round(step_tokens / positions), 1),
         "micro_batch_size": micro_batch_size if model.device.type == "cpu" else None,
         "vocab_sample": _VOCAB_SAMPLE if is_sampled else 0,
         "lr": lr,

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from tunedlens import checkpoint
 from tunedlens.config import BASELINES
 from tunedlens.corpus import SELF
+from tunedlens.engine.backend import DTYPES
 from tunedlens.engine.capped import make_objective
 from tunedlens.files import JsonObject, as_type
 from tunedlens.fit import LensOptimizer, PreconditionedMuon, TorchOptimizer, ValidationResult
@@ -144,4 +145,5 @@ def make_optimizer(lens: AffineLens, plan: TrainPlan) -> LensOptimizer:
     hyperparameters = (plan.lr, plan.momentum, plan.weight_decay)
     if plan.fit in BASELINES:
         return TorchOptimizer(lens, plan.fit, *hyperparameters)
-    return PreconditionedMuon(lens, *hyperparameters, rank=plan.low_rank)
+    dtype = DTYPES[plan.precision]
+    return PreconditionedMuon(lens, *hyperparameters, dtype=dtype, rank=plan.low_rank)
