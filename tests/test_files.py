@@ -145,6 +145,13 @@ def test_tensors_of_other_dtypes_or_not_finite_are_refused(tmp_path):
         files.require_finite(read.tensors, path)
 
 
+def test_metadata_that_is_null_is_no_metadata(tmp_path):
+    path = tmp_path / "a.safetensors"
+    content = b'{"__metadata__":null}'
+    path.write_bytes(len(content).to_bytes(8, "little") + content)
+    assert files.read_tensors(path).metadata == {}
+
+
 def test_killed_writer_leaves_the_old_file_and_the_next_writer_cleans_up(tmp_path):
     path = tmp_path / "result.json"
     path.write_text("old")

@@ -201,7 +201,7 @@ def read_tensors(
     try:
         tensors = safetensors.torch.load(content)
         size = int.from_bytes(content[:8], "little")
-        metadata = json.loads(content[8 : 8 + size]).get("__metadata__", {})
+        metadata = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
     except Exception as error:  # a damaged file can raise any kind of exception
         raise InputError(f"{path} is damaged: {first_line(error)}") from error
     for name, value in tensors.items():
