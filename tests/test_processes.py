@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from tunedlens import InputError, builtin, report, train
 from tunedlens.cli import evaluate_command, train_command
 from tunedlens.distributed import join_processes
+from tunedlens.training import checkpointing
 
 FITS = {
     "preconditioned": {},
@@ -23,6 +24,8 @@ FITS = {
     "no block for one": {"batch_size": 1, "micro_batch_size": None},
 }
 """Runs whose lens must not depend on who computes it."""
+DIVIDED = ["preconditioned", "a sample of the vocabulary", "biases", "closed form"]
+"""Those whose layers can be divided among processes."""
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,9 @@ def held_out(evaluation):
 def _train_and_evaluate(configs, flags, folder):
     """What a process sees: the tables of all runs, and what the two commands print."""
     found = {name: held_out(train(config, folder / name)) for name, config in configs.items()}
+    for name in DIVIDED:
+        config = dataclasses.replace(configs[name], shard_layers=True)
+        found[f"{name}, divided"] = held_out(train(config, folder / f"{name}, divided"))
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         train_command([*flags, "--output", str(folder / "command")])
         evaluate_command(["--lens", str(folder / "command"), "--tokens", "150", "--device", "cpu"])
@@ -73,6 +79,27 @@ def alone(configs, tmp_path_factory):
 def test_two_processes_train_the_lens_of_one(name, alone, shared):
     for tables, _ in shared[1]:
         assert tables[name] == pytest.approx(alone[name], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_divided_layers_make_the_lens_of_one_process(name, alone, shared):
+    for tables, _ in shared[1]:
+        assert tables[f"{name}, divided"] == pytest.approx(alone[name], rel=1e-5)
+
+
+def _train_and_keep_the_state(config, folder, shard_layers=None):
+    checkpointing.checkpoint.remove_state = lambda _: None
+    train(dataclasses.replace(config, shard_layers=shard_layers), folder)
+
+
+def test_run_with_divided_layers_goes_on_in_one_process(configs, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpointing.checkpoint, "remove_state", lambda _: None)
+    config = configs["preconditioned"]
+    train(config, tmp_path / "one")
+    in_two_processes(_train_and_keep_the_state, config, tmp_path / "two", True)
+    config = dataclasses.replace(config, tokens=1280)
+    one, two = (held_out(train(config, tmp_path / name, resume=True)) for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", FITS)

@@ -58,6 +58,11 @@ class TrainConfig(Config):
     low_rank: int | None = option(
         None, "the largest rank of A in a translator h + A h + b, which makes the file smaller"
     )
+    shard_layers: bool | None = option(
+        None,
+        "divide the layers among the processes instead of giving all to each (default: if the "
+        "optimizer of all would take more than half of a device's memory)",
+    )
     bias_only: bool = option(
         False, "train only the bias of every translator, h + b: the debiased logit lens"
     )

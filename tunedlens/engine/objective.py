@@ -15,7 +15,7 @@ over the whole vocabulary or over a sample of it (`tunedlens.engine.vocab_sample
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,11 @@ class ModelSide(NamedTuple):
     """E_p[W]: the mean row of the unembedding under p."""
     offset: PerToken
     """A(m) − ⟨E_p[W], m⟩, in nats. KL(p ‖ q) is A(n) − ⟨E_p[W], n⟩ minus this offset."""
+
+    @classmethod
+    def of_no_tokens(cls, d_model: int, device: torch.device) -> Self:
+        """The same without a token."""
+        return cls(torch.empty(0, d_model, device=device), torch.empty(0, device=device))
 
 
 class LensKL:

@@ -78,6 +78,7 @@ def save(run: Run, state: TrainState) -> None:
         InputError: it cannot be written, or is not finite; the states before it stay.
     """
     state.progress.update_seconds()
+    tensors = run.shards.collect_state(state.optimizer.state())
     if not run.is_main:
         return
     metadata = {
@@ -87,7 +88,7 @@ def save(run: Run, state: TrainState) -> None:
         "chunk": run.objective.chunk,
         "progress": dataclasses.asdict(state.progress),
     }
-    checkpoint.save_state(run.output, checkpoint.State(state.optimizer.state(), metadata))
+    checkpoint.save_state(run.output, checkpoint.State(tensors, metadata))
 
 
 def save_if_possible(run: Run, state: TrainState) -> None:
@@ -108,6 +109,7 @@ def restore(run: Run) -> TrainState:
     lens = run.new_lens()
     if checkpoint.has_state(run.output):
         tensors, saved = checkpoint.load_state(run.output)
+        tensors = run.shards.own_state(tensors)
         identity = dataclasses.asdict(run.model.identity)
         require_same_model(saved["model"], identity, f"the lens in {run.output}")
         optimizer = make_optimizer(lens, run.plan)
@@ -129,7 +131,7 @@ def restore(run: Run) -> TrainState:
                 f"{run.output} is trained on {progress.tokens:,} tokens already; give a larger "
                 "--tokens"
             )
-        checkpoint.fill_lens(lens, run.output)
+        run.fill_lens(lens, run.output)
         optimizer = make_optimizer(lens, run.plan)
         text = manifest["corpus"]["train"].get("tokens_sha256")
     if text != run.splits.train.about.get("tokens_sha256"):
@@ -154,7 +156,7 @@ def _require_same_shapes(expected: dict[str, Tensor], tensors: dict[str, Tensor]
 def _require_same_settings(run: Run) -> None:
     saved = dataclasses.asdict(checkpoint.saved_config(run.output))
     planned = dataclasses.asdict(run.plan)
-    for name in ("tokens", "kernel", "micro_batch_size"):
+    for name in ("tokens", "kernel", "micro_batch_size", "shard_layers"):
         saved[name] = planned[name]
     for name in ("device", "device_map", "trust_remote_code"):
         saved["model"][name] = planned["model"][name]

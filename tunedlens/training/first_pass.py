@@ -27,18 +27,16 @@ def fit_closed_form(
         KeyboardInterrupt: `stop` is set; there is nothing to save.
     """
     is_new, position = progress.step == 0, progress.position
-    sums = LeastSquares(len(run.reader.points), run.model.identity.d_model)
+    d_model = run.model.identity.d_model
+    sums, none = LeastSquares(len(run.shards.own), d_model), (run.reader.no_states,)
     for input_ids in _first_batches(run, progress, stop, "closed form"):
-        micro_batches = run.reader.micro_batches(input_ids)
-        for blocks, states in zip(micro_batches, run.reader.read(input_ids), strict=True):
-            kept = _finite(run, progress, blocks, states[-1])
-            if not kept.all():
-                tokens = kept.repeat_interleave(run.plan.positions)
-                states = [state[tokens] for state in states]
-            sums.add(states[:-1], states[-1])
+        local, rounds = _finite_states(run, progress, input_ids), run.reader.rounds(len(input_ids))
+        for states, (final,) in run.shards.to_owners(local, rounds, none):
+            sums.add(states, final)
     if not is_new:
         progress.position = position
-    sums.reduce(run.accelerator)
+    if not run.shards.is_divided:
+        sums.reduce(run.accelerator)
     if run.plan.bias_only:
         solution = sums.mean_difference()
     else:
@@ -74,6 +72,19 @@ def mean_jacobian(run: Run, progress: Progress, stop: threading.Event) -> Jacobi
                     jacobian.add(run.model, kept)
     jacobian.reduce(run.accelerator)
     return JacobianLens.from_jacobians(run.model, jacobian.mean.float(), jacobian.layers)
+
+
+def _finite_states(
+    run: Run, progress: Progress, input_ids: Int[Tensor, "batch seq"]
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """The states of this process's finite blocks and their final one, by micro-batch."""
+    micro_batches = run.reader.micro_batches(input_ids)
+    for blocks, states in zip(micro_batches, run.reader.read(input_ids), strict=True):
+        kept = _finite(run, progress, blocks, states[-1])
+        if not kept.all():
+            tokens = kept.repeat_interleave(run.plan.positions)
+            states = [state[tokens] for state in states]
+        yield states[:-1], states[-1:]
 
 
 def _finite(

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -112,7 +112,7 @@ def _fit(run: Run, state: TrainState, tracker: Tracker) -> AffineLens:
                 _take_steps(run, state, tracker, stop)
             except StepsEnded as reason:
                 _end_early(run, state, tracker, str(reason))
-        return state.best_lens()
+        return run.whole_lens(state.best_lens(run.shards.own))
 
 
 def _end_early(run: Run, state: TrainState, tracker: Tracker, reason: str) -> None:
@@ -126,10 +126,8 @@ def _end_early(run: Run, state: TrainState, tracker: Tracker, reason: str) -> No
     run.say(f"{reason}: the run ends with the last good lens")
     state.progress.ended_early = reason
     kl_nats, _ = run.validation_set.kl(state.optimizer.result(), run.objective)
-    for layer, (now, first) in enumerate(
-        zip(kl_nats, state.progress.history[0].kl_nats, strict=True)
-    ):
-        if not now <= first:  # or is not a number
+    for layer, index in enumerate(run.shards.own):
+        if not kl_nats[index] <= state.progress.history[0].kl_nats[index]:  # or is not a number
             state.optimizer.revert(layer)
     _validate(run, state, tracker)
 
@@ -156,10 +154,11 @@ def _take_steps(run: Run, state: TrainState, tracker: Tracker, stop: threading.E
                 run.say(f"{str(error).split(';')[0]}: the run ends here")
                 break
             kl = _accumulate(run, state, batch.input_ids, active)
-            is_stopping = _reduce(run, state, kl, stop.is_set())
+            is_due = time.monotonic() - saved > _SECONDS_PER_SAVE
+            is_stopping, is_due = _reduce(run, state, kl, stop.is_set(), is_due)
             if not is_finite(kl, state.optimizer.lens):
                 kl = _accumulate_finite(run, state, batch.input_ids, active)
-            state.optimizer.step(active, progress.tokens / plan.budget)
+            state.optimizer.step([active[i] for i in run.shards.own], progress.tokens / plan.budget)
             progress.step += 1
             progress.tokens += plan.step_tokens
             progress.position = batch.position
@@ -176,7 +175,7 @@ def _take_steps(run: Run, state: TrainState, tracker: Tracker, stop: threading.E
             if is_stopping and progress.tokens < plan.budget:
                 checkpointing.save(run, state)
                 raise Interrupted(f"stopped after {progress.tokens:,} tokens")
-            if time.monotonic() - saved > _SECONDS_PER_SAVE:
+            if is_due:
                 checkpointing.save_if_possible(run, state)
                 saved = time.monotonic()
     if history[-1].step < progress.step:
@@ -189,11 +188,13 @@ def _accumulate(
 ) -> Float[Tensor, " layers"]:
     """Add up the gradient over this process's blocks; return their part of the mean KL."""
     plan, objective, device = run.plan, run.objective, run.model.device
-    layers = [layer for layer, learns in enumerate(active) if learns]
+    own = run.shards.own
+    layers = [layer for layer, index in enumerate(own) if active[index]]
     kl, keys = torch.zeros(len(active), device=device), objective.keys()
     usage = torch.zeros(run.model.identity.vocab_size, device=device) if plan.vocab_sample else None
-    micro_batches: Iterable[tuple[list[Tensor], ModelSide]] = (
-        (states, objective.model_side(states[-1], usage)) for states in run.reader.read(input_ids)
+    micro_batches: Iterable[tuple[list[Tensor], Sequence[Tensor]]] = (
+        (states[:-1], objective.model_side(states[-1], usage))
+        for states in run.reader.read(input_ids)
     )
     if usage is not None:
         # The sample depends on all tokens of the step, and so not on how they are divided into
@@ -203,15 +204,18 @@ def _accumulate(
         keys = objective.keys(draw_sample(usage, plan.vocab_sample, plan.seed, state.progress.step))
         # Each micro-batch is let go once its gradient is taken.
         micro_batches = (held.pop(0) for _ in range(len(held)))
-    for states, model_side in micro_batches:
-        kl += accumulate_gradient(
+    rounds = run.reader.rounds(len(input_ids))
+    none = ModelSide.of_no_tokens(run.model.identity.d_model, device)
+    for states, shared in run.shards.to_owners(micro_batches, rounds, none):
+        model_side = ModelSide(*shared)
+        kl[own] += accumulate_gradient(
             state.optimizer.lens,
-            states,
+            [*states, model_side.mean_row],
             objective,
             model=model_side,
             keys=keys,
             layers=layers,
-            fraction=len(states[-1]) / plan.step_tokens,
+            fraction=len(model_side.offset) / plan.step_tokens,
         )
     for translator in (state.optimizer.lens.all_translators()[layer] for layer in layers):
         for parameter in translator.parameters():
@@ -224,26 +228,35 @@ def _accumulate_finite(
     run: Run, state: TrainState, input_ids: Int[Tensor, "batch seq"], active: list[bool]
 ) -> Float[Tensor, " layers"]:
     """The same without the blocks whose numbers are not finite, summed over processes."""
+    if run.shards.is_divided:
+        raise StepsEnded(f"the gradient of step {state.progress.step + 1} is not finite")
     kept = leave_out(run, state, input_ids, active)
     if not len(kept):
         return torch.zeros(len(active), device=run.model.device)
     kl = _accumulate(run, state, kept, active)
-    _reduce(run, state, kl, False)
+    _reduce(run, state, kl)
     if not is_finite(kl, state.optimizer.lens):
         raise StepsEnded(f"the gradient of step {state.progress.step + 1} is not finite")
     return kl
 
 
-def _reduce(run: Run, state: TrainState, kl: Float[Tensor, " layers"], stop: bool) -> bool:
-    """Add up the gradients and the KL of all processes; return whether any was asked to stop."""
+def _reduce(
+    run: Run, state: TrainState, kl: Float[Tensor, " layers"], *flags: bool
+) -> tuple[bool, ...]:
+    """Add up the gradients and the KL of all processes; return which flags any of them has set."""
     if run.accelerator.num_processes == 1:
-        return stop
-    gradients = [part.grad for part in state.optimizer.lens.parameters() if part.grad is not None]
-    parts = [*gradients, kl, kl.new_tensor([float(stop)])]
+        return flags
+    lens = state.optimizer.lens
+    gradients = [part.grad for part in lens.parameters() if part.grad is not None]
+    if run.shards.is_divided:  # the gradients are whole; only whether they are finite is shared
+        gradients = []
+        if not is_finite(kl, lens):
+            kl.fill_(math.nan)
+    parts = [*gradients, kl, kl.new_tensor([float(flag) for flag in flags])]
     total = run.accelerator.reduce(torch.cat([part.flatten() for part in parts]), "sum")
     for part, value in zip(parts, total.split([part.numel() for part in parts]), strict=True):
         part.copy_(value.view_as(part))
-    return bool(parts[-1].item())
+    return tuple(flag > 0 for flag in parts[-1].tolist())
 
 
 def _validate(run: Run, state: TrainState, tracker: Tracker) -> None:

@@ -41,6 +41,8 @@ def describe(run: Run) -> None:
         run.say(f"fit       {plan.fit}: {plan.init_tokens:,} tokens, {plan.precision} products")
         return
     processes = run.accelerator.num_processes
+    if run.shards.is_divided:
+        run.say(f"layers    divided among {processes} processes")
     if plan.batch_size < processes:
         run.say(
             f"note      a step has {plan.batch_size} blocks, so {processes - plan.batch_size} of "

@@ -23,6 +23,8 @@ _JACOBIAN_TOKENS = 8192
 _VOCAB_SAMPLE = 6144
 _MIN_SAMPLED_VOCAB = 4 * _VOCAB_SAMPLE
 """A vocabulary of at most this size is not sampled."""
+_COPIES = 8
+"""Of the translators, in training: lens, result, gradient and the five of the optimizer."""
 _CPU_MICRO_BATCH_TOKENS = 2048
 """Larger forward passes are not faster on a CPU."""
 
@@ -46,6 +48,8 @@ def resolve(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -
         settings["vocab_sample"] = 0
     plan = TrainPlan(**settings)
     _require_memory(plan, model, processes)
+    if config.shard_layers is None:
+        plan = dataclasses.replace(plan, shard_layers=_needs_shards(plan, model, processes))
     if config.validation_tokens is None:
         # A run without a budget may end long before its cap.
         expected = plan.budget if plan.tokens is not None else plan.budget // 4
@@ -107,6 +111,10 @@ def _require_possible(
             f"--device-map cannot be given with {processes} processes, because each has its own "
             "device; leave it out"
         )
+    if config.shard_layers and config.fit in (*BASELINES, "jacobian"):
+        raise InputError(
+            f"--shard-layers works with --fit preconditioned and closed-form, not {config.fit}"
+        )
     exact = {"--precision bf16": config.precision == "bf16", "--vocab-sample": config.vocab_sample}
     for flag, is_given in exact.items():
         if is_given and model.unembedding.cap is not None:
@@ -130,6 +138,14 @@ def _require_memory(plan: TrainPlan, model: FrozenModel, processes: int) -> None
             f"a step holds {needed / 1e9:,.0f} GB of states at a time, and {model.device} has "
             f"{memory / 1e9:,.0f} GB of memory; give a smaller {flag}"
         )
+
+
+def _needs_shards(plan: TrainPlan, model: FrozenModel, processes: int) -> bool:
+    """Whether the lens, its gradient and the optimizer take more than half of a device's memory."""
+    points, d_model = plan.points(model.identity.n_layers), model.identity.d_model
+    needed = 4 * _COPIES * len(points) * d_model**2
+    can_divide = plan.fit not in (*BASELINES, "jacobian") and len(points) >= processes
+    return processes > 1 and can_divide and needed > _memory_bytes(model.device) / 2
 
 
 def _memory_bytes(device: torch.device) -> float:

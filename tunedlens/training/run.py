@@ -1,6 +1,7 @@
 """What a run consists of: parts that stay the same, and the state that a step changes."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -19,6 +20,7 @@ from tunedlens.model import FrozenModel
 from tunedlens.sampling import load_or_sample
 from tunedlens.tracking import progress_bar, say
 from tunedlens.training.plan import Costs, TrainPlan
+from tunedlens.training.sharding import LayerShards
 from tunedlens.training.state_cache import CachedStateReader, CacheSettings
 from tunedlens.training.states import StateReader
 from tunedlens.training.validation import ValidationSet
@@ -54,14 +56,34 @@ class Run:
             if cache is None
             else CachedStateReader(model, plan, accelerator, cache)
         )
+        self.shards = LayerShards(
+            self.reader.points,
+            model.identity.d_model,
+            accelerator,
+            is_divided=bool(plan.shard_layers),
+        )
         table_tokens = self.costs.table_tokens(plan.budget)
-        self.validation_set = ValidationSet(self.splits.validation, self.reader, table_tokens)
+        self.validation_set = ValidationSet(
+            self.splits.validation, self.reader, table_tokens, self.shards
+        )
         unembedding = model.unembedding.centred()
         self.objective = make_objective(unembedding, dtype=self.reader.dtype, kernel=plan.kernel)
 
     def new_lens(self) -> TunedLens:
-        """The untrained lens."""
-        return TunedLens.from_model(self.model, self.plan.all_sites, self.plan.chosen_layers)
+        """The untrained lens, with the layers that this process trains."""
+        return TunedLens.from_model(self.model, self.plan.all_sites, self.shards.layers)
+
+    def fill_lens(self, lens: AffineLens, folder: Path, *, any_model: bool = False) -> JsonObject:
+        """Fill a lens of `new_lens` with saved translators; returns their manifest."""
+        whole = TunedLens.from_model(self.model, self.plan.all_sites, self.plan.chosen_layers)
+        manifest = checkpoint.fill_lens(whole, folder, any_model=any_model)
+        lens.load_state_dict(whole.state_dict(), strict=False)
+        return manifest
+
+    def whole_lens(self, lens: AffineLens) -> AffineLens:
+        """The lens with the layers of all processes, in each of them."""
+        shape = (lens.sites, self.plan.chosen_layers, lens.rank)
+        return self.shards.collect_lens(lens, type(lens)(lens.unembedding, lens.identity, *shape))
 
     def say(self, message: str) -> None:
         """Print a line, in the main process only."""
@@ -116,13 +138,16 @@ class TrainState(NamedTuple):
     optimizer: LensOptimizer
     progress: Progress
 
-    def best_lens(self) -> AffineLens:
-        """The result of the optimizer, with the closed form at layers that are worse than it."""
+    def best_lens(self, own: Sequence[int]) -> AffineLens:
+        """The result of the optimizer, with the closed form at layers that are worse than it.
+
+        Args:
+            own: the indices of the optimizer's points among all points.
+        """
         history = self.progress.history
         if isinstance(self.optimizer, PreconditionedMuon) and history:
-            pairs = zip(history[0].kl_nats, history[-1].kl_nats, strict=True)
-            for layer, (first, last) in enumerate(pairs):
-                if last > first:
+            for layer, index in enumerate(own):
+                if history[-1].kl_nats[index] > history[0].kl_nats[index]:
                     self.optimizer.revert(layer)
         return self.optimizer.result()
 
@@ -135,7 +160,7 @@ def initial_state(run: Run) -> TrainState:
     """
     lens, progress = run.new_lens(), Progress()
     if run.plan.init is not None:
-        manifest = checkpoint.fill_lens(lens, Path(run.plan.init), any_model=True)
+        manifest = run.fill_lens(lens, Path(run.plan.init), any_model=True)
         progress.init_lens = {name: manifest[name] for name in ("model", "lens_sha256")}
     return TrainState(make_optimizer(lens, run.plan), progress)
 

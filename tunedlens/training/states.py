@@ -23,6 +23,11 @@ class StateReader:
         """Where the states are read, in the order of the lens's translators."""
         self.with_final = [*self.points, HookPoint("resid_pre", model.identity.n_layers)]
 
+    @property
+    def no_states(self) -> Float[Tensor, "0 d_model"]:
+        """The state of no tokens."""
+        return torch.empty(0, self.model.identity.d_model, device=self.model.device)
+
     def micro_batches(self, input_ids: Int[Tensor, "batch seq"]) -> Sequence[Tensor]:
         """This process's blocks, on the model's device, in micro-batches."""
         shard = input_ids[self.accelerator.process_index :: self.accelerator.num_processes]
@@ -30,6 +35,11 @@ class StateReader:
             return []
         shard = send(shard, self.model.device)
         return shard.split(self.plan.micro_batch_size or len(shard))
+
+    def rounds(self, blocks: int) -> int:
+        """The number of micro-batches of a batch, for the process that has the most."""
+        shard = -(-blocks // self.accelerator.num_processes)
+        return -(-shard // (self.plan.micro_batch_size or shard))
 
     def autocast(self) -> torch.autocast:
         """The precision of matrix products while training; quantised ones have their own."""

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from tunedlens.config import ScoringConfig
 from tunedlens.corpus import Corpus
+from tunedlens.distributed import reduce_sums
 from tunedlens.engine.objective import LensKL, ModelSide
 from tunedlens.errors import InputError
 from tunedlens.evaluation import Evaluation, RatioSums, score_lenses
 from tunedlens.fit import LeastSquares
 from tunedlens.lenses import Lens, ResidualLens
 from tunedlens.tracking import say
+from tunedlens.training.sharding import LayerShards
 from tunedlens.training.states import StateReader
 
 _BLOCKS_AT_A_TIME = 8
@@ -32,8 +34,10 @@ class ValidationSet:
         InputError: the text has no block.
     """
 
-    def __init__(self, corpus: Corpus, reader: StateReader, table_tokens: int) -> None:
-        self._reader, self._plan = reader, reader.plan
+    def __init__(
+        self, corpus: Corpus, reader: StateReader, table_tokens: int, shards: LayerShards
+    ) -> None:
+        self._reader, self._plan, self._shards = reader, reader.plan, shards
         seq_len = self._plan.corpus.seq_len
         count = max(1, self._plan.validation_tokens // seq_len)
         needed = max(-(-table_tokens // (seq_len - 1)), count)
@@ -67,23 +71,26 @@ class ValidationSet:
 
     def _kl(self, lens: ResidualLens, objective: LensKL) -> tuple[list[float], float | None]:
         start, positions = time.monotonic(), self._plan.positions
-        points = self._reader.points
-        sums = RatioSums(len(points) + 1)
-        for index, states in enumerate(self._read(self._validation_blocks)):
-            if index == len(self._model_sides):
-                self._model_sides.append(objective.model_side(states[-1]))
+        shards, accelerator = self._shards, self._reader.accelerator
+        own = [self._reader.points[index] for index in shards.own]
+        sums = RatioSums(len(self._reader.points) + 1)
+        rounds = self._rounds(self._validation_blocks)
+        none = ModelSide.of_no_tokens(lens.identity.d_model, self._reader.model.device)
+        for states, shared in shards.to_owners(self._with_sides(objective), rounds, none):
+            model = ModelSide(*shared)
             kl = torch.stack(
                 [
-                    objective.kl(
-                        lens.transform_hidden(state, layer, site), self._model_sides[index]
-                    )
-                    for (site, layer), state in zip(points, states[:-1], strict=True)
+                    objective.kl(lens.transform_hidden(state, layer, site), model)
+                    for (site, layer), state in zip(own, states, strict=True)
                 ]
             )
-            by_block = kl.cpu().double().unflatten(1, (-1, positions)).sum(-1)
+            by_block = shards.expand(kl.cpu().double().unflatten(1, (-1, positions)).sum(-1))
+            if shards.is_divided:
+                reduce_sums(accelerator, by_block)
             with_mean = torch.cat([by_block, by_block.mean(0, keepdim=True)])
             sums.add(with_mean[:, None], torch.full((by_block.shape[1],), positions))
-        sums.reduce(self._reader.accelerator)
+        if not shards.is_divided:
+            sums.reduce(accelerator)
         self.seconds = time.monotonic() - start
         *layers, mean = sums.estimates().to_list()
         return [estimate.value for estimate in layers], mean.standard_error
@@ -97,11 +104,27 @@ class ValidationSet:
 
     def _least_squares(self) -> LeastSquares:
         d_model = self._reader.model.identity.d_model
-        sums = LeastSquares(len(self._reader.points), d_model)
-        for states in self._read(self._blocks):
-            sums.add(states[:-1], states[-1])
-        sums.reduce(self._reader.accelerator)
+        sums = LeastSquares(len(self._shards.own), d_model)
+        local = ((states[:-1], states[-1:]) for states in self._read(self._blocks))
+        rounds, none = self._rounds(self._blocks), (self._reader.no_states,)
+        for states, (final,) in self._shards.to_owners(local, rounds, none):
+            sums.add(states, final)
+        if not self._shards.is_divided:
+            sums.reduce(self._reader.accelerator)
         return sums
+
+    def _with_sides(self, objective: LensKL) -> Iterator[tuple[list[Tensor], Sequence[Tensor]]]:
+        """The states of this process's validation blocks, and the model's side of the KL."""
+        for index, states in enumerate(self._read(self._validation_blocks)):
+            if index == len(self._model_sides):
+                self._model_sides.append(objective.model_side(states[-1]))
+            yield states[:-1], self._model_sides[index]
+
+    def _rounds(self, blocks: Sequence[Tensor]) -> int:
+        starts = range(0, len(blocks), _BLOCKS_AT_A_TIME)
+        return sum(
+            self._reader.rounds(min(_BLOCKS_AT_A_TIME, len(blocks) - start)) for start in starts
+        )
 
     def score(self, lenses: Mapping[str, Lens], tokens: int) -> Evaluation:
         """The table at the end of a run, with float32 products, on at most this many positions."""
