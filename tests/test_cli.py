@@ -1,4 +1,5 @@
 import csv
+import hashlib
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 from conftest import make_gpt2, write_text
 from transformers import AutoTokenizer
 
@@ -342,8 +344,14 @@ def test_bad_lenses_are_one_line(here, tokenizer, text_file, capsys):
     tokenizer.save_pretrained(here / "other")
     lens = TunedLens.from_model(load_model(here / "other", device="cpu"))
     lens.save(here / "foreign")
-    lens.translator(1).bias.data[0] = math.nan
     lens.save(here / "broken")
+    tensors = safetensors.torch.load_file(here / "broken" / "lens.safetensors")
+    tensors["resid_pre.1.bias"][0] = math.nan
+    content = safetensors.torch.save(tensors)
+    (here / "broken" / "lens.safetensors").write_bytes(content)
+    manifest = json.loads((here / "broken" / "config.json").read_text())
+    manifest["lens_sha256"] = hashlib.sha256(content).hexdigest()
+    (here / "broken" / "config.json").write_text(json.dumps(manifest))
     (here / "mine").mkdir()
     (here / "mine" / "thesis.txt").write_text("mine")
     capsys.readouterr()
