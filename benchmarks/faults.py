@@ -72,6 +72,7 @@ class Bench:
         log = os.open(self.root / f"{pid or os.getpid()}.log", os.O_CREAT | os.O_WRONLY)
         os.dup2(stdout or log, 1)
         os.dup2(log, 2)
+        sys.stdout, sys.stderr = (os.fdopen(n, "w", 1, closefd=False) for n in (1, 2))
         try:
             if setup:
                 setup()
@@ -235,8 +236,8 @@ def faults(bench: Bench) -> list[tuple[str, str, str, str]]:
     ) -> None:
         folder = folder or f"case-{len(rows)}"
         status, lines = bench.finish(bench.start(folder, setup, *more, stdout=stdout))
-        message = next((line for line in reversed(lines) if "left out" in line), lines[-1:])
-        message = message if isinstance(message, str) else "".join(message)
+        telling = [line for line in lines if re.search("left out|kept offline|ends with", line)]
+        message = (telling or lines or [""])[-1]
         if spare := re.search("the lens is in (.*)", message):
             lens = "there: " + bench.compare(Path(spare[1]))
             shutil.rmtree(spare[1])
@@ -265,13 +266,45 @@ def faults(bench: Bench) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def soak(bench: Bench, minutes: float) -> None:
+    """Print memory and speed of a long run, in its second and in its last fifth."""
+    steps = bench.root / "steps"
+
+    def count_steps() -> None:
+        original, file = PreconditionedMuon.step, steps.open("ab", buffering=0)
+
+        def step(self: PreconditionedMuon, *args: object) -> None:
+            original(self, *args)
+            file.write(b".")
+
+        PreconditionedMuon.step = step
+
+    pid = bench.start("soak", count_steps, "--no-streaming", "--tokens", "1e12")
+    samples, end = [], time.monotonic() + 60 * minutes
+    while time.monotonic() < end:
+        time.sleep(1)
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        done = steps.stat().st_size if steps.exists() else 0
+        samples.append((time.monotonic(), done, pages * os.sysconf("SC_PAGE_SIZE") / 1e6))
+    os.kill(pid, signal.SIGTERM)
+    bench.finish(pid)
+    print("| fifth of the time | resident memory, MB | steps per second |\n|---|---:|---:|")
+    fifth = len(samples) // 5
+    for name, part in {"second": samples[fifth : 2 * fifth], "last": samples[-fifth:]}.items():
+        (first, before, _), (last, after, memory) = part[0], part[-1]
+        print(f"| {name} | {memory:.1f} | {(after - before) / (last - first):.2f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--soak", type=float, metavar="MINUTES", help="only run for this long")
     flags = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
+        if flags.soak:
+            return soak(bench, flags.soak)
         print("| fault | status | last message | lens |\n|---|---|---|---|")
         for row in faults(bench):
             print(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |", flush=True)

@@ -10,8 +10,9 @@ import tunedlens
 PACKAGE = Path(tunedlens.__file__).parent
 ORDER = (
     "errors",
-    "config",
+    "escaping",
     "files",
+    "config",
     "devices",
     "distributed",
     "builtin",

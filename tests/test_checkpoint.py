@@ -54,7 +54,7 @@ def test_damaged_lens_is_refused(tiny, saved):
     path = saved[1] / "lens.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:500])
-    with pytest.raises(InputError, match="missing or damaged"):
+    with pytest.raises(InputError, match="is damaged"):
         TunedLens.load(saved[1], tiny)
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(InputError, match="is not the file that"):
@@ -66,7 +66,7 @@ def test_damaged_lens_is_refused(tiny, saved):
 )
 def test_damaged_manifest_is_refused(tiny, saved, text):
     (saved[1] / "config.json").write_text(text)
-    with pytest.raises(InputError, match=r"config\.json is"):
+    with pytest.raises(InputError, match=r"config\.json (is|has)"):
         TunedLens.load(saved[1], tiny)
 
 

@@ -1,4 +1,5 @@
 import csv
+import hashlib
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 from conftest import make_gpt2, write_text
 from transformers import AutoTokenizer
 
@@ -315,7 +317,7 @@ def test_bad_prompts_are_one_line_and_leave_nothing(here, capsys):
         (["--prompt", ""], "has no tokens"),
         (["--prompt", "fine", "--prompt", "a b c " * 40], "reads at most 32"),
         (["--prompt", "x", "--tokens", "5"], "needs no --tokens"),
-        (["--prompt-file", "nowhere.txt"], "cannot read --prompt-file nowhere.txt"),
+        (["--prompt-file", "nowhere.txt"], "there is no --prompt-file nowhere.txt"),
         (["--prompt-file", "empty.txt"], "has no prompt"),
         (["--prompt", "x", "--by-position"], "needs no --by-position"),
         (["--prompt", "x", "--lens", "unigram"], "the same for every prompt"),
@@ -342,8 +344,14 @@ def test_bad_lenses_are_one_line(here, tokenizer, text_file, capsys):
     tokenizer.save_pretrained(here / "other")
     lens = TunedLens.from_model(load_model(here / "other", device="cpu"))
     lens.save(here / "foreign")
-    lens.translator(1).bias.data[0] = math.nan
     lens.save(here / "broken")
+    tensors = safetensors.torch.load_file(here / "broken" / "lens.safetensors")
+    tensors["resid_pre.1.bias"][0] = math.nan
+    content = safetensors.torch.save(tensors)
+    (here / "broken" / "lens.safetensors").write_bytes(content)
+    manifest = json.loads((here / "broken" / "config.json").read_text())
+    manifest["lens_sha256"] = hashlib.sha256(content).hexdigest()
+    (here / "broken" / "config.json").write_text(json.dumps(manifest))
     (here / "mine").mkdir()
     (here / "mine" / "thesis.txt").write_text("mine")
     capsys.readouterr()
@@ -395,7 +403,7 @@ def test_bad_input_to_train_is_one_line(here, asked, capsys):
         (["--seq-len", "64"], "--seq-len must be at most 32"),
         (["--device", "cuda:9"], "cannot use the device cuda:9"),
         (["--device", "nonsense"], "cannot use the device nonsense"),
-        (["--config", "absent.yaml"], "cannot read --config absent.yaml"),
+        (["--config", "absent.yaml"], "there is no --config absent.yaml"),
         (["--config", "bad.yaml"], "expected lines like"),
         (["--sites", "resid_midd"], "--sites must be of", "got resid_midd"),
         (["--resume"], "no interrupted run under checkpoints"),

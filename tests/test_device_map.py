@@ -39,7 +39,7 @@ def measured(model, lens):
         for layer, state in enumerate(states)
     }
     assert {state.device for state in sites.values()} == {model.device}
-    jacobian = MeanJacobian(model.identity.n_layers, model.identity.d_model, skipped=1)
+    jacobian = MeanJacobian(range(model.identity.n_layers), model.identity.d_model, skipped=1)
     jacobian.add(model, ids)
     evaluation = score_lenses(model, {"tuned": lens}, IDS)
     coefficients, vectors = model.mlp_neurons(ids, 1)

@@ -212,7 +212,7 @@ def test_old_lens_with_another_unembedding_is_refused(small, copy):
         ({"2.weight": None}, r"expected translators of 3 layers.*wrong: 2\.weight"),
         ({"3.weight": torch.zeros(8, 8)}, r"expected translators of 3 layers.*wrong: 3\.weight"),
         ({"1.weight": torch.zeros(8, 9)}, r"1\.weight in .* of shape \(8, 8\), got \(8, 9\)"),
-        ({"1.bias": torch.full((8,), torch.nan)}, r"1\.bias in .* no number"),
+        ({"1.bias": torch.full((8,), torch.nan)}, r"1\.bias in .* not finite"),
         ({"1.bias": torch.zeros(8, dtype=torch.int64)}, "must be a floating-point tensor"),
         ({"1.bias": "text"}, "must be a floating-point tensor .* got str"),
     ],

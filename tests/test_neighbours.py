@@ -60,8 +60,8 @@ def test_entry_that_does_not_exist_is_refused(tiny):
 @pytest.mark.parametrize(
     ("sites", "index", "missing"),
     [
-        (("resid_pre",), 3, "entry 3, resid_mid of block 1, only for resid_pre;"),
-        (("resid_mid",), 4, "entry 4, resid_pre of block 2, only for resid_mid;"),
+        (("resid_pre",), 3, "entry 3, resid_mid of block 1, only for resid_pre of blocks 0, 1, 2;"),
+        (("resid_mid",), 4, "entry 4, resid_pre of block 2, only for resid_mid of blocks 0, 1, 2;"),
     ],
 )
 def test_entry_without_a_translator_is_named(tiny, sites, index, missing):

@@ -18,11 +18,11 @@ from tunedlens import InputError, TrainConfig, checkpoint, files
 from tunedlens.checkpoint import saved_config
 from tunedlens.cli import train_command
 from tunedlens.corpus import PackedCorpus
-from tunedlens.engine.objective import LensKL
 from tunedlens.fit import LeastSquares, PreconditionedMuon
 from tunedlens.model import FrozenModel
-from tunedlens.training import Interrupted, checkpointing, loop, resolving, train
+from tunedlens.training import Interrupted, bad_blocks, checkpointing, loop, resolving, train
 from tunedlens.training.lock import LOCK, _acquire, locked
+from tunedlens.training.state_cache import CacheSettings
 
 
 @pytest.fixture(scope="module")
@@ -112,39 +112,50 @@ def test_bad_block_is_left_out_traced_and_kept(clean, tmp_path, poison, vocab_sa
     assert not any(torch.equal(lens[name], other[name]) for name in lens)
 
 
+def test_states_that_are_not_finite_are_not_cached(clean, tmp_path, poison):
+    bad = clean.blocks[4][2]
+    poison(lambda ids: list(ids) == bad)
+    train(clean.config, tmp_path / "run", cache=CacheSettings(tmp_path / "cache"))
+    files = list((tmp_path / "cache").glob("*.safetensors"))
+    assert len(files) > 30
+    for file in files:
+        assert all(value.isfinite().all() for value in safetensors.torch.load_file(file).values())
+
+
 def test_number_that_is_bad_only_once_changes_nothing(clean, tmp_path, monkeypatch):
-    original, calls = LensKL.gradient, []
+    original, calls = loop.accumulate_gradient, []
 
-    def gradient(self, *args):
-        kl, gradient = original(self, *args)
+    def accumulate(lens, *args, **settings):
+        kl = original(lens, *args, **settings)
         calls.append(1)
-        return kl, gradient * (torch.nan if len(calls) == 10 else 1)
+        if len(calls) == 3:
+            lens.translator(1).weight.grad[2, 3] = torch.nan
+        return kl
 
-    monkeypatch.setattr(LensKL, "gradient", gradient)
+    monkeypatch.setattr(loop, "accumulate_gradient", accumulate)
     train(clean.config, tmp_path / "run")
+    assert len(calls) == 9  # of 8 steps, one of them twice
     assert weights(tmp_path / "run") == weights(clean.folder)
     assert progress(tmp_path / "run")["bad_blocks"] == 0
 
 
 def test_bad_loss_is_traced_to_its_layer(clean, tmp_path, monkeypatch):
     bad = clean.blocks[2][1]
-    at, original = {}, LensKL.gradient
-    read = FrozenModel.states_at
+    read, original, has_bad = FrozenModel.states_at, loop.accumulate_gradient, []
 
     def states_at(self, points, input_ids, attention_mask=None):
-        at["rows"] = [index for index, ids in enumerate(input_ids) if ids.tolist() == bad]
-        at["calls"] = 0
+        has_bad[:] = [bad in input_ids.tolist()]
         return read(self, points, input_ids, attention_mask)
 
-    def gradient(self, *args):
-        kl, gradient = original(self, *args)
-        at["calls"] += 1
-        for row in at["rows"] if at["calls"] == 2 else ():  # of layers 0, 1, 2
-            gradient[row * 16 : (row + 1) * 16] = torch.inf
-        return kl, gradient
+    def accumulate(lens, *args, **settings):
+        kl = original(lens, *args, **settings)
+        if has_bad[0]:
+            lens.translator(1).weight.grad[2, 3] = torch.inf
+        return kl
 
     monkeypatch.setattr(FrozenModel, "states_at", states_at)
-    monkeypatch.setattr(LensKL, "gradient", gradient)
+    for module in (loop, bad_blocks):
+        monkeypatch.setattr(module, "accumulate_gradient", accumulate)
     train(clean.config, tmp_path / "run")
     kept = json.loads((tmp_path / "run" / "bad-blocks" / "step-3-block-1.json").read_text())
     assert kept["cause"] == "the loss or its gradient at layer 1 is not finite"

@@ -613,7 +613,7 @@ def test_foreign_file_is_one_clear_error(tmp_path):
     path = tmp_path / "file"
     with pytest.raises(InputError, match="there is no file"):
         Trajectory.load(path)
-    with pytest.raises(InputError, match="is damaged or is not a saved trajectory"):
+    with pytest.raises(InputError, match=r"cannot read .*: Is a directory"):
         Trajectory.load(tmp_path)
     for content in (
         b"",
@@ -622,7 +622,7 @@ def test_foreign_file_is_one_clear_error(tmp_path):
         safetensors.torch.save({"a": torch.ones(1)}),
     ):
         path.write_bytes(content)
-        with pytest.raises(InputError, match="is damaged or is not a saved trajectory"):
+        with pytest.raises(InputError, match="is damaged"):
             Trajectory.load(path)
 
 

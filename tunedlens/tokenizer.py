@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tunedlens.errors import InputError, first_line
+from tunedlens.escaping import printable
 
 _VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"})
 _WORD_START = "▁"  # SentencePiece's letter for a space
@@ -44,10 +45,7 @@ def shown(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
 
 def visible(text: str) -> str:
     """A text with visible white space; other unprintable characters are hexadecimal."""
-    return "".join(
-        letter if letter.isprintable() else f"⟨{letter.encode().hex(' ')}⟩"
-        for letter in text.translate(_VISIBLE)
-    )
+    return printable(text.translate(_VISIBLE))
 
 
 def as_text(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from tunedlens.config import WandbMode
 from tunedlens.errors import first_line
+from tunedlens.escaping import for_terminal
 from tunedlens.evaluation import Evaluation
 
 if TYPE_CHECKING:
@@ -18,12 +19,16 @@ if TYPE_CHECKING:
 WANDB_PATIENCE_SECONDS = 5
 
 
-def say(message: str) -> None:
-    """Print a line, above the progress bar if there is one.
+def say(message: str, *, has_colors: bool = False) -> None:
+    """Print lines, above the progress bar if there is one.
 
     A run is worth more than its messages: letters that the terminal's encoding lacks are escaped,
     and if nobody reads any more (`| head`, a closed terminal), nothing is printed.
+
+    Args:
+        has_colors: whether the message is ours and may move a terminal's colours.
     """
+    message = message if has_colors else for_terminal(message)
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     message = message.encode(encoding, "backslashreplace").decode(encoding)
     with suppress(OSError, ValueError):  # ValueError: the file is closed

@@ -10,16 +10,14 @@ from tunedlens.checkpoint.formats import (
 from tunedlens.checkpoint.hub import hub_name
 from tunedlens.checkpoint.lens_files import (
     KINDS,
-    MANIFEST,
     ROOT,
-    WEIGHTS,
     fill_lens,
     kind_of,
     newest_lens,
-    read_manifest,
     save_lens,
     saved_points,
 )
+from tunedlens.checkpoint.manifest import MANIFEST, WEIGHTS, read_manifest
 from tunedlens.checkpoint.run_state import (
     State,
     has_state,

@@ -1,6 +1,7 @@
 """Lenses in every format that can be read, recognised by what a path holds."""
 
 import hashlib
+import os
 import warnings
 from pathlib import Path
 from statistics import fmean
@@ -12,13 +13,8 @@ from tunedlens.checkpoint.jacobian_files import (
     read_jacobian_file,
     write_jacobian_file,
 )
-from tunedlens.checkpoint.lens_files import (
-    MANIFEST,
-    WEIGHTS,
-    kind_of,
-    read_lens,
-    read_manifest,
-)
+from tunedlens.checkpoint.lens_files import kind_of, read_lens
+from tunedlens.checkpoint.manifest import MANIFEST, WEIGHTS, read_manifest
 from tunedlens.checkpoint.tuned_lens_folders import (
     CONFIG,
     PARAMS,
@@ -29,7 +25,7 @@ from tunedlens.checkpoint.tuned_lens_folders import (
 )
 from tunedlens.engine import kl_by_layer
 from tunedlens.errors import InputError
-from tunedlens.files import JsonObject
+from tunedlens.files import JsonObject, read_bytes
 from tunedlens.lenses import AffineLens, JacobianLens, LogitLens, TunedLens
 from tunedlens.model import FrozenModel, probe_ids
 
@@ -73,7 +69,7 @@ def load_lens(
             cannot be reached.
     """
     path = find_lens(source, subfolder, revision)
-    if path.is_file():
+    if os.path.isfile(path):
         return read_jacobian_file(path, model)
     if not is_tuned_lens_folder(path):
         return read_lens(path, model, check=check)
@@ -117,13 +113,13 @@ def describe_lens(path: Path) -> JsonObject:
     Raises:
         InputError: there is no lens, or it is damaged.
     """
-    if path.is_file():
+    if os.path.isfile(path):
         kind, about, weights = "jacobian", jacobian_model(path), path
     elif is_tuned_lens_folder(path):
         kind, about, weights = "tuned", base_model(path), path / PARAMS
     else:
         return read_manifest(path)
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    digest = hashlib.sha256(read_bytes(weights)).hexdigest()
     made_for = {key: value if isinstance(value, str) else None for key, value in about.items()}
     return {"lens": kind, "model": made_for, "lens_sha256": digest}
 

@@ -1,6 +1,7 @@
 """Names on the Hugging Face hub, and local copies of what is there."""
 
 import glob
+import os
 import re
 from collections.abc import Sequence
 from itertools import chain
@@ -32,9 +33,10 @@ class HubName(NamedTuple):
 
 def hub_name(source: str | Path) -> HubName | None:
     """The parts of a name on the hub; None for a `Path`, an existing path or any other text."""
-    if isinstance(source, Path) or Path(source).exists():
+    if isinstance(source, Path) or os.path.exists(source):
         return None
     found = _NAME.fullmatch(source)
+    # `os.path.exists` is false where `Path.exists` raises: for a name that is too long.
     return HubName(*found.groups()) if found else None
 
 

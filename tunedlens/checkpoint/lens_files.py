@@ -8,19 +8,27 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
+from tunedlens.checkpoint.manifest import FORMAT, MANIFEST, WEIGHTS, read_manifest
 from tunedlens.errors import InputError
-from tunedlens.files import JsonObject, newest_folder, now, read_json, write, write_json
+from tunedlens.files import (
+    JsonObject,
+    newest_folder,
+    now,
+    read_tensor_header,
+    read_tensors,
+    require_finite,
+    write,
+    write_json,
+)
 from tunedlens.lenses import AffineLens, JacobianLens, TunedLens
 from tunedlens.model import FrozenModel, HookPoint, probe_kl, probe_tolerance, require_same_model
 
-FORMAT = 1
 ROOT = Path("checkpoints")
 """The default folder of runs."""
-MANIFEST = "config.json"
-WEIGHTS = "lens.safetensors"
 KINDS: dict[str, type[AffineLens]] = {"tuned": TunedLens, "jacobian": JacobianLens}
-"""The kinds of lens that can be saved, by their names in a manifest."""
+"""The kinds of lens that can be saved, by their names in a manifest (`manifest.Kind`)."""
 
 
 def save_lens(
@@ -58,28 +66,6 @@ def save_lens(
         **(metadata or {}),
     }
     write_json(folder / MANIFEST, manifest)
-
-
-def read_manifest(folder: Path) -> JsonObject:
-    """Read `config.json` of a saved lens.
-
-    Raises:
-        InputError: there is no lens in the folder, or its manifest is damaged.
-    """
-    path = folder / MANIFEST
-    manifest = read_json(
-        path, f"{folder} holds no lens: expected {MANIFEST} and {WEIGHTS}, as train.py writes them"
-    )
-    if not isinstance(manifest, dict) or manifest.get("lens") not in KINDS:
-        raise InputError(f"{path} is not the manifest of a lens ({' or '.join(KINDS)})")
-    if manifest.get("format") != FORMAT:
-        raise InputError(
-            f"{path} has format {manifest.get('format')}; this version reads format {FORMAT}"
-        )
-    missing = {"model", "created", "lens_sha256"} - manifest.keys()
-    if missing or not isinstance(manifest["model"], dict):
-        raise InputError(f"{path} is damaged: it says nothing of {', '.join(missing) or 'a model'}")
-    return manifest
 
 
 def kind_of(lens: AffineLens) -> str:
@@ -145,18 +131,12 @@ def fill_lens(lens: AffineLens, folder: Path, *, any_model: bool = False) -> Jso
         identity = dataclasses.asdict(lens.identity)
         require_same_model(manifest["model"], identity, f"the lens in {folder}")
     path = folder / WEIGHTS
-    try:
-        weights = path.read_bytes()
-        tensors = safetensors.torch.load(weights)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path} is missing or damaged: {error}") from error
-    if hashlib.sha256(weights).hexdigest() != manifest["lens_sha256"]:
+    tensors, _, sha256 = read_tensors(path)
+    if sha256 != manifest["lens_sha256"]:
         raise InputError(f"{path} is damaged: it is not the file that {MANIFEST} describes")
     expected = lens.translators.state_dict()
     if lens.rank is None:
-        for name in [name for name in tensors if name.endswith(".left")]:
-            point = name.removesuffix(".left")
-            tensors[f"{point}.weight"] = tensors.pop(name) @ tensors.pop(f"{point}.right")
+        tensors = _with_products(tensors, lens.identity.d_model)
     if any_model:
         tensors = {name: value for name, value in tensors.items() if name in expected}
     # A translator whose weight is zero everywhere is saved as its bias.
@@ -169,11 +149,23 @@ def fill_lens(lens: AffineLens, folder: Path, *, any_model: bool = False) -> Jso
             f"{path} does not hold {len(expected)} tensors for {len(lens.layers)} layers of width "
             f"{lens.identity.d_model}: {min(wrong)} is missing, not expected, or of another shape"
         )
-    for name, value in tensors.items():
-        if not value.isfinite().all():
-            raise InputError(f"{path} holds values that are not finite ({name}); train it again")
+    require_finite(tensors, path)
     lens.translators.load_state_dict(tensors)
     return manifest
+
+
+def _with_products(tensors: Mapping[str, Tensor], d_model: int) -> dict[str, Tensor]:
+    """Translators of low rank, `left` and `right`, as their products; others as they are."""
+    found = dict(tensors)
+    for name in tensors:
+        point, _, part = name.rpartition(".")
+        if part == "left" and f"{point}.right" in tensors:
+            left, right = tensors[name], tensors[f"{point}.right"]
+            # The product of other shapes could be much larger than the file.
+            is_square = left.shape[:1] == right.shape[1:] == (d_model,)
+            if is_square and left.shape[1:] == right.shape[:1]:
+                found[f"{point}.weight"] = found.pop(name) @ found.pop(f"{point}.right")
+    return found
 
 
 def newest_lens(root: Path) -> Path:
@@ -196,9 +188,8 @@ def saved_points(folder: Path) -> list[HookPoint]:
         InputError: the file is missing or damaged.
     """
     path = folder / WEIGHTS
+    parts = [name.split(".") for name in read_tensor_header(path).names]
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            parts = [name.split(".") for name in file.keys()]  # noqa: SIM118
-            return sorted({HookPoint(site, int(layer)) for site, layer, _ in parts})
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path} is missing or damaged: {error}") from error
+        return sorted({HookPoint(site, int(layer)) for site, layer, _ in parts})
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: a tensor has a wrong name ({error})") from error

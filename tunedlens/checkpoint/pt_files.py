@@ -1,6 +1,8 @@
 """Files of `torch.save`, read so that nothing in them can run."""
 
 import io
+import pickletools
+import zipfile
 from pathlib import Path
 
 import torch
@@ -8,7 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tunedlens.errors import InputError
-from tunedlens.files import write
+from tunedlens.files import read_bytes, write
+
+_SHARED = {"BINUNICODE", "GLOBAL", "REDUCE", "BINPERSID", "EMPTY_DICT", "EMPTY_LIST"}
+"""The operations whose results may occur several times in a pickle."""
 
 
 def read_pt(path: Path) -> object:
@@ -17,15 +22,41 @@ def read_pt(path: Path) -> object:
     Raises:
         InputError: the file is missing or damaged, or holds something that would run code.
     """
+    content = read_bytes(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+        _require_bounded(content)
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise any kind of exception
         raise InputError(
             f"{path} cannot be read: it is damaged, or it holds more than tensors and plain "
             "values, which could run code and is never read"
         ) from error
+
+
+def _require_bounded(content: bytes) -> None:
+    """Check that a file takes no more memory than its size, and no more time.
+
+    A compressed part of it could grow without bound. A tuple that holds another one twice, and so
+    on, takes the time 2^n to hash.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        parts = archive.infolist()
+        sizes = sum(part.file_size for part in parts)
+        if sizes > len(content) or any(part.compress_type for part in parts):
+            raise ValueError("its parts are compressed")
+        pickles = [archive.read(part) for part in parts if part.filename.endswith(".pkl")]
+    for pickle in pickles:
+        previous = ""
+        shared: set[object] = set()
+        for operation, argument, _ in pickletools.genops(pickle):
+            if operation.name.endswith("PUT"):
+                (shared.add if previous in _SHARED else shared.discard)(argument)
+            if operation.name.endswith("GET") and argument not in shared:
+                raise ValueError("it holds a tuple twice")
+            previous = operation.name
 
 
 def write_pt(path: Path, content: object) -> None:
@@ -48,9 +79,15 @@ def checked(value: object, shape: tuple[int, ...], what: str) -> Float[Tensor, "
     Raises:
         InputError: it is not a tensor of this shape, or not all of it is finite.
     """
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.shape != shape:
+    is_right = (
+        isinstance(value, Tensor)
+        and (value.layout, value.device.type) == (torch.strided, "cpu")
+        and (value.is_floating_point(), value.shape) == (True, shape)
+    )
+    if not isinstance(value, Tensor) or not is_right:
         came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise InputError(f"{what} must be a floating-point tensor of shape {shape}, got {came}")
+    value = value.float()
     if not value.isfinite().all():
-        raise InputError(f"{what} holds values that are no number")
-    return value.float()
+        raise InputError(f"{what} holds values that are not finite in float32")
+    return value

@@ -9,24 +9,29 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors
 import safetensors.torch
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tunedlens.checkpoint.lens_files import read_manifest
+from tunedlens.checkpoint.manifest import read_manifest
 from tunedlens.config import TrainConfig
 from tunedlens.errors import InputError
-from tunedlens.files import JsonObject, newest_folder, now, write
+from tunedlens.files import (
+    JsonObject,
+    as_type,
+    newest_folder,
+    now,
+    parse_json,
+    read_tensor_header,
+    read_tensors,
+    write,
+)
 
 _FOLDER, _SUFFIX = "state", ".safetensors"
 _KEPT_STATES = 2
 """The newest state, and the one before it in case the newest is damaged."""
-_FILE_ERRORS = (
-    *(OSError, ValueError, KeyError, TypeError, RecursionError),
-    safetensors.SafetensorError,
-)
+_DTYPES = (torch.float32, torch.float64)
 
 
 class State(NamedTuple):
@@ -76,7 +81,7 @@ def load_state(folder: Path, *, with_tensors: bool = True) -> State:
     for path in paths:
         try:
             state = _read(path, with_tensors)
-        except _FILE_ERRORS as error:
+        except (ValueError, KeyError) as error:
             problems.append(f"{path} is damaged: {error}")
             continue
         if problems:
@@ -91,13 +96,14 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def _read(path: Path, with_tensors: bool) -> State:
-    with safetensors.safe_open(path, "pt") as file:
-        header = file.metadata()
-        names = file.keys() if with_tensors else ()
-        tensors = {name: file.get_tensor(name) for name in names}
+    tensors: dict[str, Tensor] = {}
+    if with_tensors:
+        tensors, header, _ = read_tensors(path, dtypes=_DTYPES)
+    else:
+        header = read_tensor_header(path).metadata
     if with_tensors and header["sha256"] != _digest(header["about"], tensors):
         raise ValueError("its checksum is another")
-    return State(tensors, json.loads(header["about"]))
+    return State(tensors, as_type(JsonObject, parse_json(header["about"], "it"), "it"))
 
 
 def _digest(about: str, tensors: Mapping[str, Tensor]) -> str:
@@ -121,10 +127,7 @@ def saved_config(folder: Path) -> TrainConfig:
         metadata = read_manifest(folder)
     if "config" not in metadata:
         raise InputError(f"the lens in {folder} was not saved by a training run")
-    try:
-        return TrainConfig.from_json(metadata["config"])
-    except (KeyError, TypeError) as error:
-        raise InputError(f"the config saved in {folder} is damaged: {error}") from error
+    return TrainConfig.from_json(metadata["config"], f"the config saved in {folder}")
 
 
 def newest_state(root: Path) -> Path:

@@ -10,6 +10,7 @@ Source:
     https://github.com/AlignmentResearch/tuned-lens, `tuned_lens/nn/lenses.py`.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,9 +29,9 @@ PARAMS = "params.pt"
 
 def is_tuned_lens_folder(path: Path) -> bool:
     """Whether a folder holds a lens of the library `tuned-lens`, of any release."""
-    if not (path / PARAMS).is_file() or not (path / CONFIG).is_file():
+    if not all(os.path.isfile(path / name) for name in (PARAMS, CONFIG)):
         return False
-    config = read_json(path / CONFIG, "")
+    config = read_json(path / CONFIG)
     return isinstance(config, dict) and "d_model" in config and "lens" not in config
 
 
@@ -40,7 +41,7 @@ def base_model(folder: Path) -> JsonObject:
     Raises:
         InputError: the config is damaged.
     """
-    config = read_json(folder / CONFIG, f"{folder} holds no {CONFIG}")
+    config = read_json(folder / CONFIG)
     old = config.get("model_config")
     old_name = old.get("_name_or_path") if isinstance(old, dict) else None
     return {
@@ -59,7 +60,7 @@ def read_tuned_lens_folder(folder: Path, model: FrozenModel) -> TunedLens:
         InputError: a file is damaged, a shape is not the model's, or the lens has layers of its
             own before or in place of the unembedding.
     """
-    config = read_json(folder / CONFIG, f"{folder} holds no {CONFIG}")
+    config = read_json(folder / CONFIG)
     if config.get("extra_layers") or not config.get("reuse_unembedding", True):
         raise InputError(
             f"the lens in {folder} decodes with layers of its own (extra_layers, "

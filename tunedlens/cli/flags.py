@@ -2,14 +2,14 @@
 
 import argparse
 import dataclasses
+import datetime
 import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-import yaml
-
+from tunedlens import files
 from tunedlens.config import CorpusConfig, EvaluateConfig, ModelConfig, TrainConfig, WandbMode
 from tunedlens.errors import InputError
 
@@ -95,24 +95,42 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> d
     path = given.pop("config", None)
     if path is None:
         return given
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"cannot read --config {path}: {' '.join(str(error).split())}") from error
+    content = files.read_text(path, f"there is no --config {path}", files.MAX_YAML_BYTES)
+    settings = files.parse_yaml(content, f"--config {path}") or {}
     if not isinstance(settings, dict):
         raise InputError(f"--config {path}: expected lines like `tokens: 1000000`")
-    arguments_of_file: list[str] = []
-    for name, value in settings.items():
-        flag = "--" + str(name).replace("_", "-")
-        negative = "--no-" + flag[2:]
-        if value is True:
-            arguments_of_file.append(flag)
-        elif value is False:
-            arguments_of_file += [negative] * (negative in parser.format_usage())
-        else:
-            values = value if isinstance(value, list) else [value]
-            arguments_of_file += [f"{flag}={one}" for one in values if one is not None]
-    return vars(parser.parse_args(arguments_of_file)) | given
+    try:
+        arguments_of_file = [
+            argument
+            for name, value in settings.items()
+            for argument in _arguments(parser, str(name).replace("_", "-"), value)
+        ]
+        return vars(parser.parse_args(arguments_of_file)) | given
+    except InputError as error:
+        raise InputError(f"--config {path}: {error}") from error
+
+
+def _arguments(parser: argparse.ArgumentParser, name: str, value: object) -> list[str]:
+    """A setting of a YAML file as arguments of the command line; none if it is null.
+
+    Raises:
+        InputError: there is no such flag, or it takes no such value.
+    """
+    flag, negative = f"--{name}", f"--no-{name}"
+    known = parser._option_string_actions
+    if flag not in known or name in ("help", "config"):
+        raise InputError(f"{name} is not a setting (--help lists the flags)")
+    if isinstance(value, bool) and negative in known:
+        return [flag if value else negative]
+    if value is None or (value is False and known[flag].nargs == "?"):
+        return []
+    if value is True:
+        return [flag]
+    values = value if isinstance(value, list) else [value]
+    is_plain = (isinstance(one, str | int | float | datetime.date) for one in values)
+    if isinstance(value, bool) or not all(is_plain):
+        raise InputError(f"{name} must be text, a number or a list of such, got {value!r:.40}")
+    return [f"{flag}={one}" for one in values]
 
 
 def configured(base: Config, flags: dict[str, Any]) -> Config:

@@ -13,6 +13,7 @@ import huggingface_hub
 import transformers
 
 from tunedlens.errors import InputError
+from tunedlens.escaping import printable
 
 Arguments = Sequence[str] | None
 
@@ -50,7 +51,8 @@ def keep_streams_open() -> None:
         if stream is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open until the end
         elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            with suppress(OSError):
+                stream.reconfigure(errors="backslashreplace")
 
 
 def close_streams() -> None:
@@ -80,7 +82,7 @@ def command(run: Callable[[Arguments], int]) -> Callable[[Arguments], int]:
         try:
             return run(arguments)
         except InputError as error:
-            _complain(f"error: {error}")
+            _complain(f"error: {printable(str(error))}")
             return 2
         except KeyboardInterrupt:
             _complain("interrupted")

@@ -76,10 +76,7 @@ def _newest(model: str | None) -> list[LensSpec]:
 
 def _read_file(path: Path) -> list[str]:
     r"""The prompts of a file, one per line; `\n` in a line stands for a line break."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read --prompt-file {path}: {error}") from error
+    lines = files.read_text(path, f"there is no --prompt-file {path}").splitlines()
     prompts = [line.replace("\\n", "\n") for line in lines if line]
     if not prompts:
         raise InputError(f"--prompt-file {path} has no prompt: expected one in each line")
@@ -114,5 +111,6 @@ def _write_prompts(
         say(f"\n{prompt!r}\nbest tokens after {last}, with probabilities")
         for lens in lenses:
             table = report.top_k(read, lens=lens, k=3).to_text(is_coloured=sys.stdout.isatty())
-            say(f"\n{lens} lens\n{table}")
+            say(f"\n{lens} lens")
+            say(table, has_colors=True)
         say(f"\nreport.md, with heatmaps, curves, tables and a page to explore, is in {written}")

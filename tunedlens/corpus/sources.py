@@ -12,8 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from tunedlens import builtin
 from tunedlens.config import CorpusConfig
+from tunedlens.corpus.soundness import require_sound
 from tunedlens.corpus.standard_library import standard_library
 from tunedlens.errors import InputError, first_line
+from tunedlens.files import read_text
 from tunedlens.tokenizer import chat_text
 
 if TYPE_CHECKING:
@@ -79,6 +81,8 @@ def is_stream(documents: "Dataset | IterableDataset") -> bool:
 
 def _local_files(name: str) -> list[Path] | None:
     """Files of a path, folder or glob, in a fixed order; None for a name on the hub."""
+    if not name:
+        raise InputError("--dataset is empty: expected a file, folder, glob or name on the hub")
     try:
         path = Path(name).expanduser()
         looks_local = name.startswith((".", "/", "~")) or _is_readable(path)
@@ -117,7 +121,7 @@ def _read_local(
     tables = [file for file in files if file not in texts]
     parts: list[Any] = [load(_BUILDERS[file.suffix.lower()], str(file)) for file in tables]
     if texts:
-        whole = _in_memory([_read_text(file) for file in texts])
+        whole = _in_memory([read_text(file) for file in texts])
         if config.streaming and tables:
             # A stream's rows come as they are in their files, as ordinary strings.
             whole = whole.cast(_features("string")).to_iterable_dataset()
@@ -135,7 +139,9 @@ def _load(
     if file is None:
         options |= {"name": config.dataset_config, "revision": config.dataset_revision}
     else:
-        options["data_files"] = file
+        if path != "parquet":
+            require_sound(Path(file))
+        options["data_files"] = glob.escape(file)  # a name with [ or * is a name, not a pattern
     if path == "csv":
         # "NA" and "null" are words of a text, not missing values.
         options["keep_default_na"] = False
@@ -152,7 +158,13 @@ def _load(
     rows = rows.select_columns([column])
     if column != "text":
         rows = rows.rename_column(column, "text")
-    return rows if config.streaming or config.chat else rows.cast(_features())
+    if config.streaming:
+        return rows
+    try:
+        rows.data.validate(full=True)
+    except ValueError as error:  # of pyarrow
+        raise InputError(f"{where} is damaged: {first_line(error)}") from error
+    return rows if config.chat else rows.cast(_features())
 
 
 def _rendered(
@@ -219,16 +231,3 @@ def _features(kind: str = "large_string") -> "Features":
     import datasets
 
     return datasets.Features({"text": datasets.Value(kind)})
-
-
-def _read_text(file: Path) -> str:
-    """A file as it is: no newline is translated, no byte left out."""
-    try:
-        return file.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{file} is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x}); "
-            "convert it first"
-        ) from error
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}") from error

@@ -1,6 +1,7 @@
 """From the names of lenses to their folders and manifests."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from tunedlens import builtin, checkpoint
 from tunedlens.config import ModelConfig, TrainConfig
 from tunedlens.errors import InputError
-from tunedlens.files import JsonObject
+from tunedlens.files import JsonObject, require_lens_name
 from tunedlens.fit import mean_lens, unigram_lens
 
 BASELINES = {"unigram": (unigram_lens, 10_000_000), "mean": (mean_lens, 65_536)}
@@ -88,7 +89,7 @@ def lens_specs(asked: Iterable[str], in_memory: Iterable[str] = ()) -> list[Lens
     """
     specs = [LensSpec("logit", "logit")]
     for text in asked:
-        name, _, rest = ("", "", text) if Path(text).exists() else text.rpartition("=")
+        name, _, rest = ("", "", text) if os.path.exists(text) else text.rpartition("=")
         if rest in BASELINES:
             specs.append(LensSpec(name or rest, rest))
         elif rest != "logit":
@@ -102,8 +103,7 @@ def lens_specs(asked: Iterable[str], in_memory: Iterable[str] = ()) -> list[Lens
     specs += [LensSpec(name, "in memory") for name in in_memory]
     names = [spec.name for spec in specs]
     for spec in specs:
-        if "/" in spec.name:
-            raise InputError(f"the lens name {spec.name} contains a slash; choose one without")
+        require_lens_name(spec.name)
         if names.count(spec.name) > 1 or spec.name == "model":
             source = spec.source if isinstance(spec, SavedLens) else spec.kind
             raise InputError(

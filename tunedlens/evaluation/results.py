@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Self
+from typing import Self, TypedDict
 
 from tunedlens.errors import InputError
 from tunedlens.evaluation.estimates import Estimate
-from tunedlens.files import JsonObject
+from tunedlens.files import JsonObject, as_type, require_lens_name
 from tunedlens.metrics import METRICS
+from tunedlens.model.sites import SITES
 from tunedlens.provenance import Provenance
 
 SCHEMA = 2
@@ -52,6 +53,11 @@ class Grid:
     """None where nothing was scored."""
     standard_errors: list[list[float | None]]
 
+    @property
+    def shapes(self) -> list[list[int]]:
+        """The lengths of the rows, of the values and of the errors."""
+        return [[len(row) for row in part] for part in (self.values, self.standard_errors)]
+
 
 def name_on(lens: str, title: str) -> str:
     """What results call a lens, or the model itself, on a second model."""
@@ -60,6 +66,23 @@ def name_on(lens: str, title: str) -> str:
 
 Grids = dict[str, dict[str, Grid]]
 """Grids by lens and metric."""
+
+
+class _ScoredText(TypedDict, total=False):
+    dataset: str | None
+
+
+class _Settings(TypedDict, total=False):
+    """The settings that tables show."""
+
+    corpus: _ScoredText
+    split: str | None
+
+
+class _Second(TypedDict):
+    title: str
+    name: str
+    fingerprint: str
 
 
 class EvaluationProvenance(Provenance, total=False):
@@ -195,31 +218,71 @@ class Evaluation:
             raise InputError(
                 f"expected an evaluation of schema {SCHEMA}, got {schema}; run evaluate.py again"
             )
+        fields = {name: value for name, value in data.items() if name != "schema"}
+        evaluation = as_type(cls, fields, "the evaluation")
         try:
-            fields = {name: value for name, value in data.items() if name != "schema"}
-            fields["results"] = [Result(**one) for one in data["results"]]
-            fields["differences"] = [Difference(**one) for one in data["differences"]]
-            for part in ("by_position", "transfer"):
-                fields[part] = {
-                    lens: {metric: Grid(**grid) for metric, grid in grids.items()}
-                    for lens, grids in data[part].items()
-                }
-            evaluation = cls(**fields)
             evaluation._require_complete()
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except InputError as error:
             raise InputError(f"the evaluation is damaged: {error}") from error
         return evaluation
 
     def _require_complete(self) -> None:
-        if not self.lenses:
-            raise ValueError("it has no lens")
+        """Check that tables and plots find what they are made of.
+
+        Raises:
+            InputError: something is missing or cannot be.
+        """
+        run = self.provenance
+        as_type(_Settings, run.get("config", {}), "its config")
+        if "beside" in run:
+            as_type(_Second, run["beside"], "its second model")
+            _require("model" in run and "fingerprint" in run, "it does not name the first model")
+        _require(0 < self.n_layers <= len(self.results), f"it cannot have {self.n_layers} layers")
+        _require(min(self.tokens, self.text_bytes, self.blocks) >= 0, "a count is below 0")
+        errors = [one.standard_error for one in self.results]
+        errors += [one.standard_error for one in self.differences]
+        _require(min(error or 0.0 for error in errors) >= 0, "a standard error is below 0")
+        _require("kl_nats" in self.metrics, "it has no lens with a KL")
         for metric in self.metrics:
-            if metric not in METRICS:
-                raise ValueError(f"the metric {metric} is unknown")
-            for lens in self.lenses:
-                count = len(self.by_layer(lens, metric))
-                if count != len(self.layers_of(lens)) + (metric == "prediction_depth"):
-                    raise ValueError(f"{metric} of {lens} has {count} layers")
+            _require(metric in METRICS, f"the metric {metric} is unknown")
+        for metric in ("perplexity", "bits_per_byte") if self.text_bytes else ("perplexity",):
+            for name in self.models:
+                self.of_model(metric, name)
+        for lens in self.lenses:
+            self._require_complete_lens(lens)
+        for pair in dict.fromkeys((d.lens, d.other) for d in self.differences):
+            self.mean_difference(*pair, "kl_nats")
+            count = len(self.difference(*pair, "kl_nats"))
+            is_right = count == len(self.shared_layers(*pair))
+            _require(is_right, f"{' − '.join(pair)} has {count} layers")
+        _require(self.beside.keys() <= set(self.lenses), "a lens on the second model is missing")
+        for lens, site in self.sites.items():
+            _require(lens in self.lenses and site in SITES, f"the site of {lens} is wrong")
+        for grids in (self.by_position, self.transfer):
+            for lens, measured in grids.items():
+                is_model = lens in self.models
+                rows = 1 if is_model else self.n_layers
+                _require(is_model or lens in self.lenses, f"it has grids of {lens} only")
+                _require(is_model or "kl_nats" in measured, f"{lens} has no grid of its KL")
+                for metric, grid in measured.items():
+                    columns = rows if grids is self.transfer else len(next(iter(grid.values), []))
+                    is_right = columns > 0 and grid.shapes == 2 * [[columns] * rows]
+                    _require(is_right, f"{metric} of {lens} is not by {self.n_layers} layers")
+
+    def _require_complete_lens(self, lens: str) -> None:
+        require_lens_name(lens)
+        self.of_lens(lens, "kl_nats")
+        if lens not in self.constant:
+            self.of_lens(lens, "mean_prediction_depth")
+        for metric in self.metrics:
+            count = len(self.by_layer(lens, metric))
+            is_right = count == len(self.layers_of(lens)) + (metric == "prediction_depth")
+            _require(is_right, f"{metric} of {lens} has {count} layers")
+
+
+def _require(is_true: bool, reason: str) -> None:
+    if not is_true:
+        raise InputError(reason)
 
 
 def _at(

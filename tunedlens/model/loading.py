@@ -27,6 +27,7 @@ def load_model(
     device_map: DeviceMap | None = None,
     adapter: str | Path | None = None,
     gguf_file: str | None = None,
+    trust_remote_code: bool = False,
     blocks: str | None = None,
     final_norm: str | None = None,
     check: bool = True,
@@ -44,6 +45,8 @@ def load_model(
             unembedding.
         adapter: folder or hub name of a PEFT adapter, which is merged into the model.
         gguf_file: the name of a GGUF file in the folder or on the hub to read the weights from.
+        trust_remote_code: whether to run code that the model's repository brings along. Without
+            it, a model that needs such code is refused.
         blocks: see `FrozenModel`; only for a model whose structure is not recognised.
         final_norm: see `FrozenModel`.
         check: see `FrozenModel`.
@@ -55,8 +58,8 @@ def load_model(
     name = builtin.NAME if model is None else str(model)
     source = _model_source(name, gguf_file)
     placed = _placement(device, device_map, dtype)
-    weights = {} if gguf_file is None else {"gguf_file": gguf_file}
-    options: dict[str, object] = {"revision": revision, **weights}
+    options: dict[str, object] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options |= {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         options |= {"dtype": _load_dtype(dtype), "device_map": placed}
@@ -89,6 +92,7 @@ def load_configured(
         device_map=config.device_map,
         adapter=config.adapter,
         gguf_file=config.gguf_file,
+        trust_remote_code=config.trust_remote_code,
         blocks=config.blocks,
         final_norm=config.final_norm,
         check=check,
@@ -121,6 +125,8 @@ def _load_dtype(name: str) -> torch.dtype:
 def _reason(error: Exception) -> str:
     """Why transformers cannot load a model."""
     reason = first_line(error)
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own; to run that code, give --trust-remote-code"
     if unknown := re.match(r"Unrecognized configuration class <class '.*?(\w+)'>", reason):
         return f"transformers has no causal language model with a {unknown[1]}"
     return reason

@@ -5,6 +5,7 @@ fine-tuned body, or a release of transformers that computes it otherwise.
 """
 
 from collections.abc import Mapping
+from typing import TypedDict
 
 import torch
 from jaxtyping import Float, Int
@@ -12,11 +13,19 @@ from torch import Tensor
 
 from tunedlens.devices import float32_products
 from tunedlens.errors import InputError
-from tunedlens.files import JsonObject
+from tunedlens.files import JsonObject, as_type
 from tunedlens.model.frozen import FrozenModel
 
 _TEXT = "The capital of France is Paris. 1, 2, 3, 4, 5, 6, 7. def main():\n    return"
 _TOKENS, _POSITIONS, _TOP_K = 24, 8, 8
+
+
+class _Probe(TypedDict):
+    """See `take_probe`."""
+
+    ids: list[int]
+    top_ids: list[list[int]]
+    top_log_probs: list[list[float]]
 
 
 def probe_ids(model: FrozenModel) -> Int[Tensor, "1 seq"]:
@@ -62,14 +71,15 @@ def probe_kl(probe: Mapping[str, object], model: FrozenModel) -> float:
     """
     vocab_size = model.identity.vocab_size
     try:
-        ids = [int(i) for i in probe["ids"]]  # type: ignore[attr-defined]
-        top_ids = torch.tensor(probe["top_ids"])
-        expected = torch.tensor(probe["top_log_probs"], dtype=torch.float64)
-        if not ids or top_ids.shape != expected.shape or len(top_ids) > len(ids):
+        known = as_type(_Probe, probe, "it")
+        ids, top_ids = known["ids"], torch.tensor(known["top_ids"])
+        expected = torch.tensor(known["top_log_probs"], dtype=torch.float64)
+        is_grid = top_ids.ndim == 2 and top_ids.numel() > 0
+        if not ids or not is_grid or top_ids.shape != expected.shape or len(top_ids) > len(ids):
             raise ValueError("its lists differ in length")
         if not 0 <= min(*ids, int(top_ids.min())) <= max(*ids, int(top_ids.max())) < vocab_size:
             raise ValueError(f"expected token ids from 0 to {vocab_size - 1}")
-    except (KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise InputError(f"the probe saved with the lens is damaged: {error}") from error
     log_probs = _log_probs(model, ids)[-len(top_ids) :].double().cpu()
     actual = _with_rest(log_probs.gather(-1, top_ids))

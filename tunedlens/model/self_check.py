@@ -35,7 +35,12 @@ def require_causal_states(
             f"{name}: expected {n_layers + 1} states of the residual stream, captured "
             f"{len(states)}; this architecture is not supported"
         )
-    for state in states:
+    for layer, state in enumerate(states):
+        if not state.isfinite().all():
+            raise InputError(
+                f"{name}: the states of layer {layer} are not finite on random tokens; its weights "
+                f"are damaged, or too large for {str(state.dtype).removeprefix('torch.')}"
+            )
         difference = (state[0, :-1] - state[1, :-1]).abs().max()
         if difference > _tolerance(state.dtype) * state.abs().max():
             raise InputError(
@@ -69,6 +74,11 @@ def require_same_logits(
     Raises:
         InputError: they differ; the message names the cause if it is a known one.
     """
+    if not expected.isfinite().all():
+        raise InputError(
+            f"{name}: its logits are not finite; its weights are damaged, or too large for their "
+            "dtype"
+        )
     tolerance = _tolerance(final.dtype) * expected.abs().max()
     final, expected = final.float(), expected.float()
 

@@ -7,9 +7,10 @@ import yaml
 
 from tunedlens.config import ONE_PASS
 from tunedlens.corpus.sources import is_on_hub
-from tunedlens.errors import InputError, first_line
+from tunedlens.errors import InputError
+from tunedlens.escaping import code, for_markdown
 from tunedlens.evaluation import Evaluation
-from tunedlens.files import JsonObject
+from tunedlens.files import JsonObject, parse_yaml
 from tunedlens.report.tables import kl_rows, markdown, scored_text, summary
 
 _FRONT_MATTER = re.compile(r"---\n(.*?)^---\n+", re.DOTALL | re.MULTILINE)
@@ -24,8 +25,8 @@ def card(name: str, manifest: JsonObject, evaluation: Evaluation | None = None) 
         evaluation: held-out results of the training.
     """
     parts = [
-        f"# {name}",
-        f"A {manifest['lens']} lens for `{manifest['model']['name']}`, made by tunedlens.",
+        f"# {for_markdown(name)}",
+        f"A {manifest['lens']} lens for {code(manifest['model']['name'])}, made by tunedlens.",
         "\n".join([
             *(_training(manifest) if "config" in manifest else ()),
             "- Everything else is in `config.json`; load the lens with `tunedlens.load_lens`.",
@@ -60,7 +61,7 @@ def _training(manifest: JsonObject) -> list[str]:
         shape.append(f"- Rank of the translators: at most {config['low_rank']}.")
     return [
         *shape,
-        f"- Text: {text}, blocks of {config['corpus']['seq_len']} tokens.",
+        f"- Text: {for_markdown(text)}, blocks of {config['corpus']['seq_len']} tokens.",
         f"- Fit: {config['fit']}, with {used}, in {seconds:.0f} s on {run['device']} "
         f"({config['precision']}), seed {config['seed']}.",
         f"- Version: tunedlens {run['versions']['tunedlens']}.",
@@ -84,12 +85,10 @@ def with_front_matter(text: str, manifest: JsonObject, license_id: str | None = 
         InputError: the card begins with front matter that is not YAML.
     """
     found = _FRONT_MATTER.match(text)
-    try:
-        own = yaml.safe_load(found[1]) or {} if found else {}
-        if not isinstance(own, dict):
-            raise TypeError("expected lines like `license: mit`")
-    except (yaml.YAMLError, TypeError) as error:
-        raise InputError(f"the front matter of the card is damaged: {first_line(error)}") from error
+    what = "the front matter of the card"
+    own = (parse_yaml(found[1], what) or {}) if found else {}
+    if not isinstance(own, dict):
+        raise InputError(f"{what} is damaged: expected lines like `license: mit`")
     entries = _front_matter(manifest) | own
     if license_id is not None:
         entries["license"] = license_id
@@ -118,8 +117,8 @@ def evaluation_section(evaluation: Evaluation, picture: str) -> str:
     """
     parts = [
         "\n## Evaluation",
-        "\n".join(summary(evaluation)),
-        f"{scored_text(evaluation)}. ± is one standard error, clustered by block.",
+        "\n".join(map(for_markdown, summary(evaluation))),
+        f"{for_markdown(scored_text(evaluation))}. ± is one standard error, clustered by block.",
         markdown(kl_rows(evaluation)),
         f"![KL to the model's final distribution and other metrics, by layer]({picture})",
     ]

@@ -3,13 +3,13 @@
 import csv
 import io
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from urllib.parse import quote
 
 from tunedlens.errors import InputError
+from tunedlens.escaping import code, code_block, for_csv, for_markdown
 from tunedlens.evaluation import Evaluation
 from tunedlens.evaluation.results import Grids
 from tunedlens.files import read_json, write, write_json
@@ -17,8 +17,6 @@ from tunedlens.report import plots
 from tunedlens.report.html.explorer import explorer
 from tunedlens.report.html.page import page
 from tunedlens.report.tables import (
-    code,
-    code_block,
     difference_rows,
     kl_rows,
     markdown,
@@ -81,7 +79,7 @@ def _csv(keys: tuple[str, ...], rows: Iterable[Sequence[object]]) -> str:
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow((*keys, "metric", "value", "standard_error"))
-    lines.writerows(rows)
+    lines.writerows(map(for_csv, row) for row in rows)
     return text.getvalue()
 
 
@@ -99,9 +97,9 @@ def _grid_rows(grids: Grids, evaluation: Evaluation) -> Iterator[list[object]]:
 def _markdown_report(evaluation: Evaluation) -> str:
     run = evaluation.provenance
     parts = [
-        f"# Lenses on {run.get('model', 'a model')}",
-        "\n".join(summary(evaluation)),
-        f"{scored_text(evaluation)}. ± is one standard error, clustered by block.",
+        f"# Lenses on {for_markdown(run.get('model', 'a model'))}",
+        "\n".join(map(for_markdown, summary(evaluation))),
+        f"{for_markdown(scored_text(evaluation))}. ± is one standard error, clustered by block.",
         "## KL(model ‖ lens), nats",
         markdown(kl_rows(evaluation)),
         "## All metrics",
@@ -109,8 +107,8 @@ def _markdown_report(evaluation: Evaluation) -> str:
     ]
     if evaluation.differences:
         parts += ["## Pairwise differences of KL, nats", markdown(difference_rows(evaluation))]
-    if run:
-        parts += ["## Command", f"```sh\n{run['command']}\n```"]
+    if "command" in run:
+        parts += ["## Command", code_block(run["command"], "sh")]
     for name, drawing in plots.DRAWINGS.items():
         if drawing.has_data(evaluation):
             parts.append(f"![{drawing.caption}]({name}.png)")
@@ -146,19 +144,26 @@ def require_own(folder: Path) -> None:
         InputError: the folder holds other files.
     """
     try:
-        other = sorted({path.name for path in folder.iterdir()} - _NAMES - {"wandb"})
-        if not other:
-            data = json.loads((folder / METRICS_JSON).read_text(encoding="utf-8"))
-            other = [] if isinstance(data, dict) and "results" in data else [METRICS_JSON]
-    except (FileNotFoundError, NotADirectoryError):
+        names = {path.name for path in folder.iterdir()} - _NAMES - {"wandb"}
+    except OSError:
         return  # if something is wrong with it, writing says so
-    except (OSError, ValueError):
-        other = [METRICS_JSON]
+    other = sorted(name for name in names if not _is_abandoned(name))
+    if not other and (folder / METRICS_JSON).exists():
+        try:
+            data = read_json(folder / METRICS_JSON)
+        except InputError:
+            data = None
+        other = [] if isinstance(data, dict) and "results" in data else [METRICS_JSON]
     if other:
         raise InputError(
             f"{folder} holds files that do not belong to an evaluation ({other[0]}); choose a new "
             "or empty folder for --output"
         )
+
+
+def _is_abandoned(name: str) -> bool:
+    """Whether a file is a temporary form of one of a report's, which a killed process left."""
+    return name.startswith(".") and any(name.endswith(f".{own}") for own in _NAMES)
 
 
 def write_one_text(
@@ -193,9 +198,10 @@ def write_one_text(
     for name, figure in figures.items():
         plots.save(figure, folder / name)
     write(folder / "page.html", explorer(trajectory))
-    write(folder / "table.csv", to_dataframe(trajectory).to_csv(index=False))
+    write(folder / "table.csv", to_dataframe(trajectory).map(for_csv).to_csv(index=False))
     for lens in lenses:
-        write(folder / f"words-{lens}.csv", words(trajectory, lens).to_csv())
+        table = words(trajectory, lens).rename(for_csv, axis=1).map(for_csv)
+        write(folder / f"words-{lens}.csv", table.to_csv())
     write(folder / "report.md", _markdown_of_text(trajectory, within_blocks, list(heatmaps)))
 
 
@@ -213,12 +219,17 @@ def _markdown_of_text(
         "# One text through the layers",
         code_block(trajectory.text),
         "[An interactive page](page.html), [all metrics as a table](table.csv), the best tokens of "
-        + ", ".join(f"[the {lens} lens]({quote(f'words-{lens}.csv')})" for lens in lenses)
+        + ", ".join(
+            f"[the {for_markdown(lens)} lens]({quote(f'words-{lens}.csv')})" for lens in lenses
+        )
         + ".",
         *(["The plots show the beginning; the page has the whole text."] if is_cut else []),
-        *(f"![{name}]({quote(name)}.png)" for name in heatmaps),
+        *(f"![{for_markdown(name)}]({quote(name)}.png)" for name in heatmaps),
         f"## After {last}, the last token",
         "![The model's best tokens through the layers](curves.png)",
-        *(f"Best tokens: {title}\n\n{table.to_markdown()}" for title, table in tables.items()),
+        *(
+            f"Best tokens: {for_markdown(title)}\n\n{table.to_markdown()}"
+            for title, table in tables.items()
+        ),
     ]
     return "\n\n".join(parts) + "\n"

@@ -1,11 +1,11 @@
 """Results as tables and sentences, plain or in Markdown."""
 
 import math
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tunedlens.errors import InputError
+from tunedlens.escaping import code, for_markdown
 from tunedlens.evaluation import Estimate, Evaluation
 from tunedlens.metrics import METRICS
 from tunedlens.tokenizer import TokenText, display_width
@@ -229,7 +229,7 @@ class TopK:
 
     def to_markdown(self) -> str:
         """A table in Markdown."""
-        return markdown(self._cells(is_code=True))
+        return _markdown_table(self._cells(is_code=True))
 
     def to_text(self, *, is_coloured: bool = True) -> str:
         """A table for a terminal, coloured by probability."""
@@ -249,7 +249,11 @@ class TopK:
         rows = [["layer", *(str(rank + 1) for rank in range(len(self.probs[0])))]]
         for name, *line in zip(self.row_names, self.tokens, self.probs, strict=True):
             cells = zip(*line, strict=True)
-            words = ((code(token.shown) if is_code else token.shown, p) for token, p in cells)
+            # GitHub ends a cell at a bar even within code.
+            words = (
+                (code(token.shown).replace("|", "\\|") if is_code else token.shown, p)
+                for token, p in cells
+            )
             rows.append([name, *(f"{word} {p:.3f}" for word, p in words)])
         return rows
 
@@ -299,25 +303,6 @@ def plus_minus(estimate: Estimate) -> str:
     return f"{value:,.{digits}f} ± {error:,.{digits}f}"
 
 
-def code(word: str) -> str:
-    """A verbatim text in a line of Markdown."""
-    fence = _fence(word, 1)
-    space = " " if len(fence) > 1 else ""
-    return f"{fence}{space}{word}{space}{fence}"
-
-
-def code_block(text: str) -> str:
-    """A verbatim text of several lines in Markdown."""
-    fence = _fence(text, 3)
-    return f"{fence}text\n{text}\n{fence}"
-
-
-def _fence(text: str, shortest: int) -> str:
-    """A run of backticks that is longer than any in the text."""
-    longest = max(map(len, re.findall("`+", text)), default=0)
-    return "`" * max(longest + 1, shortest)
-
-
 def aligned(rows: Rows) -> str:
     """A table in plain text with right-aligned columns."""
     return "\n".join("  ".join(row) for row in padded(rows))
@@ -333,9 +318,11 @@ def padded(rows: Rows) -> Rows:
 
 
 def markdown(rows: Rows) -> str:
-    """A table in Markdown with right-aligned columns."""
+    """A table of plain text in Markdown, with right-aligned columns."""
+    return _markdown_table([list(map(for_markdown, row)) for row in rows])
+
+
+def _markdown_table(rows: Rows) -> str:
+    """A table whose cells are Markdown already."""
     header, *body = rows
-    lines = (header, ["---:"] * len(header), *body)
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines
-    )
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---:"] * len(header), *body))

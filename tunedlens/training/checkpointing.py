@@ -116,7 +116,7 @@ def restore(run: Run) -> TrainState:
         try:
             _require_same_shapes(optimizer.state(), tensors)
             optimizer.load_state(tensors)
-            progress = Progress.from_json(saved["progress"])
+            progress = Progress.from_json(saved["progress"], f"the state of {run.output}")
             run.objective.chunk, text = saved["chunk"], saved["text"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(
@@ -125,7 +125,7 @@ def restore(run: Run) -> TrainState:
             ) from error
     else:
         manifest = checkpoint.read_manifest(run.output)
-        progress = Progress.from_json(manifest["progress"])
+        progress = Progress.from_json(manifest["progress"], f"the manifest of {run.output}")
         if (run.plan.tokens or 0) <= progress.tokens or run.plan.fit in ONE_PASS:
             raise InputError(
                 f"{run.output} is trained on {progress.tokens:,} tokens already; give a larger "
@@ -158,7 +158,7 @@ def _require_same_settings(run: Run) -> None:
     planned = dataclasses.asdict(run.plan)
     for name in ("tokens", "kernel", "micro_batch_size", "shard_layers"):
         saved[name] = planned[name]
-    for name in ("device", "device_map"):
+    for name in ("device", "device_map", "trust_remote_code"):
         saved["model"][name] = planned["model"][name]
     changed = [name for name, value in planned.items() if value != saved[name]]
     if changed:

@@ -130,7 +130,7 @@ def _require_memory(plan: TrainPlan, model: FrozenModel, processes: int) -> None
     if plan.micro_batch_size is not None and not plan.vocab_sample:
         held = min(held, plan.micro_batch_size * plan.positions)
         flag += " or --micro-batch-size"
-    n_states = model.identity.n_layers * len(plan.all_sites) + 1
+    n_states = len(plan.points(model.identity.n_layers)) + 1
     ids = 16 * plan.batch_size * plan.corpus.seq_len
     needed, memory = 4 * held * n_states * model.identity.d_model + ids, _memory_bytes(model.device)
     if needed > memory:

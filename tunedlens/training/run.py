@@ -13,7 +13,7 @@ from tunedlens.config import BASELINES
 from tunedlens.corpus import SELF
 from tunedlens.engine.backend import DTYPES
 from tunedlens.engine.capped import make_objective
-from tunedlens.files import JsonObject
+from tunedlens.files import JsonObject, as_type
 from tunedlens.fit import LensOptimizer, PreconditionedMuon, TorchOptimizer, ValidationResult
 from tunedlens.lenses import AffineLens, TunedLens
 from tunedlens.model import FrozenModel
@@ -120,10 +120,16 @@ class Progress:
         return self.seconds
 
     @classmethod
-    def from_json(cls, data: JsonObject) -> Self:
-        """The inverse of `dataclasses.asdict`."""
-        history = [ValidationResult(**result) for result in data["history"]]
-        return cls(**data | {"history": history})
+    def from_json(cls, data: JsonObject, what: str) -> Self:
+        """The inverse of `dataclasses.asdict`.
+
+        Args:
+            what: what messages call the data.
+
+        Raises:
+            InputError: a value is missing, not known or of another type.
+        """
+        return as_type(cls, data, what)
 
 
 class TrainState(NamedTuple):

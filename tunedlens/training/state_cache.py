@@ -106,7 +106,7 @@ class CachedStateReader(StateReader):
 
     def _save(self, block: Int[Tensor, " seq"], states: Sequence[Tensor]) -> None:
         size = sum(state.nbytes for state in states)
-        if self._bytes_left <= 0:
+        if self._bytes_left <= 0 or not states[-1].isfinite().all():
             return
         if size > self._bytes_left:
             limit = f"has reached its limit of {self._max_gb:g} GB (--cache-gb)"

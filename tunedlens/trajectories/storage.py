@@ -7,14 +7,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TypeVar
 
-import safetensors
 import safetensors.torch
 import torch
 from jaxtyping import jaxtyped
 from torch import Tensor
 
 from tunedlens.errors import InputError
-from tunedlens.files import JsonObject, write
+from tunedlens.files import JsonObject, parse_json, read_tensors, require_lens_name, write
 from tunedlens.metrics import DIVERGENCES
 from tunedlens.model.sites import SITES
 from tunedlens.tokenizer import TokenText
@@ -22,7 +21,7 @@ from tunedlens.trajectories.comparison import Comparison
 from tunedlens.trajectories.result import LensPredictions, Row, Trajectory
 
 FORMAT = 1
-_DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+_DAMAGE = (ValueError, TypeError, KeyError, AttributeError, OverflowError)
 """What a damaged file can raise while it is read and checked."""
 _ID_NAMES = ("input_ids", "next_ids", "tracked_ids")
 _NAMES = tuple(field.name for field in fields(LensPredictions))
@@ -37,7 +36,7 @@ def save(data: Trajectory | Comparison, path: str | Path) -> None:
     """Write a trajectory or comparison to one file; its `load` reads it without the model.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: the file cannot be written, or the name of a lens cannot be part of one.
     """
     if isinstance(data, Trajectory):
         kind, records, tensors = "trajectory", [_record(data)], _tensors(data, "")
@@ -95,6 +94,8 @@ def _tensors(trajectory: Trajectory, prefix: str) -> Tensors:
 
 def _record(trajectory: Trajectory) -> JsonObject:
     """The metadata of one trajectory; the lenses are in the order of the tensors."""
+    for lens in trajectory.predictions:
+        require_lens_name(lens)
     return {
         "model": trajectory.model,
         "text": trajectory.text,
@@ -110,10 +111,9 @@ def _record(trajectory: Trajectory) -> JsonObject:
 @contextmanager
 def _opened(path: Path, kind: str) -> Iterator[tuple[Tensors, list[JsonObject]]]:
     """The tensors and records of a file; whatever is wrong with them becomes an `InputError`."""
+    file = read_tensors(path, dtypes=(torch.float32, torch.int64))
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("tunedlens", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata, tensors = parse_json(file.metadata.get("tunedlens", "{}"), "it"), file.tensors
         found, version, records = (metadata.get(key) for key in ("kind", "format", "records"))
         _require(found == kind, f"it holds {f'a {found}' if found else 'something else'}")
         _require(version == FORMAT, f"it has format {version}; this version reads format {FORMAT}")
@@ -123,9 +123,7 @@ def _opened(path: Path, kind: str) -> Iterator[tuple[Tensors, list[JsonObject]]]
             "it has no description of its content",
         )
         yield tensors, records
-    except FileNotFoundError:
-        raise InputError(f"there is no file {path}") from None
-    except (*_DAMAGE, safetensors.SafetensorError) as error:
+    except _DAMAGE as error:
         reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{path} is damaged or is not a saved {kind}: {reason}") from error
 
@@ -141,6 +139,8 @@ def _trajectory(tensors: Tensors, record: JsonObject, prefix: str) -> Trajectory
     rows = [Row(str(site), int(layer)) for site, layer in record["rows"]]
     layers = range(int(record["n_layers"]) + 1)
     _require(bool(lenses) and len(set(lenses)) == len(lenses), "the lenses are wrong")
+    for lens in lenses:
+        require_lens_name(lens)
     _require(bool(positions) and min(positions) >= 0, "the positions are wrong")
     is_known = all(row.site in SITES and row.layer in layers for row in rows)
     _require(bool(rows) and is_known, "the rows are wrong")

@@ -3,9 +3,9 @@
 import base64
 import json
 from collections.abc import Mapping
-from html import escape
 from importlib import resources
 
+from tunedlens.escaping import for_html
 from tunedlens.evaluation import Evaluation
 from tunedlens.metrics import METRICS
 from tunedlens.report import plots
@@ -22,7 +22,7 @@ def page(evaluation: Evaluation, svgs: Mapping[str, bytes]) -> str:
     """
     run = evaluation.provenance
     title = f"Lenses on {run.get('model', 'a model')}"
-    sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in summary(evaluation))
+    sentences = "".join(f"<li>{for_html(sentence)}</li>" for sentence in summary(evaluation))
     differences = ""
     if evaluation.differences:
         differences = f"""<h2>Pairwise differences: KL, nats</h2>
@@ -35,13 +35,13 @@ the difference.</p>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">
-<title>{escape(title)}</title>
+<title>{for_html(title)}</title>
 <style>
 {_asset("report.css")}</style>
 </head>
 <body>
-<h1>{escape(title)}</h1>
-<p class="note">{escape(scored_text(evaluation))}</p>
+<h1>{for_html(title)}</h1>
+<p class="note">{for_html(scored_text(evaluation))}</p>
 <ul>{sentences}</ul>
 <div class="plots">{"".join(_plot(name, svg) for name, svg in svgs.items())}</div>
 <h2>All metrics</h2>
@@ -51,7 +51,7 @@ the difference.</p>
 <h2>What the metrics mean</h2>
 {_definitions({m.title: m.meaning for name, m in METRICS.items() if name in evaluation.metrics})}
 <h2>How this report was made</h2>
-<pre>{escape(run.get("command", ""))}</pre>
+<pre>{for_html(run.get("command", ""))}</pre>
 {_provenance(evaluation)}
 <script>
 {_asset("report.js")}</script>
@@ -65,7 +65,7 @@ def _asset(name: str) -> str:
 
 
 def _plot(name: str, svg: bytes) -> str:
-    caption = escape(plots.DRAWINGS[name].caption)
+    caption = for_html(plots.DRAWINGS[name].caption)
     data = base64.b64encode(svg).decode()
     wide = ' class="wide"' if name in _WIDE else ""
     return (
@@ -76,7 +76,7 @@ def _plot(name: str, svg: bytes) -> str:
 
 def _table(rows: Rows) -> str:
     header, *body = rows
-    heads = "".join(f"<th><button>{escape(cell)}</button></th>" for cell in header)
+    heads = "".join(f"<th><button>{for_html(cell)}</button></th>" for cell in header)
     lines = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in body)
     return (
         f'<div class="scroll"><table><thead><tr>{heads}</tr></thead>'
@@ -86,7 +86,9 @@ def _table(rows: Rows) -> str:
 
 def _cell(text: str) -> str:
     value, sign, error = text.partition(" ± ")
-    return f"<td>{escape(value)}" + (f" <span>± {escape(error)}</span>" if sign else "") + "</td>"
+    return (
+        f"<td>{for_html(value)}" + (f" <span>± {for_html(error)}</span>" if sign else "") + "</td>"
+    )
 
 
 def _provenance(evaluation: Evaluation) -> str:
@@ -112,7 +114,7 @@ def _provenance(evaluation: Evaluation) -> str:
 def _definitions(terms: Mapping[str, object]) -> str:
     """A definition list of the terms that have a value."""
     lines = (
-        f"<dt>{escape(term)}</dt><dd>{escape(_plain(value))}</dd>"
+        f"<dt>{for_html(term)}</dt><dd>{for_html(_plain(value))}</dd>"
         for term, value in terms.items()
         if value
     )

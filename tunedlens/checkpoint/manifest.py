@@ -1,0 +1,86 @@
+"""The manifest of a lens: `config.json`, which says what the lens is and what made it."""
+
+from pathlib import Path
+from typing import Literal, NotRequired, TypedDict
+
+from tunedlens.config import TrainConfig
+from tunedlens.errors import InputError
+from tunedlens.files import JsonObject, as_type, read_json
+from tunedlens.provenance import Provenance
+
+FORMAT = 1
+MANIFEST = "config.json"
+WEIGHTS = "lens.safetensors"
+
+
+class _Model(TypedDict):
+    name: str
+    revision: NotRequired[str | None]
+    fingerprint: NotRequired[str]
+
+
+class _Text(TypedDict):
+    dataset: str
+    bytes: NotRequired[int]
+    tokens_sha256: NotRequired[str]
+
+
+class _Progress(TypedDict):
+    tokens: int
+    init_tokens: NotRequired[int]
+    start_tokens: NotRequired[int]
+    """In 0.1.0, for `init_tokens`."""
+    seconds: NotRequired[float]
+
+
+class _Result(TypedDict):
+    lens: str
+    layer: int | None
+    metric: str
+    value: float
+    standard_error: float | None
+
+
+class _HeldOut(TypedDict):
+    results: list[_Result]
+
+
+class _Manifest(TypedDict):
+    """What is read from a manifest; a lens that was saved without its training has only a part."""
+
+    format: int
+    lens: Literal["tuned", "jacobian"]
+    created: str
+    model: _Model
+    lens_sha256: str
+    sites: NotRequired[list[str]]
+    layers: NotRequired[list[int] | None]
+    rank: NotRequired[int | None]
+    config: NotRequired[JsonObject]
+    corpus: NotRequired[dict[str, _Text]]
+    progress: NotRequired[_Progress]
+    held_out: NotRequired[_HeldOut]
+    probe: NotRequired[JsonObject | None]
+    provenance: NotRequired[Provenance]
+
+
+def read_manifest(folder: Path) -> JsonObject:
+    """Read `config.json` of a saved lens.
+
+    Raises:
+        InputError: there is no lens in the folder, or its manifest is damaged.
+    """
+    path = folder / MANIFEST
+    manifest = read_json(
+        path, f"{folder} holds no lens: expected {MANIFEST} and {WEIGHTS}, as train.py writes them"
+    )
+    if not isinstance(manifest, dict) or "lens" not in manifest:
+        raise InputError(f"{path} is not the manifest of a lens")
+    if manifest.get("format") != FORMAT:
+        raise InputError(
+            f"{path} has format {manifest.get('format')!r:.40}; this version reads format {FORMAT}"
+        )
+    as_type(_Manifest, manifest, str(path))
+    if "config" in manifest:
+        TrainConfig.from_json(manifest["config"], str(path))
+    return manifest

@@ -1,0 +1,60 @@
+"""What an evaluation depends on."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from tunedlens.config.base import Config, MetricSet, Split, option
+from tunedlens.config.inputs import CorpusConfig, ModelConfig
+from tunedlens.errors import InputError
+
+
+@dataclass(frozen=True)
+class ScoringConfig(Config):
+    """How many positions are scored, and which metrics are computed."""
+
+    tokens: int | None = option(
+        None, "positions to score, exactly (default: 65,536, or all if the text has fewer)"
+    )
+    metrics: MetricSet = option(
+        "standard",
+        "all: also the reverse KL, Jensen-Shannon, ranks, confidence and calibration",
+    )
+    by_position: bool = option(False, "also compute every metric by position in the block")
+    transfer: bool = option(
+        False,
+        "also apply every layer's translator at every other layer, which multiplies the work by "
+        "the number of layers",
+    )
+    batch_size: int = option(8, "blocks in one forward pass; changes memory, not results")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(ScoringConfig):
+    """Which lenses are evaluated, and on which model and text.
+
+    Settings of `model` and `corpus` that keep their defaults are those that the first saved lens
+    was trained with, as long as its own model and text are used.
+    """
+
+    lenses: tuple[str, ...] = ()
+    """Folders of saved lenses, names on the hub, `unigram` or `mean`, each with an optional `NAME=`
+    in front. The logit lens is always added. If empty, the newest saved lens."""
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
+    beside: str | None = option(
+        None,
+        "[NAME=]MODEL: a second model of the same shape, such as a fine-tuned one (or the folder "
+        "of a PEFT adapter for the first), on which the same lenses are scored beside the first",
+    )
+    split: Split | None = option(
+        None,
+        "side of the text to score (default: the held-out side of a text that a lens was trained "
+        "on, and all of any other text)",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.lenses, (str, PurePath)):
+            raise InputError(f"lenses must be a tuple, got {self.lenses!r}")
+        object.__setattr__(self, "lenses", tuple(map(str, self.lenses)))
