@@ -289,8 +289,9 @@ def test_heatmap_is_coloured_by_the_token_that_is_asked_for(tiny, token):
 
 
 def test_figure_of_another_width_is_the_same_picture(read):
-    one, other = read.heatmap("kl_nats"), read.heatmap("kl_nats", width=7.0)
-    factor = 7.0 / one.get_figwidth()
+    read = read[:, :8]
+    one, other = read.heatmap("kl_nats"), read.heatmap("kl_nats", width=6.0)
+    factor = 6.0 / one.get_figwidth()
     assert other.get_size_inches() == pytest.approx(one.get_size_inches() * factor)
     sizes = []
     for figure in (one, other):

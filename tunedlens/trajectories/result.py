@@ -265,7 +265,8 @@ class Trajectory:
         """
         is_it = self.tracked_ids == ids[:, None]
         if not is_it.any():
-            raise _not_tracked(self.vocabulary[int(ids[0])].shown)
+            known = self.vocabulary.get(int(ids[0]))
+            raise _not_tracked(known.shown if known else f"token {int(ids[0])}")
         one = self.predictions[self.lens_name(lens)]
         index = is_it.int().argmax(-1)[None, :, None].expand(len(self.rows), -1, 1)
         ranks = one.tracked_ranks.gather(-1, index)[..., 0]
