@@ -202,7 +202,9 @@ def test_explorer_says_in_words_what_a_cell_is_coloured_by(explorer, read):
     page.select_option("#metric", "rank")
     cell(page, 1, 3).hover()
     rank = int(read.values("rank", "tuned", token="final")[1, 3])
-    assert page.inner_text("#tip .coloured") == f"rank of the model's best token: {rank}"
+    assert page.inner_text("#tip .coloured") == (
+        f"rank of the model's best token ({read.vocabulary[int(read.final_ids[3])].shown}): {rank}"
+    )
     page.select_option("#lens", label="tuned − logit")
     page.select_option("#metric", "kl_nats")
     cell(page, 1, 4).hover()
@@ -238,7 +240,7 @@ def test_explorer_follows_a_token_that_is_clicked_until_it_is_clicked_again(expl
     token = int(read.predictions["tuned"].top_ids[1, 6, 0])
     place = read.tracked_ids[6].tolist().index(token)
     for name, reading in read.predictions.items():
-        points = page.locator(f"polyline[data-lens={name}]").get_attribute("data-points")
+        points = page.locator(f"path[data-lens={name}]").get_attribute("data-points")
         expected = reading.tracked_log_probs[:, 6, place].exp().tolist()
         assert [float(point) for point in points.split()] == pytest.approx(
             expected, rel=1e-3, abs=1e-6
@@ -278,7 +280,7 @@ def test_explorer_has_a_second_text_beside_the_first(
     other = trajectory(tiny_many_positions, lenses, "x = 1\n")
     (tmp_path / "two.html").write_text(read.to_html(other[:, 1:]))
     page, heard = open_page("two.html")
-    assert page.locator(".map").count() == 2
+    assert page.locator(".map").count() == 3
     page.select_option("#metric", "entropy_nats")
     found = page.locator("td[data-text='1'][data-row='2'][data-position='0']")
     expected = other.predictions["tuned"].entropy_nats[2, 1].item()
@@ -308,8 +310,9 @@ def test_explorer_is_no_wider_than_the_screen_and_keeps_its_headers(explorer, wi
 
 def test_numbers_and_colours_of_the_page_are_those_of_python(explorer, read):
     page, _ = explorer
-    sides = {"tuned": read, "logit": read, "tuned − logit": difference(read, "tuned", "logit")}
-    for lens, data in sides.items():
+    pair = difference(read, "tuned", "logit")
+    sides = {"tuned": [read, "tuned"], "logit": [read, "logit"], "tuned − logit": [pair, None]}
+    for lens, (data, name) in sides.items():
         page.select_option("#lens", label=lens)
         for metric, about in TRAJECTORY_METRICS.items():
             page.select_option("#metric", metric)
@@ -318,18 +321,21 @@ def test_numbers_and_colours_of_the_page_are_those_of_python(explorer, read):
                     continue
                 if about.has_token:
                     page.select_option("#token", token)
-                name = None if lens == "tuned − logit" else lens
                 expected = data.values(metric, name, token=token)
-                assert_cells_equal(page, read, expected, metric, name is None)
+                # All lenses have the same colours.
+                both = [read.values(metric, one, token=token) for one in read.predictions]
+                shared = [expected] if name is None else both
+                counted = [(read, one) for one in shared]
+                scale = ColorScale.from_values(metric, counted, is_difference=name is None)
+                assert_cells_equal(page, expected, scale)
 
 
-def assert_cells_equal(page, read, expected, metric, is_difference):
+def assert_cells_equal(page, expected, scale):
     found = page.eval_on_selector_all(
         ".map td",
         "cells => cells.map((c) => [c.dataset.row, c.dataset.position, c.dataset.value,"
         " c.style.backgroundColor, c.style.color])",
     )
-    scale = ColorScale.from_values(metric, [(read, expected)], is_difference=is_difference)
     table, norm = color_table(scale.color_map), scale.norm()
     assert len(found) == expected.numel()
     for row, position, value, background, ink in found:

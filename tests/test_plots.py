@@ -2,7 +2,9 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_evaluation, random_lens
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.textpath import TextPath
 
@@ -287,8 +289,9 @@ def test_heatmap_is_coloured_by_the_token_that_is_asked_for(tiny, token):
 
 
 def test_figure_of_another_width_is_the_same_picture(read):
-    one, other = read.heatmap("kl_nats"), read.heatmap("kl_nats", width=4.0)
-    factor = 4.0 / one.get_figwidth()
+    read = read[:, :8]
+    one, other = read.heatmap("kl_nats"), read.heatmap("kl_nats", width=6.0)
+    factor = 6.0 / one.get_figwidth()
     assert other.get_size_inches() == pytest.approx(one.get_size_inches() * factor)
     sizes = []
     for figure in (one, other):
@@ -298,6 +301,49 @@ def test_figure_of_another_width_is_the_same_picture(read):
         sizes.append([label.get_fontsize() for label in labels])
     assert sizes[1] == pytest.approx([size * factor for size in sizes[0]])
     assert texts(one.axes[0]) == texts(other.axes[0])
+
+
+def test_wide_heatmap_is_folded_so_that_letters_have_5_points(tiny):
+    read = trajectory(tiny, None, "a b c d e f " * 4)
+    figure = read.heatmap("kl", width=6.0)
+    assert figure.get_figwidth() == pytest.approx(6.0)
+    images = [axes.images[0] for axes in figure.axes if axes.images]
+    assert len(images) > 2
+    drawn = np.concatenate([image.get_array() for image in images], 1)
+    assert np.allclose(drawn, read.values("kl_nats").numpy())
+    figure.draw_without_rendering()
+    assert min(text.get_fontsize() for text in figure.findobj(Text) if text.get_text()) >= 5
+
+
+def test_heatmap_takes_a_title_limits_a_map_and_axes(read):
+    axes = Figure().subplots()
+    figure = read.heatmap("kl", title="$x$", limits=(1, 2), cmap="magma", ax=axes)
+    assert figure is axes.figure
+    image = axes.images[0]
+    assert (image.norm.vmin, image.norm.vmax, image.cmap.name) == (1, 2, "magma")
+    assert image.colorbar.extend == "both"
+    assert axes.get_title() == r"\$x\$"
+    assert texts(axes) == texts(read.heatmap().axes[0])
+
+
+def test_outliers_keep_out_of_the_limits_of_the_colours(read):
+    values = read.predictions["logit"].kl_nats
+    values[:] = torch.linspace(1, 2, values.numel()).view(values.shape)
+    values[0, 3:] = 1e6
+    figure = read.heatmap("kl")
+    assert figure.axes[0].images[0].norm.vmax == values[values < 3][len(read.tokens) :].max()
+    assert figure.axes[0].images[0].colorbar.extend == "max"
+
+
+def test_difference_is_by_default_of_the_models_best_token(tiny):
+    lenses = {"tuned": random_lens(tiny), "logit": LogitLens.from_model(tiny)}
+    both = difference(trajectory(tiny, lenses, "def f(x):"), "tuned", "logit")
+    image = both.heatmap("prob").axes[0].images[0]
+    assert np.allclose(image.get_array(), both.values("probability", token="final").numpy())
+    assert "model's best token" in image.colorbar.ax.get_ylabel().replace("\n", " ")
+    ranks = both.heatmap("rank").axes[0].images[0].norm
+    assert ranks(10) - ranks(1) > ranks(1000) - ranks(991)  # logarithmic
+    assert ranks(-10) == pytest.approx(1 - ranks(10))
 
 
 def test_pages_of_a_long_text_have_all_positions_in_the_same_colours(tiny):
@@ -357,9 +403,13 @@ def test_dollars_are_not_read_as_mathematics(read):
         ({"metric": "loss"}, "metric must be one of probability"),
         ({"lens": "tuned"}, "lens must be one of logit"),
         ({"token": "zebra crossing"}, "zebra␣crossing was not tracked"),
-        ({"metric": "rank"}, "rank of top1 is 1 everywhere"),
+        ({"metric": "rank", "token": "top1"}, "rank of top1 is 1 everywhere"),
         ({"metric": "js_nats"}, "metric must be one of probability"),
         ({"width": 0}, "width must be more than 0"),
+        ({"width": 1}, r"width must be at least 1\.9 inches"),
+        ({"limits": (1, 1)}, "limits must be two rising numbers"),
+        ({"cmap": "puce"}, "cmap must be a colour map of matplotlib, got 'puce'"),
+        ({"ax": Figure().subplots(), "width": 7}, "ax takes one lens"),
     ],
 )
 def test_heatmap_that_cannot_be_drawn_is_refused(read, options, words):

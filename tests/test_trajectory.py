@@ -385,7 +385,7 @@ def test_questions_that_have_no_answer_are_refused(tiny):
     with pytest.raises(InputError, match=r"got 'js_nats'; `compare` computes divergences"):
         difference(found, "logit", "logit").values("js_nats")
     with pytest.raises(InputError, match="rank of top1 is 1 everywhere"):
-        found.values("rank")
+        found.values("rank", token="top1")
     with pytest.raises(InputError, match=r"expected a token as text or id, got 1\.5"):
         found.values(token=1.5)
     with pytest.raises(InputError, match="no token to follow"):

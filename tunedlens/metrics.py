@@ -173,3 +173,16 @@ DIVERGENCES = {
     "total_variation": TrajectoryMetric("total variation", low=0),
 }
 """The divergences between two lenses, texts or models at the same row and position."""
+
+_SHORT_NAMES = {
+    "prob": "probability",
+    "logprob": "log_prob",
+    "kl_to_baseline": "kl_to_baseline_nats",
+}
+_SHORT_NAMES |= {"kl": "kl_nats", "entropy": "entropy_nats", "js": "js_nats"}
+_SHORT_NAMES |= {"cross_entropy": "cross_entropy_nats", "tv": "total_variation"}
+
+
+def full_name(metric: str) -> str:
+    """The name in the catalogue of a metric of one text, as `kl_nats` for `kl`."""
+    return _SHORT_NAMES.get(metric, metric) if isinstance(metric, str) else metric

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tunedlens.errors import InputError
-from tunedlens.metrics import DIVERGENCES, TRAJECTORY_METRICS
+from tunedlens.metrics import DIVERGENCES, TRAJECTORY_METRICS, full_name
 from tunedlens.trajectories.result import PartKey, Trajectory
 
 if TYPE_CHECKING:
@@ -56,7 +56,11 @@ class Comparison:
         return lens if lens in self.baseline.predictions else self.baseline.lens_name()
 
     def values(
-        self, metric: str = "probability", lens: str | None = None, *, token: str | int = "top1"
+        self,
+        metric: str = "probability",
+        lens: str | None = None,
+        *,
+        token: str | int | None = None,
     ) -> Float[Tensor, "rows positions"]:
         """A difference, this minus baseline, or a divergence at every row and position.
 
@@ -64,13 +68,14 @@ class Comparison:
             metric: one of `metrics.TRAJECTORY_METRICS` or `metrics.DIVERGENCES`.
             lens: a name; by default the first.
             token: as for `Trajectory.values`. `top1` and `next` are each side's own token;
-                any other token is the same on both sides.
+                any other token is the same on both sides. The default is `final`, the best
+                token of this side's model.
 
         Raises:
             InputError: there is no such metric, lens or tracked token.
         """
-        lens = self.trajectory.lens_name(lens)
-        known = self.divergences.get(lens, {})
+        lens, token = self.trajectory.lens_name(lens), "final" if token is None else token
+        metric, known = full_name(metric), self.divergences.get(lens, {})
         if not isinstance(metric, str) or metric not in {*TRAJECTORY_METRICS, *known}:
             names = ", ".join([*TRAJECTORY_METRICS, *known])
             hint = "" if known or metric not in DIVERGENCES else "; `compare` computes divergences"

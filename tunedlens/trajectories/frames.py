@@ -57,7 +57,7 @@ def scores(
     metric: str = "probability",
     lens: str | None = None,
     *,
-    token: str | int = "top1",
+    token: str | int | None = None,
 ) -> "DataFrame":
     """A wide table of one metric: sites and layers down, positions across.
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tunedlens.errors import InputError
-from tunedlens.metrics import TRAJECTORY_METRICS
+from tunedlens.metrics import TRAJECTORY_METRICS, full_name
 from tunedlens.model import HookPoint
 from tunedlens.tokenizer import TokenText, visible
 
@@ -217,27 +217,34 @@ class Trajectory:
         return torch.full_like(self.input_ids, self.token_id(token))
 
     def values(
-        self, metric: str = "probability", lens: str | None = None, *, token: str | int = "top1"
+        self,
+        metric: str = "probability",
+        lens: str | None = None,
+        *,
+        token: str | int | None = None,
     ) -> Float[Tensor, "rows positions"]:
         """One metric of a lens at every row and position.
 
         Args:
-            metric: one of `metrics.TRAJECTORY_METRICS`.
+            metric: one of `metrics.TRAJECTORY_METRICS`, or short for one: `kl`, `prob`.
             lens: a name; by default the first.
             token: the token of a probability, log_prob, logit or rank: `top1` is the best
                 token of every row and position, `final` the model's best token, `next` the
                 true next token; else a tracked token as text or id, with NaN where it was
-                not tracked.
+                not tracked. The default is `top1`, and `final` for a rank.
 
         Raises:
             InputError: there is no such metric, lens or tracked token.
         """
+        metric = full_name(metric)
         if not isinstance(metric, str) or metric not in TRAJECTORY_METRICS:
             names = ", ".join(TRAJECTORY_METRICS)
             raise InputError(f"metric must be one of {names}; got {metric!r}")
         one = self.predictions[self.lens_name(lens)]
         if not TRAJECTORY_METRICS[metric].has_token:
             return getattr(one, metric)
+        if token is None:
+            token = "final" if metric == "rank" else "top1"
         if token == "top1":
             if metric == "rank":
                 raise InputError(
@@ -258,7 +265,8 @@ class Trajectory:
         """
         is_it = self.tracked_ids == ids[:, None]
         if not is_it.any():
-            raise _not_tracked(self.vocabulary[int(ids[0])].shown)
+            known = self.vocabulary.get(int(ids[0]))
+            raise _not_tracked(known.shown if known else f"token {int(ids[0])}")
         one = self.predictions[self.lens_name(lens)]
         index = is_it.int().argmax(-1)[None, :, None].expand(len(self.rows), -1, 1)
         ranks = one.tracked_ranks.gather(-1, index)[..., 0]

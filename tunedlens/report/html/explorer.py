@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
@@ -14,17 +15,20 @@ from tunedlens.errors import InputError
 from tunedlens.metrics import TRAJECTORY_METRICS
 from tunedlens.report.plots.colors import COLOR_MAPS, MISSING, ColorScale, color_table
 from tunedlens.report.plots.style import Style, styles
-from tunedlens.trajectories import TOKENS, Trajectory
+from tunedlens.trajectories import TOKENS, Comparison, Trajectory
 
 Json = dict[str, object]
+_BYTES = re.compile("⟨((?:[0-9a-f]{2} ?)+)⟩")
+"""A token that forms no whole character, as `tokenizer.shown` writes it."""
 
 
 def explorer(*trajectories: Trajectory) -> str:
-    """An interactive heatmap of one text, or of several texts beside each other.
+    """An interactive heatmap of one text, or of several texts one above the other.
 
     Switch the lens (or the difference of two) and the metric, point at a cell for its best
-    tokens, click it to follow its token through the layers. The page draws; every number,
-    limit, label and colour in it is computed here.
+    tokens, click it to follow its token through the layers. Two texts have their difference
+    below, position by position. The page draws; every number, limit, label and colour in it is
+    computed here. All lenses have the same colours.
 
     Raises:
         InputError: the texts were read with different lenses.
@@ -40,12 +44,15 @@ def explorer(*trajectories: Trajectory) -> str:
     pairs = {f"{a} − {b}": (a, b) for a, b in itertools.combinations(names, 2)}
     everywhere = set.intersection(*map(set, first.tracked_ids.tolist())) - {-1}
     tokens = TOKENS | {i: first.vocabulary[i].shown for i in sorted(everywhere)}
-    views = [_views(trajectory, list(tokens), pairs) for trajectory in trajectories]
-    scales = {}
-    for key in views[0]:
-        lens, metric, *_ = key.split("/")
-        values = [(text, view[key]) for text, view in zip(trajectories, views, strict=True)]
-        scales[key] = asdict(ColorScale.from_values(metric, values, is_difference=lens in pairs))
+    views = [_views(trajectory, names, list(tokens), pairs) for trajectory in trajectories]
+    scales = _scales(trajectories, views, list(pairs))
+    texts = [_text(*both) for both in zip(trajectories, views, strict=True)]
+    if len(trajectories) == 2 and trajectories[0].rows == trajectories[1].rows:
+        ours, theirs = (text[:, : min(map(_length, trajectories))] for text in trajectories)
+        change = _views(Comparison(ours, theirs, {}), names, list(tokens), pairs)
+        for key, scale in _scales([ours], [change], [*names, *pairs]).items():
+            scales[f"change/{key}"] = scale
+        texts.append(_text(ours, change) | {"is_change": True})
     line_styles = styles(names, {})
     data: Json = {
         "metrics": {name: asdict(metric) for name, metric in TRAJECTORY_METRICS.items()},
@@ -55,7 +62,7 @@ def explorer(*trajectories: Trajectory) -> str:
         "lenses": {lens: _line_style(line_styles[lens]) for lens in names},
         "pairs": pairs,
         "scales": scales,
-        "texts": [_text(*both) for both in zip(trajectories, views, strict=True)],
+        "texts": texts,
     }
     # Escaping "<" keeps a text that contains </script> inside the JSON.
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -63,8 +70,43 @@ def explorer(*trajectories: Trajectory) -> str:
     return template.replace("__DATA__", text.replace("<", "\\u003c"))
 
 
+def _length(trajectory: Trajectory) -> int:
+    return len(trajectory.positions)
+
+
+def _scales(
+    trajectories: Sequence[Trajectory],
+    views: Sequence[Mapping[str, Tensor]],
+    pairs: Sequence[str],
+) -> dict[str, Json]:
+    """The scales of all views, which lenses share, and so do pairs of lenses.
+
+    Args:
+        pairs: the names before the slash of views that are differences.
+    """
+    groups: dict[tuple[bool, str], list[tuple[Trajectory, Tensor]]] = {}
+    for text, view in zip(trajectories, views, strict=True):
+        for key, values in view.items():
+            lens, _, what = key.partition("/")
+            groups.setdefault((lens in pairs, what), []).append((text, values))
+    scales = {
+        (is_pair, what): asdict(
+            ColorScale.from_values(what.split("/")[0], group, is_difference=is_pair)
+        )
+        for (is_pair, what), group in groups.items()
+    }
+    return {
+        key: scales[lens in pairs, what]
+        for key in views[0]
+        for lens, _, what in [key.partition("/")]
+    }
+
+
 def _views(
-    trajectory: Trajectory, tokens: Sequence[str | int], pairs: Mapping[str, tuple[str, str]]
+    data: Trajectory | Comparison,
+    lenses: Sequence[str],
+    tokens: Sequence[str | int],
+    pairs: Mapping[str, tuple[str, str]],
 ) -> dict[str, Tensor]:
     """The values of every lens and pair of lenses, for every metric and token.
 
@@ -76,16 +118,35 @@ def _views(
             if (metric, token) == ("rank", "top1"):  # it is 1 everywhere
                 continue
             suffix = f"/{metric}/{token}" if about.has_token else f"/{metric}"
-            for lens, one in trajectory.predictions.items():
-                is_unknown = isinstance(token, int) and token not in trajectory.vocabulary
-                views[lens + suffix] = (
-                    one.kl_nats * math.nan
-                    if is_unknown
-                    else trajectory.values(metric, lens, token=token)
-                )
+            for lens in lenses:
+                try:
+                    views[lens + suffix] = data.values(metric, lens, token=token)
+                except InputError:
+                    views[lens + suffix] = data.values("kl_nats", lens) * math.nan
             for pair, (a, b) in pairs.items():
                 views[pair + suffix] = views[a + suffix] - views[b + suffix]
     return views
+
+
+def _pieces(trajectory: Trajectory) -> list[Json]:
+    """The text in pieces of whole characters, each with the index of its last token."""
+    pieces: list[Json] = []
+    pending, names = b"", ""
+    for index, token in enumerate(trajectory.input_ids.tolist()):
+        text, shown = trajectory.vocabulary[token]
+        if text == shown and (found := _BYTES.fullmatch(shown)):
+            pending, names = pending + bytes.fromhex(found[1]), names + shown
+            try:
+                text = pending.decode()
+            except UnicodeDecodeError:
+                continue  # the next token has the rest of the character
+        else:
+            text = names + text  # bytes that no token completes
+        pieces.append({"text": text, "at": index})
+        pending, names = b"", ""
+    if names:
+        pieces.append({"text": names, "at": len(trajectory.positions) - 1})
+    return pieces
 
 
 def _text(trajectory: Trajectory, views: dict[str, Tensor]) -> Json:
@@ -94,6 +155,7 @@ def _text(trajectory: Trajectory, views: dict[str, Tensor]) -> Json:
     return {
         "model": trajectory.model,
         "tokens": [shown[i] for i in trajectory.input_ids.tolist()],
+        "pieces": _pieces(trajectory),
         "positions": trajectory.positions,
         "next": [shown.get(i) for i in next_ids],
         "next_ids": next_ids,

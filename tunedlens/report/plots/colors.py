@@ -1,14 +1,15 @@
 """Colour scales of heatmaps: one definition for figures and for the interactive page."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tunedlens.errors import InputError
 from tunedlens.metrics import DIVERGENCES, TRAJECTORY_METRICS
 from tunedlens.trajectories import Trajectory
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 COLOR_MAPS = ("cividis", "cividis_r", "RdBu")
 MISSING = "#d9d9d9"
 """The colour of a cell without a value."""
+Scale = Literal["linear", "sqrt", "log", "asinh"]
 _READABLE = 0.179
 """Above this luminance, black letters have more contrast than white ones."""
 
@@ -28,10 +30,10 @@ class ColorScale:
 
     low: float
     high: float
-    scale: str
-    """`linear`, `sqrt` or `log`."""
+    scale: Scale
+    """`asinh` is logarithmic on both sides of 0."""
     color_map: str
-    """One of `COLOR_MAPS`."""
+    """One of `COLOR_MAPS`, or any map of matplotlib in a figure."""
 
     @classmethod
     def from_values(
@@ -43,27 +45,45 @@ class ColorScale:
     ) -> "ColorScale":
         """The scale of a metric for the values of several texts or lenses.
 
-        Position 0 of a text does not influence the limits, because it is unlike all others.
-        Differences have a diverging map around 0.
+        Position 0 of a text does not influence the limits, because it is unlike all others, and
+        neither do outliers by Tukey's rule: values on the scale that are further from the
+        quartiles than 1.5 times the distance between them. Differences have a diverging map
+        around 0, and differences of ranks a scale that is logarithmic on both sides.
         """
         parts = []
         for text, part in values:
             is_counted = torch.tensor(text.positions) > 0
             parts.append(part[:, is_counted] if is_counted.any() else part)
         counted = torch.cat([part[part.isfinite()] for part in parts])
-        low, high = (counted.min().item(), counted.max().item()) if len(counted) else (0.0, 1.0)
-        if is_difference and metric in TRAJECTORY_METRICS:
-            largest = max(abs(low), abs(high)) or 1.0
-            return cls(-largest, largest, "linear", "RdBu")
         shown = (TRAJECTORY_METRICS | DIVERGENCES)[metric]
+        if is_difference and metric in TRAJECTORY_METRICS:
+            scale: Scale = "asinh" if shown.scale == "log" else "linear"
+            low, high = _whiskers(torch.cat([counted, -counted]), scale)
+            return cls(-high or -1.0, high or 1.0, scale, "RdBu")
+        low, high = _whiskers(counted, shown.scale)
         low = low if shown.low is None else shown.low
         high = high if shown.high is None else shown.high
         color_map = "cividis_r" if shown.is_low_better else "cividis"
         return cls(low, high if high > low else low + 1, shown.scale, color_map)
 
+    def changed(self, limits: tuple[float, float] | None, color_map: str | None) -> "ColorScale":
+        """The scale with other limits or another colour map, checked."""
+        from matplotlib import colormaps
+
+        low, high = (self.low, self.high) if limits is None else limits
+        if not low < high or (self.scale == "log" and low <= 0):
+            above = " above 0" if self.scale == "log" else ""
+            raise InputError(f"limits must be two rising numbers{above}, got {low} and {high}")
+        if color_map is not None and color_map not in colormaps:
+            raise InputError(f"cmap must be a colour map of matplotlib, got {color_map!r}")
+        return replace(self, low=low, high=high, color_map=color_map or self.color_map)
+
     def norm(self) -> "Normalize":
         """The scale for matplotlib."""
-        from matplotlib.colors import LogNorm, Normalize, PowerNorm
+        from matplotlib.colors import AsinhNorm, LogNorm, Normalize, PowerNorm
+
+        if self.scale == "asinh":
+            return AsinhNorm(vmin=self.low, vmax=self.high)
 
         if self.scale == "sqrt":
             return PowerNorm(0.5, self.low, self.high)
@@ -74,6 +94,25 @@ class ColorScale:
         from matplotlib import colormaps
 
         return colormaps[self.color_map].with_extremes(bad=MISSING)
+
+
+def _whiskers(values: Float[Tensor, " values"], scale: Scale) -> tuple[float, float]:
+    """The smallest and the largest value that is no outlier."""
+    if not len(values):
+        return 0.0, 1.0
+    on_scale = _TRANSFORMS[scale](values)
+    first, third = on_scale.quantile(torch.tensor([0.25, 0.75])).tolist()
+    reach = 1.5 * (third - first) or math.inf
+    inside = values[(on_scale >= first - reach) & (on_scale <= third + reach)]
+    return inside.min().item(), inside.max().item()
+
+
+_TRANSFORMS: dict[Scale, Callable[[Tensor], Tensor]] = {
+    "linear": torch.Tensor.float,
+    "sqrt": lambda values: values.clamp(min=0).sqrt(),
+    "log": torch.log,
+    "asinh": torch.asinh,
+}
 
 
 def color_table(color_map: str) -> list[tuple[str, str]]:

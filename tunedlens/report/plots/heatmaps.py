@@ -3,13 +3,15 @@
 import itertools
 import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tunedlens.errors import InputError
-from tunedlens.metrics import DIVERGENCES, TRAJECTORY_METRICS
+from tunedlens.metrics import DIVERGENCES, TRAJECTORY_METRICS, full_name
 from tunedlens.report.plots.colors import ColorScale, ink
 from tunedlens.report.plots.style import drawable, new_figure, resize
 from tunedlens.trajectories import TOKENS, Comparison, Trajectory
@@ -24,6 +26,12 @@ _MAX_WORD = 6.0
 """The width of the widest word in units of its font size."""
 _CELL = 0.62
 """The width of a cell in inches."""
+_MARGINS = 1.9
+"""The width of the names of layers and of the colour bar in inches."""
+_POINTS = 6.5
+"""The size of the words in cells."""
+_MIN_POINTS = 5.0
+"""The smallest size that they may be scaled to."""
 
 
 def heatmap(
@@ -31,28 +39,39 @@ def heatmap(
     metric: str = "probability",
     lens: str | Sequence[str] | None = None,
     *,
-    token: str | int = "top1",
+    token: str | int | None = None,
+    title: str | None = None,
+    limits: tuple[float, float] | None = None,
+    cmap: str | None = None,
     width: float | None = None,
+    ax: "Axes | None" = None,
 ) -> "Figure":
     """The best token of every row and position, coloured by a metric.
 
     The model is on top, the embeddings are at the bottom. Cells with the model's best token
-    are outlined. True next tokens stand above, in bold where the model is right. Position 0
-    does not influence the limits of the colours. A `Comparison` is coloured by the difference
-    of its two sides, or by a divergence.
+    are outlined. True next tokens stand above, in bold where the model is right. A `Comparison`
+    is coloured by the difference of its two sides, or by a divergence.
 
     Args:
         data: the whole or a part: `read[::2, 10:40]` draws every other layer.
-        metric: one of `metrics.TRAJECTORY_METRICS`, or of `DIVERGENCES` for a comparison.
+        metric: one of `metrics.TRAJECTORY_METRICS`, or of `DIVERGENCES` for a comparison, or
+            short for one: `kl`, `prob`.
         lens: one or several names; by default the first. Several lenses are drawn one above the
             other with the same colours.
-        token: the token of a probability, log_prob, logit or rank; see `Trajectory.values`.
-        width: the width of the figure in inches, to which its height and letters are scaled.
-            By default the letters have 6.5 points.
+        token: the token of a probability, log_prob, logit or rank; see `Trajectory.values` and
+            `Comparison.values`.
+        title: stands above the figure.
+        limits: the values of the first and the last colour. By default position 0 and outliers
+            do not influence them.
+        cmap: a colour map of matplotlib.
+        width: the width of the figure in inches. Letters are scaled with it, down to 5 points; a
+            text that is too long for this is folded into several rows. By default there is one
+            row, with letters of 6.5 points.
+        ax: axes of a figure to draw one lens into. The figure keeps its size.
 
     Raises:
-        InputError: there is no such metric, lens or tracked token, or there are more than 60
-            positions.
+        InputError: there is no such metric, lens, tracked token or colour map, or there are more
+            than 60 positions.
     """
     count = len(_trajectory(data).positions)
     if count > _MAX_POSITIONS:
@@ -60,8 +79,10 @@ def heatmap(
             f"{count} positions are too many to read in one figure; draw a part of at most "
             f"{_MAX_POSITIONS}, as read[:, :40], or plots.heatmap_pages"
         )
-    (figure,) = heatmap_pages(data, metric, lens, token=token, width=width, per_page=count)
-    return figure
+    panels = _Panels.of(data, metric, lens, token=token, limits=limits, cmap=cmap)
+    return (
+        panels.draw(slice(None), title, width) if ax is None else panels.draw_into(ax, title, width)
+    )
 
 
 def heatmap_pages(
@@ -69,74 +90,143 @@ def heatmap_pages(
     metric: str = "probability",
     lens: str | Sequence[str] | None = None,
     *,
-    token: str | int = "top1",
+    token: str | int | None = None,
+    title: str | None = None,
+    limits: tuple[float, float] | None = None,
+    cmap: str | None = None,
     width: float | None = None,
     per_page: int = 24,
 ) -> Iterator["Figure"]:
     """A long text as several heatmaps with the same colours.
 
     Args:
-        data, metric, lens, token, width: as for `heatmap`.
+        data, metric, lens, token, title, limits, cmap, width: as for `heatmap`.
         per_page: the largest number of positions per figure; 24 are 17 inches wide, 8 are 7.
     """
     if not 1 <= per_page <= _MAX_POSITIONS:
         raise InputError(f"per_page must be between 1 and {_MAX_POSITIONS}, got {per_page}")
-    if width is not None and not width > 0:
-        raise InputError(f"width must be more than 0 inches, got {width}")
-    trajectory = _trajectory(data)
-    lens = trajectory.lens_name() if lens is None else lens
-    lenses = [lens] if isinstance(lens, str) else list(lens)
-    if not lenses:
-        raise InputError("there is no lens to draw; name one, or leave it out for the first")
-    values = {one: data.values(metric, one, token=token) for one in lenses}
-    scale = ColorScale.from_values(
-        metric,
-        [(trajectory, one) for one in values.values()],
-        is_difference=isinstance(data, Comparison),
-    )
-    label = _label(data, metric, token, lenses)
-    count = len(trajectory.positions)
-    size = -(-count // -(-count // per_page))  # pages of nearly equal length
-    for start in range(0, count, size):
-        page = slice(start, start + size)
-        drawn = {one: value[:, page] for one, value in values.items()}
-        figure = _draw(data[:, page], drawn, scale, label)
-        if width is not None:
-            resize(figure, width / figure.get_figwidth())
-        yield figure
+    panels = _Panels.of(data, metric, lens, token=token, limits=limits, cmap=cmap)
+    for page in _pieces(len(_trajectory(data).positions), per_page):
+        yield panels.draw(page, title, width)
+
+
+def _pieces(count: int, longest: int) -> list[slice]:
+    """Pieces of nearly equal length."""
+    size = -(-count // -(-count // longest))
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _trajectory(data: Trajectory | Comparison) -> Trajectory:
     return data.trajectory if isinstance(data, Comparison) else data
 
 
-def _draw(
-    data: Trajectory | Comparison,
-    values: dict[str, Float[Tensor, "rows positions"]],
-    scale: ColorScale,
-    label: str,
-) -> "Figure":
-    """One figure with a panel for every lens."""
-    trajectory = _trajectory(data)
-    count, n_rows = len(trajectory.positions), len(trajectory.rows)
-    size = (1.9 + _CELL * count, 1.4 + 0.24 * n_rows * len(values))  # inches
-    norm, color_map = scale.norm(), scale.colors()
-    with new_figure(*size, has_tokens=True) as figure:
-        panels = figure.subplots(len(values), squeeze=False, sharex=True)[:, 0].tolist()
-        for axes, (lens, drawn) in zip(panels, values.items(), strict=True):
+@dataclass(frozen=True, eq=False)
+class _Panels:
+    """What is drawn: a panel for every lens, on one scale."""
+
+    data: Trajectory | Comparison
+    values: dict[str, Float[Tensor, "rows positions"]]
+    """By lens."""
+    scale: ColorScale
+    label: str
+
+    @classmethod
+    def of(
+        cls,
+        data: Trajectory | Comparison,
+        metric: str,
+        lens: str | Sequence[str] | None,
+        *,
+        token: str | int | None,
+        limits: tuple[float, float] | None,
+        cmap: str | None,
+    ) -> "_Panels":
+        """Check what is asked for and look up its values."""
+        trajectory, metric = _trajectory(data), full_name(metric)
+        lens = trajectory.lens_name() if lens is None else lens
+        lenses = [lens] if isinstance(lens, str) else list(lens)
+        if not lenses:
+            raise InputError("there is no lens to draw; name one, or leave it out for the first")
+        values = {one: data.values(metric, one, token=token) for one in lenses}
+        is_difference = isinstance(data, Comparison)
+        counted = [(trajectory, one) for one in values.values()]
+        scale = ColorScale.from_values(metric, counted, is_difference=is_difference)
+        if token is None:
+            token = "final" if is_difference or metric == "rank" else "top1"
+        return cls(data, values, scale.changed(limits, cmap), _label(data, metric, token, lenses))
+
+    def draw(self, page: slice, title: str | None, width: float | None) -> "Figure":
+        """A figure of some positions, folded into rows if letters would be too small."""
+        if width is not None and not width > 0:
+            raise InputError(f"width must be more than 0 inches, got {width}")
+        positions = range(len(_trajectory(self.data).positions))[page]
+        longest = len(positions)
+        if width is not None:
+            longest = min(longest, int((width * _POINTS / _MIN_POINTS - _MARGINS) / _CELL))
+        if longest < 1:
+            least = (_MARGINS + _CELL) * _MIN_POINTS / _POINTS
+            raise InputError(f"width must be at least {least:.1f} inches to be read, got {width}")
+        folds = [positions[piece] for piece in _pieces(len(positions), longest)]
+        columns, n_rows = len(folds[0]), len(_trajectory(self.data).rows)
+        height = 1.4 + 0.24 * n_rows * len(self.values)
+        size = (_MARGINS + _CELL * columns, height * len(folds) + 0.3 * bool(title))  # inches
+        with new_figure(*size, has_tokens=True) as figure:
+            parts = (
+                figure.subfigures(len(folds), squeeze=False)[:, 0] if len(folds) > 1 else [figure]
+            )
+            for part, fold in zip(parts, folds, strict=True):
+                panels = part.subplots(len(self.values), squeeze=False, sharex=True)[:, 0].tolist()
+                self._fill(panels, slice(fold.start, fold.stop), columns, height)
+            if title:
+                figure.suptitle(drawable(title), fontsize=9)
+        if width is not None:
+            resize(figure, width / figure.get_figwidth())
+        return figure
+
+    def draw_into(self, axes: "Axes", title: str | None, width: float | None) -> "Figure":
+        """Draw the one lens into axes that exist."""
+        figure = axes.get_figure(root=True)
+        if width is not None or len(self.values) > 1 or figure is None:
+            raise InputError("ax takes one lens and the width of its figure; leave width out")
+        count = len(_trajectory(self.data).positions)
+        self._fill([axes], slice(None), count, figure.get_figheight())
+        if title:
+            axes.set_title(drawable(title), fontsize=9)
+        return figure
+
+    def _fill(self, panels: list["Axes"], page: slice, columns: int, height: float) -> None:
+        """Draw some positions into axes that have room for a number of columns."""
+        data = self.data[:, page]
+        trajectory = _trajectory(data)
+        norm, color_map = self.scale.norm(), self.scale.colors()
+        for axes, (lens, values) in zip(panels, self.values.items(), strict=True):
+            drawn = values[:, page]
             image = axes.imshow(
                 drawn.numpy(), origin="lower", aspect="auto", norm=norm, cmap=color_map
             )
+            axes.set_xlim(-0.5, columns - 0.5)
             _write_cells(axes, trajectory, lens, image)
-            axes.set_yticks(range(n_rows), trajectory.row_names, fontsize=7)
+            axes.set_yticks(range(len(trajectory.rows)), trajectory.row_names, fontsize=7)
             axes.set_ylabel(f"layer, {lens} lens", fontsize=8)
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
         _name_inputs(panels[-1], data)
         _name_next_tokens(panels[0], trajectory)
-        bar = figure.colorbar(image, ax=panels, pad=0.01, aspect=30, format="%g")
-        bar.set_label(_folded(label, size[1] - 1), fontsize=8)
-    return figure
+        bar = panels[0].figure.colorbar(
+            image, ax=panels, pad=0.01, aspect=30, format="%g", extend=self._beyond()
+        )
+        bar.set_label(_folded(self.label, height - 1), fontsize=8)
+
+    def _beyond(self) -> str:
+        """The ends of the colour bar beyond which there are values, as matplotlib calls them."""
+        known = torch.cat([values[values.isfinite()] for values in self.values.values()])
+        is_below, is_above = (
+            bool((known < self.scale.low).any()),
+            bool((known > self.scale.high).any()),
+        )
+        return {(True, True): "both", (True, False): "min", (False, True): "max"}.get(
+            (is_below, is_above), "neither"
+        )
 
 
 def _write_cells(axes: "Axes", trajectory: Trajectory, lens: str, image: "AxesImage") -> None:
