@@ -105,9 +105,9 @@ class Costs:
         self.first_pass: float = forward + n_points * 4 * d_model**2 * fp32
         if plan.fit == "jacobian":
             self.first_pass = forward * (1 + 2 * d_model)  # a backward pass for every dimension
-        optimizer = 34 * d_model**3 / plan.step_tokens
-        layer = 4 * d_model * rows + 2 * d_model**2 * (1 + fp32) + optimizer
-        self.step: float = forward + 2 * product + n_points * layer
+        self.optimizer: float = n_points * 34 * d_model**3 / plan.step_tokens
+        layer = 4 * d_model * rows + 2 * d_model**2 * (1 + fp32)
+        self.step: float = forward + 2 * product + n_points * layer + self.optimizer
         self.validation: float = forward + (n_points + 2) * product
         self.table: float = forward + 2 * n_points * product * fp32
 
