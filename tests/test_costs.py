@@ -1,18 +1,26 @@
-from types import SimpleNamespace
-
 import pytest
-from torch import nn
 
 from tunedlens.corpus import ResolvedCorpus
+from tunedlens.model import ModelShape
 from tunedlens.training.plan import Costs, TrainPlan, count_validations, next_validation_step
 
 
 def costs(vocab_size=49_152, sample=6144, n_layers=30, d_model=576, init_tokens=22_000):
     """The costs of a run on a model of SmolLM2-135M's shape: 12 d_model^2 parameters in a block."""
-    blocks = nn.ModuleList(
-        nn.Linear(12 * d_model, d_model, bias=False, device="meta") for _ in range(n_layers)
+    block_weights = n_layers * 12 * d_model**2
+    shape = ModelShape(
+        name="random",
+        n_layers=n_layers,
+        d_model=d_model,
+        vocab_size=vocab_size,
+        weights=block_weights + d_model * vocab_size,
+        block_weights=block_weights,
+        widest=4 * d_model,
+        context=1024,
+        has_bias=False,
+        is_scaled=False,
+        is_capped=False,
     )
-    identity = SimpleNamespace(n_layers=n_layers, d_model=d_model, vocab_size=vocab_size)
     plan = TrainPlan(
         corpus=ResolvedCorpus(dataset="text", seq_len=1024),
         max_tokens=10**9,
@@ -26,7 +34,7 @@ def costs(vocab_size=49_152, sample=6144, n_layers=30, d_model=576, init_tokens=
         weight_decay=0.0,
         validation_tokens=1024,
     )
-    return Costs(plan, SimpleNamespace(blocks=blocks, identity=identity))
+    return Costs(plan, shape)
 
 
 def test_step_of_validation_doubles_with_every_second_one():

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-_SPARE = 4
+SPARE = 4
 """A device keeps sums that take up to a quarter of its free memory."""
 
 
@@ -27,7 +27,7 @@ def device_of_sums(device: torch.device, elements: int) -> torch.device:
     fits = has_float64(device)
     if device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(device)
-        fits = _SPARE * 8 * elements <= free_bytes
+        fits = SPARE * 8 * elements <= free_bytes
     return device if fits else torch.device("cpu")
 
 

@@ -5,9 +5,17 @@ import sys
 from tunedlens.cli.doctor import doctor_command
 from tunedlens.cli.evaluate import evaluate_command
 from tunedlens.cli.listing import list_command
+from tunedlens.cli.plan import plan_command
 from tunedlens.cli.train import train_command
 
-__all__ = ["doctor_command", "evaluate_command", "list_command", "main", "train_command"]
+__all__ = [
+    "doctor_command",
+    "evaluate_command",
+    "list_command",
+    "main",
+    "plan_command",
+    "train_command",
+]
 
 
 def main() -> int:
@@ -17,6 +25,7 @@ def main() -> int:
         "evaluate": evaluate_command,
         "doctor": doctor_command,
         "list": list_command,
+        "plan": plan_command,
     }
     if len(sys.argv) > 1 and sys.argv[1] in commands:
         return commands[sys.argv[1]](sys.argv[2:])

@@ -14,6 +14,7 @@ from tunedlens.config import Dtype, ModelConfig
 from tunedlens.errors import InputError, first_line
 from tunedlens.model.frozen import FrozenModel
 from tunedlens.model.quantised import is_quantised
+from tunedlens.model.shape import ModelShape, shape_without_weights
 
 DeviceMap = str | dict[str, int | str | torch.device]
 
@@ -97,6 +98,27 @@ def load_configured(
         final_norm=config.final_norm,
         check=check,
     )
+
+
+def load_shape(config: ModelConfig) -> ModelShape:
+    """The shape of a model, from its configuration file alone.
+
+    The weights of a quantised model are counted as if they were not quantised.
+
+    Raises:
+        InputError: there is no such configuration, or the model is not supported.
+    """
+    name = builtin.NAME if config.model is None else config.model
+    source = _model_source(name, config.gguf_file)
+    trusted = {"trust_remote_code": config.trust_remote_code}
+    options = trusted | ({} if config.gguf_file is None else {"gguf_file": config.gguf_file})
+    try:
+        found = transformers.AutoConfig.from_pretrained(source, revision=config.revision, **options)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(found, **trusted)
+    except Exception as error:  # transformers raises many kinds of exception
+        raise InputError(f"cannot read the model {name}: {_reason(error)}") from error
+    return shape_without_weights(name, model, config.blocks, config.final_norm)
 
 
 def _with_all_weights(source: str, options: Mapping[str, object]) -> transformers.PreTrainedModel:

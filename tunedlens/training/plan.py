@@ -8,13 +8,7 @@ from dataclasses import dataclass
 
 from tunedlens.config import BASELINES, ONE_PASS, Kernel, Precision, TrainConfig
 from tunedlens.corpus import ResolvedCorpus
-from tunedlens.model import (
-    TRANSLATED_SITES,
-    FrozenModel,
-    HookPoint,
-    count_weights,
-    hook_points,
-)
+from tunedlens.model import TRANSLATED_SITES, HookPoint, ModelShape, hook_points
 
 _VALIDATION_FRACTION, _TABLE_FRACTION = 0.1, 0.2
 """The largest fractions of a run's operations for validation and for the table at the end."""
@@ -101,26 +95,26 @@ def count_validations(steps: int) -> int:
 class Costs:
     """Operations per token, counted as if all were in the precision of the products."""
 
-    def __init__(self, plan: TrainPlan, model: FrozenModel) -> None:
-        self.plan, identity = plan, model.identity
-        n_points, d_model = len(plan.points(identity.n_layers)), identity.d_model
+    def __init__(self, plan: TrainPlan, shape: ModelShape) -> None:
+        self.plan = plan
+        n_points, d_model = len(plan.points(shape.n_layers)), shape.d_model
         fp32 = _FP32_COST if plan.precision == "bf16" else 1.0
-        forward = 2 * count_weights(model.blocks) * _FORWARD_COST
-        product = 2 * d_model * identity.vocab_size
-        rows = plan.vocab_sample or identity.vocab_size
+        self.forward: float = 2 * shape.block_weights * _FORWARD_COST
+        forward, product = self.forward, 2 * d_model * shape.vocab_size
+        rows = plan.vocab_sample or shape.vocab_size
         self.first_pass: float = forward + n_points * 4 * d_model**2 * fp32
         if plan.fit == "jacobian":
             self.first_pass = forward * (1 + 2 * d_model)  # a backward pass for every dimension
-        optimizer = 34 * d_model**3 / plan.step_tokens
-        layer = 4 * d_model * rows + 2 * d_model**2 * (1 + fp32) + optimizer
-        self.step: float = forward + 2 * product + n_points * layer
+        self.optimizer: float = n_points * 34 * d_model**3 / plan.step_tokens
+        layer = 4 * d_model * rows + 2 * d_model**2 * (1 + fp32)
+        self.step: float = forward + 2 * product + n_points * layer + self.optimizer
         self.validation: float = forward + (n_points + 2) * product
         self.table: float = forward + 2 * n_points * product * fp32
 
     def validation_tokens(self, tokens: int) -> int:
         """Affordable held-out positions of one validation, if the steps take this many tokens."""
         validations = count_validations(-(-tokens // self.plan.step_tokens))
-        affordable = _VALIDATION_FRACTION * self._total(tokens) / validations / self.validation
+        affordable = _VALIDATION_FRACTION * self.fit(tokens) / validations / self.validation
         affordable = min(affordable, _MAX_VALIDATION_TOKENS)
         seq_len = self.plan.corpus.seq_len
         return seq_len * max(int(affordable / seq_len), _MIN_VALIDATION_BLOCKS)
@@ -129,11 +123,19 @@ class Costs:
         """The plan's `evaluate_tokens`, or affordable positions of the table at the end."""
         if self.plan.evaluate_tokens is not None:
             return self.plan.evaluate_tokens
-        affordable = _TABLE_FRACTION * self._total(tokens) / self.table
+        affordable = _TABLE_FRACTION * self.fit(tokens) / self.table
         affordable = min(affordable, _MAX_TABLE_TOKENS)
         positions = self.plan.corpus.seq_len - 1
         return positions * max(int(affordable / positions), _MIN_TABLE_BLOCKS)
 
-    def _total(self, tokens: int) -> float:
+    def fit(self, tokens: int) -> float:
+        """Operations of the first pass and of steps that take this many tokens."""
         init_tokens = 0 if self.plan.fit in BASELINES else self.plan.init_tokens
         return init_tokens * self.first_pass + tokens * self.step
+
+    def run(self, tokens: int) -> float:
+        """Operations of a whole run, with validation and the table at the end."""
+        steps = -(-tokens // self.plan.step_tokens)
+        validation = count_validations(steps) * self.plan.validation_tokens * self.validation
+        held_out = validation * (tokens > 0) + self.table_tokens(tokens) * self.table
+        return self.fit(tokens) + held_out

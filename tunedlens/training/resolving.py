@@ -13,7 +13,7 @@ from tunedlens.corpus import SELF, ResolvedCorpus, resolve_corpus
 from tunedlens.engine.backend import Backend, fastest_backend
 from tunedlens.errors import InputError
 from tunedlens.fit import DEFAULT_HYPERPARAMETERS
-from tunedlens.model import TRANSLATED_SITES, FrozenModel, HookPoint
+from tunedlens.model import TRANSLATED_SITES, FrozenModel, HookPoint, ModelShape, shape_of
 from tunedlens.training.plan import Costs, TrainPlan
 
 _BASELINE_TOKENS = 512_000
@@ -37,42 +37,67 @@ def resolve(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -
     Raises:
         InputError: a setting does not fit the model, the device or another setting.
     """
-    processes = accelerator.num_processes
+    processes, shape = accelerator.num_processes, shape_of(model)
     corpus = resolve_corpus(config.corpus, model.name, model.context, model.bos_id is not None)
     _require_possible(config, corpus, model, processes)
-    defaults = _defaults(config, corpus, model) | _backend(config, model, accelerator)
-    layers = _layers(config, model)
-    settings = vars(config) | {"corpus": corpus, "layers": layers}
-    settings |= {name: value for name, value in defaults.items() if settings[name] is None}
-    if settings["vocab_sample"] >= model.identity.vocab_size:
-        settings["vocab_sample"] = 0
-    plan = TrainPlan(**settings)
+    defaults = _defaults(config, corpus, shape, model.device.type)
+    plan = _completed(config, corpus, shape, defaults | _backend(config, model, accelerator))
     _require_memory(plan, model, processes)
     if config.shard_layers is None:
         plan = dataclasses.replace(plan, shard_layers=_needs_shards(plan, model, processes))
-    if config.validation_tokens is None:
-        # A run without a budget may end long before its cap.
-        expected = plan.budget if plan.tokens is not None else plan.budget // 4
-        affordable = Costs(plan, model).validation_tokens(expected)
-        tokens = min(affordable, plan.evaluate_tokens or affordable)
-        plan = dataclasses.replace(plan, validation_tokens=tokens)
     if corpus.dataset == SELF and corpus.self_tokens is None:
-        held_out = plan.validation_tokens + Costs(plan, model).table_tokens(plan.budget)
+        held_out = plan.validation_tokens + Costs(plan, shape).table_tokens(plan.budget)
         blocks = -(-(plan.init_tokens + plan.budget + held_out) // plan.positions)
         corpus = dataclasses.replace(corpus, self_tokens=blocks * corpus.seq_len)
         plan = dataclasses.replace(plan, corpus=corpus)
     return plan
 
 
-def _layers(config: TrainConfig, model: FrozenModel) -> str | None:
+def resolve_without_model(config: TrainConfig, shape: ModelShape, device: str) -> TrainPlan:
+    """The plan of a run whose model is not loaded.
+
+    Nothing is measured, so precision and kernel are bf16 and products where the config leaves them
+    open, and the model is not asked whether its blocks have the sites.
+
+    Args:
+        device: the type of the device, cpu or cuda.
+
+    Raises:
+        InputError: a setting does not fit the model.
+    """
+    corpus = resolve_corpus(config.corpus, shape.name, shape.context)
+    defaults = _defaults(config, corpus, shape, device)
+    backend = {"precision": "fp32" if shape.is_capped else "bf16", "kernel": "products"}
+    return _completed(config, corpus, shape, defaults | backend)
+
+
+def _completed(
+    config: TrainConfig, corpus: ResolvedCorpus, shape: ModelShape, defaults: dict[str, object]
+) -> TrainPlan:
+    """The config with the defaults in place, and as much validation as the run affords."""
+    settings = vars(config) | {"corpus": corpus, "layers": _layers(config, shape)}
+    settings |= {name: value for name, value in defaults.items() if settings[name] is None}
+    if settings["vocab_sample"] >= shape.vocab_size:
+        settings["vocab_sample"] = 0
+    plan = TrainPlan(**settings)
+    if config.validation_tokens is None:
+        # A run without a budget may end long before its cap.
+        expected = plan.budget if plan.tokens is not None else plan.budget // 4
+        affordable = Costs(plan, shape).validation_tokens(expected)
+        tokens = min(affordable, plan.evaluate_tokens or affordable)
+        plan = dataclasses.replace(plan, validation_tokens=tokens)
+    return plan
+
+
+def _layers(config: TrainConfig, shape: ModelShape) -> str | None:
     """The layers that get translators, counted from 0 and in ascending order; None for all."""
-    chosen, count = config.chosen_layers, model.identity.n_layers
+    chosen, count = config.chosen_layers, shape.n_layers
     if chosen is None:
         return None
     if wrong := [layer for layer in chosen if not -count <= layer < count]:
         raise InputError(
             f"--layers must be between 0 and {count - 1} (or {-count} and -1, from the end) for "
-            f"{model.name}, whose last state has no translator; got {wrong[0]}"
+            f"{shape.name}, whose last state has no translator; got {wrong[0]}"
         )
     return ",".join(map(str, sorted({layer % count for layer in chosen})))
 
@@ -157,9 +182,11 @@ def _memory_bytes(device: torch.device) -> float:
     return math.inf
 
 
-def _defaults(config: TrainConfig, corpus: ResolvedCorpus, model: FrozenModel) -> dict[str, object]:
+def _defaults(
+    config: TrainConfig, corpus: ResolvedCorpus, shape: ModelShape, device: str
+) -> dict[str, object]:
     """The defaults of all settings but the backend."""
-    d_model, positions = model.identity.d_model, corpus.seq_len - config.skip_first
+    d_model, positions = shape.d_model, corpus.seq_len - config.skip_first
     is_baseline = config.fit in BASELINES
     tokens = config.tokens or (_BASELINE_TOKENS if is_baseline else None)
     init_tokens = {"closed-form": 1024 * d_model, "jacobian": _JACOBIAN_TOKENS}.get(
@@ -170,8 +197,8 @@ def _defaults(config: TrainConfig, corpus: ResolvedCorpus, model: FrozenModel) -
     step_tokens = _BASELINE_STEP_TOKENS if is_baseline else 4 * d_model
     is_sampled = (
         config.fit == "preconditioned"
-        and model.identity.vocab_size > _MIN_SAMPLED_VOCAB
-        and model.unembedding.cap is None
+        and shape.vocab_size > _MIN_SAMPLED_VOCAB
+        and not shape.is_capped
     )
     micro_batch_size = max(1, _CPU_MICRO_BATCH_TOKENS // positions)
     lr, momentum, weight_decay = DEFAULT_HYPERPARAMETERS[
@@ -182,7 +209,7 @@ def _defaults(config: TrainConfig, corpus: ResolvedCorpus, model: FrozenModel) -
         "max_tokens": 2048 * d_model,
         "init_tokens": init_tokens,
         "batch_size": max(round(step_tokens / positions), 1),
-        "micro_batch_size": micro_batch_size if model.device.type == "cpu" else None,
+        "micro_batch_size": micro_batch_size if device == "cpu" else None,
         "vocab_sample": _VOCAB_SAMPLE if is_sampled else 0,
         "lr": lr,
         "momentum": momentum,

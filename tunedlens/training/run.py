@@ -16,7 +16,7 @@ from tunedlens.engine.capped import make_objective
 from tunedlens.files import JsonObject, as_type
 from tunedlens.fit import LensOptimizer, PreconditionedMuon, TorchOptimizer, ValidationResult
 from tunedlens.lenses import AffineLens, TunedLens
-from tunedlens.model import FrozenModel
+from tunedlens.model import FrozenModel, shape_of
 from tunedlens.sampling import load_or_sample
 from tunedlens.tracking import progress_bar, say
 from tunedlens.training.plan import Costs, TrainPlan
@@ -50,7 +50,7 @@ class Run:
         is_sampled = self.is_main and plan.corpus.dataset == SELF
         with progress_bar(plan.corpus.self_tokens or 0, "sampling text", show=is_sampled) as bar:
             self.splits = load_or_sample(plan.corpus, model, bar.update)
-        self.costs = Costs(plan, model)
+        self.costs = Costs(plan, shape_of(model))
         self.reader = (
             StateReader(model, plan, accelerator)
             if cache is None

@@ -21,7 +21,7 @@ from tunedlens.tracking import say
 from tunedlens.training.sharding import LayerShards
 from tunedlens.training.states import StateReader
 
-_BLOCKS_AT_A_TIME = 8
+BLOCKS_AT_A_TIME = 8
 
 
 class ValidationSet:
@@ -121,14 +121,14 @@ class ValidationSet:
             yield states[:-1], self._model_sides[index]
 
     def _rounds(self, blocks: Sequence[Tensor]) -> int:
-        starts = range(0, len(blocks), _BLOCKS_AT_A_TIME)
+        starts = range(0, len(blocks), BLOCKS_AT_A_TIME)
         return sum(
-            self._reader.rounds(min(_BLOCKS_AT_A_TIME, len(blocks) - start)) for start in starts
+            self._reader.rounds(min(BLOCKS_AT_A_TIME, len(blocks) - start)) for start in starts
         )
 
     def score(self, lenses: Mapping[str, Lens], tokens: int) -> Evaluation:
         """The table at the end of a run, with float32 products, on at most this many positions."""
-        batch_size = self._plan.micro_batch_size or _BLOCKS_AT_A_TIME
+        batch_size = self._plan.micro_batch_size or BLOCKS_AT_A_TIME
         config = ScoringConfig(tokens=tokens, batch_size=batch_size)
         model, accelerator = self._reader.model, self._reader.accelerator
         try:
@@ -168,5 +168,5 @@ class ValidationSet:
     def _read(
         self, blocks: Sequence[Int[Tensor, " seq"]]
     ) -> Iterator[list[Float[Tensor, "tokens d_model"]]]:
-        for batch in torch.stack(list(blocks)).split(_BLOCKS_AT_A_TIME):
+        for batch in torch.stack(list(blocks)).split(BLOCKS_AT_A_TIME):
             yield from self._reader.read(batch)
