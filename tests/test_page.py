@@ -60,7 +60,7 @@ def test_page_asks_for_nothing_and_complains_of_nothing(opened):
 def test_pictures_are_drawn(opened):
     page, _ = opened
     widths = page.eval_on_selector_all("img", "images => images.map((i) => i.naturalWidth)")
-    assert len(widths) > 8
+    assert len(widths) > 5
     assert min(widths) > 100
 
 
@@ -286,7 +286,7 @@ def test_what_is_shown_is_saved_as_csv_and_svg(explorer, read):
 
 
 def test_address_has_layer_and_position(explorer):
-    page, heard = explorer
+    page, _ = explorer
     cell(page, 1, 4).focus()
     page.wait_for_function("location.hash.includes('layer=1&position=4')")
     page.reload()
