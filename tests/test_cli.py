@@ -289,7 +289,7 @@ def test_long_prompt_is_drawn_in_part_and_read_in_windows(here, tiny_folder):
     assert evaluate_command(flags) == 0
     (own,) = (here / "prompts").iterdir()
     assert len(list(own.glob("heatmap-logit-*.png"))) == 4
-    assert "The plots show the beginning" in (own / "report.md").read_text()
+    assert "The plots show the last 96 positions" in (own / "report.md").read_text()
     rows = (own / "table.csv").read_text().splitlines()
     assert len(rows) > 4 * 150
 

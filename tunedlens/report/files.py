@@ -2,7 +2,6 @@
 
 import csv
 import io
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
@@ -38,7 +37,7 @@ _NAMES = {
 """All files that the report of an evaluation can have."""
 _PER_PAGE = 24
 _MAX_PAGES = 4
-"""The heatmaps of a long text; `page.html` has all of it."""
+"""The heatmaps of a long text are of its end; `page.html` has all of it."""
 
 
 def write_report(evaluation: Evaluation, folder: str | Path) -> None:
@@ -180,17 +179,14 @@ def write_one_text(
         InputError: the folder cannot be written.
     """
     folder, lenses = Path(folder), list(trajectory.predictions)
-    drawn = {
-        lens: plots.heatmap_pages(trajectory, lens=lens, per_page=_PER_PAGE) for lens in lenses
-    }
+    end = trajectory[:, -_MAX_PAGES * _PER_PAGE :]
+    drawn = {lens: plots.heatmap_pages(end, lens=lens, per_page=_PER_PAGE) for lens in lenses}
     for metric in ("rank", "kl_nats"):
-        drawn[metric] = plots.heatmap_pages(
-            trajectory, metric, lenses, token="final", per_page=_PER_PAGE
-        )
+        drawn[metric] = plots.heatmap_pages(end, metric, lenses, token="final", per_page=_PER_PAGE)
     heatmaps = {
         f"heatmap-{name}-{number}": page
         for name, pages in drawn.items()
-        for number, page in enumerate(itertools.islice(pages, _MAX_PAGES), 1)
+        for number, page in enumerate(pages, 1)
     }
     figures = heatmaps | {"curves": plots.curves(trajectory)}
     for earlier in (*folder.glob("heatmap-*"), *folder.glob("words-*")):
@@ -214,7 +210,8 @@ def _markdown_of_text(
         title = "logit lens, after attention (resid_mid) and after the MLP (resid_post)"
         tables[title] = top_k(within_blocks)
     last = code(trajectory.vocabulary[int(trajectory.input_ids[-1])].shown)
-    is_cut = len(trajectory.positions) > _MAX_PAGES * _PER_PAGE
+    shown = _MAX_PAGES * _PER_PAGE
+    is_cut = len(trajectory.positions) > shown
     parts = [
         "# One text through the layers",
         code_block(trajectory.text),
@@ -223,10 +220,10 @@ def _markdown_of_text(
             f"[the {for_markdown(lens)} lens]({quote(f'words-{lens}.csv')})" for lens in lenses
         )
         + ".",
-        *(["The plots show the beginning; the page has the whole text."] if is_cut else []),
+        *([f"The plots show the last {shown} positions; the page has all."] if is_cut else []),
         *(f"![{for_markdown(name)}]({quote(name)}.png)" for name in heatmaps),
         f"## After {last}, the last token",
-        "![The model's best tokens through the layers](curves.png)",
+        "![The tracked tokens that the model finds most probable, through the layers](curves.png)",
         *(
             f"Best tokens: {for_markdown(title)}\n\n{table.to_markdown()}"
             for title, table in tables.items()

@@ -1,7 +1,6 @@
 """`report.html`: one page that needs no other file."""
 
 import base64
-import json
 from collections.abc import Mapping
 from importlib import resources
 
@@ -13,6 +12,8 @@ from tunedlens.report.tables import Rows, difference_rows, metric_rows, scored_t
 
 _WIDE = ("overview", "agreement_by_layer", "transfer", "by_position")
 """Plots that take the width of the page."""
+_IN_OVERVIEW = ("kl_by_layer", "perplexity_by_layer", "prediction_depth")
+"""Plots that the overview contains."""
 
 
 def page(evaluation: Evaluation, svgs: Mapping[str, bytes]) -> str:
@@ -21,6 +22,8 @@ def page(evaluation: Evaluation, svgs: Mapping[str, bytes]) -> str:
     The plots have the names of `plots.DRAWINGS`.
     """
     run = evaluation.provenance
+    if "overview" in svgs:
+        svgs = {name: svg for name, svg in svgs.items() if name not in _IN_OVERVIEW}
     title = f"Lenses on {run.get('model', 'a model')}"
     sentences = "".join(f"<li>{for_html(sentence)}</li>" for sentence in summary(evaluation))
     differences = ""
@@ -122,7 +125,9 @@ def _definitions(terms: Mapping[str, object]) -> str:
 
 
 def _plain(value: object) -> str:
-    """Text, or JSON without quotation marks."""
-    if isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False).replace('"', "")
+    """Values with their names; lists and what is inside others separated by commas."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name}: {_plain(one)}" for name, one in value.items() if one is not None)
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value))
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)

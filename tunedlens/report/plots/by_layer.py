@@ -60,6 +60,10 @@ def by_layer(
             draw = _draw_depths if metric == "prediction_depth" else _draw_lines
             ends.append(draw(axes, evaluation, metric))
             axes.set_ylabel(METRICS[metric].title)
+            if len(metrics) > 1:
+                letter = "abcdefghij"[len(ends) - 1]
+                title = f"({letter}) {metric.removesuffix('_nats').replace('_', ' ')}"
+                axes.set_title(title, loc="left", fontsize=9)
         if limits is not None:
             panels[0].set_ylim(limits)
         for axes, named in zip(panels, ends, strict=True):

@@ -47,8 +47,9 @@ class ColorScale:
 
         Position 0 of a text does not influence the limits, because it is unlike all others, and
         neither do outliers by Tukey's rule: values on the scale that are further from the
-        quartiles than 1.5 times the distance between them. Differences have a diverging map
-        around 0, and differences of ranks a scale that is logarithmic on both sides.
+        quartiles than 3 times the distance between them. A metric with fixed limits has none.
+        Differences have a diverging map around 0, and differences of ranks a scale that is
+        logarithmic on both sides.
         """
         parts = []
         for text, part in values:
@@ -58,7 +59,9 @@ class ColorScale:
         shown = (TRAJECTORY_METRICS | DIVERGENCES)[metric]
         if is_difference and metric in TRAJECTORY_METRICS:
             scale: Scale = "asinh" if shown.scale == "log" else "linear"
-            low, high = _whiskers(torch.cat([counted, -counted]), scale)
+            both = torch.cat([counted, -counted, torch.zeros(1)])
+            is_bounded = shown.high is not None
+            low, high = (0.0, both.max().item()) if is_bounded else _whiskers(both, scale)
             return cls(-high or -1.0, high or 1.0, scale, "RdBu")
         low, high = _whiskers(counted, shown.scale)
         low = low if shown.low is None else shown.low
@@ -102,7 +105,7 @@ def _whiskers(values: Float[Tensor, " values"], scale: Scale) -> tuple[float, fl
         return 0.0, 1.0
     on_scale = _TRANSFORMS[scale](values)
     first, third = on_scale.quantile(torch.tensor([0.25, 0.75])).tolist()
-    reach = 1.5 * (third - first) or math.inf
+    reach = 3 * (third - first) or math.inf
     inside = values[(on_scale >= first - reach) & (on_scale <= third + reach)]
     return inside.min().item(), inside.max().item()
 

@@ -95,9 +95,10 @@ def new_figure(width: float, height: float, *, has_tokens: bool = False) -> Iter
     import matplotlib
     from matplotlib.figure import Figure
 
-    fonts = {"font.family": _families()} if has_tokens else {}
+    # The last one is for readers of an SVG who have none of the others.
+    fonts = {"font.family": [*_families(), "sans-serif"]} if has_tokens else {}
     with matplotlib.rc_context(_RC | fonts):
-        yield Figure(figsize=(width, height), layout="constrained")
+        yield Figure(figsize=(width, height), layout="constrained", dpi=200)
 
 
 @cache
