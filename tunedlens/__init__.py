@@ -23,8 +23,9 @@ from tunedlens.lenses import (
 from tunedlens.mlp_neurons import neurons
 from tunedlens.model import FrozenModel, load_model
 from tunedlens.neighbours import as_transformer_lens
-from tunedlens.report import explorer, read_evaluation, top_k, write_report
+from tunedlens.report import notebook, read_evaluation, top_k, write_report
 from tunedlens.report.plots import curves, heatmap
+from tunedlens.report.tables import TopK
 from tunedlens.sharing import push_to_hub
 from tunedlens.training import CacheSettings, train
 from tunedlens.trajectories import Comparison, Trajectory, compare, difference, trajectory
@@ -47,11 +48,16 @@ Trajectory.probabilities = probabilities
 Trajectory.top_k = top_k
 Trajectory.heatmap = heatmap
 Trajectory.curves = curves
-Trajectory.to_html = explorer
+Trajectory.to_html = notebook.to_html
 Comparison.save = save
 Comparison.load = staticmethod(load_comparison)
 Comparison.scores = scores
 Comparison.heatmap = heatmap
+Trajectory._repr_html_ = notebook.explorer_html
+TopK._repr_html_ = notebook.top_k_html
+Evaluation._repr_html_ = notebook.evaluation_html
+Lens._repr_html_ = notebook.lens_html
+FrozenModel._repr_html_ = notebook.model_html
 
 __all__ = [
     "CacheSettings",

@@ -1,8 +1,8 @@
 """The results of an evaluation, in memory and in `metrics.json`."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Self, TypedDict
+from typing import ClassVar, Self, TypedDict
 
 from tunedlens.errors import InputError
 from tunedlens.evaluation.estimates import Estimate
@@ -125,6 +125,15 @@ class Evaluation:
     transfer: Grids = field(default_factory=dict)
     """Rows are translators, columns are the layers at which they are applied."""
     provenance: EvaluationProvenance = field(default_factory=EvaluationProvenance)
+
+    _repr_html_: ClassVar[Callable[..., str]]
+    """See `tunedlens.report.notebook`."""
+
+    def __repr__(self) -> str:
+        return (
+            f"Evaluation(lenses: {', '.join(self.lenses)}; {self.n_layers} layers, "
+            f"{self.tokens:,} positions)"
+        )
 
     @property
     def lenses(self) -> list[str]:

@@ -24,6 +24,15 @@ class Lens(nn.Module, ABC):
         super().__init__()
         self.identity = identity
 
+    _repr_html_: ClassVar[Callable[..., str]]
+    """See `tunedlens.report.notebook`."""
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.identity.name}, {self.n_layers} layers of width "
+            f"{self.identity.d_model})"
+        )
+
     @property
     def n_layers(self) -> int:
         """The number of blocks, which is also the number of states that a lens translates."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -80,6 +81,15 @@ class FrozenModel(nn.Module):
         self._fingerprint = fingerprint
         if check:
             self.check_parts()
+
+    _repr_html_: ClassVar[Callable[..., str]]
+    """See `tunedlens.report.notebook`."""
+
+    def __repr__(self) -> str:
+        return (
+            f"FrozenModel({self.name}, {type(self.model).__name__}, {self.identity.n_layers} "
+            f"layers of width {self.identity.d_model}, {self.device})"
+        )
 
     @cached_property
     def identity(self) -> ModelIdentity:

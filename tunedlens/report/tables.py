@@ -1,8 +1,9 @@
 """Results as tables and sentences, plain or in Markdown."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from tunedlens.errors import InputError
 from tunedlens.escaping import code, for_markdown
@@ -212,6 +213,12 @@ class TopK:
     """The tokens of every row in descending order of probability."""
     probs: list[list[float]]
 
+    _repr_html_: ClassVar[Callable[..., str]]
+    """See `tunedlens.report.notebook`."""
+
+    def __repr__(self) -> str:
+        return f"TopK({len(self.probs[0])} tokens in each of {len(self.rows)} rows)"
+
     def to_dataframe(self) -> "DataFrame":
         """A line per site and layer; a token and its probability per rank."""
         import pandas as pd
@@ -229,11 +236,11 @@ class TopK:
 
     def to_markdown(self) -> str:
         """A table in Markdown."""
-        return _markdown_table(self._cells(is_code=True))
+        return _markdown_table(self.cells(is_code=True))
 
     def to_text(self, *, is_coloured: bool = True) -> str:
         """A table for a terminal, coloured by probability."""
-        header, *body = padded(self._cells())
+        header, *body = padded(self.cells())
         if is_coloured:
             body = [
                 [name, *map(_coloured, cells, probs)]
@@ -244,7 +251,7 @@ class TopK:
     def __str__(self) -> str:
         return self.to_text(is_coloured=False)
 
-    def _cells(self, is_code: bool = False) -> Rows:
+    def cells(self, is_code: bool = False) -> Rows:
         """Layers down, the best tokens across, each with its probability."""
         rows = [["layer", *(str(rank + 1) for rank in range(len(self.probs[0])))]]
         for name, *line in zip(self.row_names, self.tokens, self.probs, strict=True):

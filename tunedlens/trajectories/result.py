@@ -112,6 +112,7 @@ class Trajectory:
     heatmap: ClassVar[Callable[..., "Figure"]]
     curves: ClassVar[Callable[..., "Figure"]]
     to_html: ClassVar[Callable[..., str]]
+    _repr_html_: ClassVar[Callable[..., str]]
 
     model: str
     """The name of the model."""

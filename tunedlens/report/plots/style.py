@@ -49,6 +49,9 @@ _WIDE_FONTS = (
 )
 """Fonts of Debian, Apple and Microsoft for letters that matplotlib's own font lacks."""
 
+_PIXELS_PER_INCH = 100
+"""In a notebook, whose letters are larger than those of a paper."""
+
 _RC: Any = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -93,12 +96,23 @@ def new_figure(width: float, height: float, *, has_tokens: bool = False) -> Iter
     Letters of any script, as in tokens, need further fonts.
     """
     import matplotlib
-    from matplotlib.figure import Figure
 
     # The last one is for readers of an SVG who have none of the others.
     fonts = {"font.family": [*_families(), "sans-serif"]} if has_tokens else {}
     with matplotlib.rc_context(_RC | fonts):
-        yield Figure(figsize=(width, height), layout="constrained", dpi=200)
+        yield _figure_class()(figsize=(width, height), layout="constrained", dpi=200)
+
+
+@cache
+def _figure_class() -> type["Figure"]:
+    """A figure that a notebook shows by itself, without `%matplotlib inline`."""
+    from matplotlib.figure import Figure
+
+    class ShownFigure(Figure):
+        def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+            return rendered(self, "png"), {"width": round(_PIXELS_PER_INCH * self.get_figwidth())}
+
+    return ShownFigure
 
 
 @cache
