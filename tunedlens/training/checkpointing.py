@@ -131,6 +131,7 @@ def restore(run: Run) -> TrainState:
                 f"{run.output} is trained on {progress.tokens:,} tokens already; give a larger "
                 "--tokens"
             )
+        progress.ended_early = None
         run.fill_lens(lens, run.output)
         optimizer = make_optimizer(lens, run.plan)
         text = manifest["corpus"]["train"].get("tokens_sha256")
