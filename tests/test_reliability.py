@@ -240,7 +240,7 @@ def test_run_that_ended_early_is_extended(clean, tmp_path):
 
 
 def _count_bad_blocks(config, folder):
-    """The number of bad blocks that a process knows of, if process 0 reads two in the first pass."""
+    """The bad blocks that a process knows of, if process 0 reads two in the first pass."""
     read, finish, calls, counts = FrozenModel.states_at, loop.finish, [], []
 
     def states_at(self, points, input_ids, attention_mask=None):

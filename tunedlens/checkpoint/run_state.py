@@ -102,7 +102,7 @@ def _read(path: Path, with_tensors: bool) -> State:
     else:
         header = read_tensor_header(path).metadata
     if with_tensors and header["sha256"] != _digest(header["about"], tensors):
-        raise ValueError("its checksum is another")
+        raise ValueError("its content does not have its checksum")
     return State(tensors, as_type(JsonObject, parse_json(header["about"], "it"), "it"))
 
 

@@ -165,7 +165,8 @@ def _require_same_settings(run: Run) -> None:
     if changed:
         raise InputError(
             f"{run.output} was trained with other settings ({', '.join(changed)}); with --resume "
-            "only --tokens, --device, --kernel and --micro-batch-size may change"
+            "only --tokens, --device, --device-map, --kernel, --micro-batch-size and "
+            "--shard-layers may change"
         )
 
 
