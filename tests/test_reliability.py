@@ -321,7 +321,7 @@ def test_run_goes_on_from_the_state_before_a_damaged_one(clean, config, tmp_path
     "value",
     [
         torch.tensor(1.0),
-        torch.ones(3, 16, 17, dtype=torch.int64),
+        torch.ones(3, 16, 17, dtype=torch.float64),
         torch.full((3, 16, 17), torch.nan),
     ],
 )

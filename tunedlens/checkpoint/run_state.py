@@ -82,7 +82,8 @@ def load_state(folder: Path, *, with_tensors: bool = True) -> State:
         try:
             state = _read(path, with_tensors)
         except (ValueError, KeyError) as error:
-            problems.append(f"{path} is damaged: {error}")
+            problem = str(error)  # of a file that cannot be read, it names the file already
+            problems.append(problem if str(path) in problem else f"{path} is damaged: {problem}")
             continue
         if problems:
             warnings.warn(f"{problems[0]}; {path}, saved before it, is used", stacklevel=2)
