@@ -1,4 +1,4 @@
-"""What becomes of a run when something goes wrong: kills, signals, disks, numbers, readers.
+"""What happens to a run when something goes wrong: kills, signals, disks, numbers, readers.
 
     python benchmarks/faults.py [--kills 30] [--soak MINUTES]
 

@@ -215,3 +215,15 @@ def test_format_that_needs_all_layers_is_refused(tiny, tmp_path):
         export_lens(sparse_lens(tiny, [0, 2]), tmp_path / "export")
     with pytest.raises(InputError, match="between 0 and 2 for tiny, got 3"):
         TunedLens.from_model(tiny, layers=[3])
+
+
+def test_lens_with_the_name_of_another_one_at_a_site_is_refused(tiny):
+    two = TunedLens.from_model(tiny, sites=["resid_pre", "resid_mid"])
+    lenses = {"tuned": two, "tuned resid_mid": random_lens(tiny)}
+    with pytest.raises(InputError, match="two lenses are called tuned resid_mid"):
+        score_lenses(tiny, lenses, random_blocks())
+
+
+def test_jacobian_at_the_embeddings_alone_is_not_exported(tiny, tmp_path):
+    with pytest.raises(InputError, match="a translator at layer 0 only"):
+        export_lens(JacobianLens.from_model(tiny, layers=[0]), tmp_path / "lens.pt")

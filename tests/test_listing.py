@@ -45,6 +45,15 @@ def test_every_kind_of_lens_is_a_row(tiny, tmp_path, capsys):
     ]
 
 
+def test_kl_of_a_lens_with_further_sites_is_that_of_the_stream(tiny, tmp_path, capsys):
+    held_out = make_evaluation().to_json()
+    further = [r | {"lens": f"{r['lens']} mlp_out", "value": 9.0} for r in held_out["results"]]
+    held_out["results"] = sorted(held_out["results"] + further, key=lambda r: r["lens"])
+    random_lens(tiny).save(tmp_path / "a", {"held_out": held_out})
+    (line,) = listed(capsys, tmp_path)
+    assert "4.500 ± 0.050" in line
+
+
 def test_lens_of_version_0_1_0_has_the_mean_of_its_card(capsys):
     (line,) = listed(capsys, EMBEDDED)
     assert "| mean | 6.0972 | 1.1712 |" in (EMBEDDED / "README.md").read_text()

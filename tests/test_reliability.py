@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
-from conftest import make_gpt2, short_run, write_text
+from conftest import in_two_processes, make_gpt2, short_run, write_text
 
 from tunedlens import InputError, TrainConfig, checkpoint, files
 from tunedlens.checkpoint import saved_config
@@ -227,6 +228,40 @@ def test_too_many_bad_blocks_end_the_steps_and_the_lens_is_saved(config, tmp_pat
     assert found["history"][-1]["kl_nats"] < found["history"][0]["kl_nats"]
 
 
+def test_run_that_ended_early_is_extended(clean, tmp_path):
+    shutil.copytree(clean.folder, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    manifest = json.loads(path.read_text())
+    manifest["progress"] |= {"bad_blocks": 17, "ended_early": "17 blocks had bad numbers"}
+    path.write_text(json.dumps(manifest))
+    train(dataclasses.replace(clean.config, tokens=640), tmp_path / "run", resume=True)
+    found = progress(tmp_path / "run")
+    assert (found["tokens"], found["bad_blocks"], found["ended_early"]) == (640, 17, None)
+
+
+def _count_bad_blocks(config, folder):
+    """The bad blocks that a process knows of, if process 0 reads two in the first pass."""
+    read, finish, calls, counts = FrozenModel.states_at, loop.finish, [], []
+
+    def states_at(self, points, input_ids, attention_mask=None):
+        states = read(self, points, input_ids, attention_mask)
+        calls.extend([1] * (len(input_ids) == 2))
+        is_bad = os.environ["RANK"] == "0" and len(input_ids) == 2 and len(calls) == 1
+        return [state * torch.nan for state in states] if is_bad else states
+
+    def count(run, state, *rest):
+        counts.append(state.progress.bad_blocks)
+        return finish(run, state, *rest)
+
+    FrozenModel.states_at, loop.finish = states_at, count
+    train(config, folder)
+    return counts
+
+
+def test_processes_know_of_each_others_bad_blocks(config, tmp_path):
+    assert in_two_processes(_count_bad_blocks, config, tmp_path / "run") == [[2], [2]]
+
+
 def test_steps_that_blow_up_leave_the_closed_form(config, tmp_path):
     closed = dataclasses.replace(config, fit="closed-form", tokens=None)
     train(closed, tmp_path / "closed")
@@ -286,7 +321,7 @@ def test_run_goes_on_from_the_state_before_a_damaged_one(clean, config, tmp_path
     "value",
     [
         torch.tensor(1.0),
-        torch.ones(3, 16, 17, dtype=torch.int64),
+        torch.ones(3, 16, 17, dtype=torch.float64),
         torch.full((3, 16, 17), torch.nan),
     ],
 )

@@ -120,3 +120,8 @@ def test_cache_that_cannot_be_used_says_why(config, cache, tmp_path):
     (cache.folder / "states.json").write_text("{}")
     with pytest.raises(InputError, match=r"states\.json is damaged"):
         train(config, tmp_path / "run", cache=cache)
+
+
+def test_limit_without_a_folder_is_refused(capsys):
+    assert train_command(["--cache-gb", "1", "--dataset", "missing.txt"]) == 2
+    assert "--cache-gb limits the folder of --cache-states" in capsys.readouterr().err

@@ -78,8 +78,8 @@ def write_jacobian_file(lens: JacobianLens, path: Path) -> None:
     The number of prompts is written as 0, which is how TransformerLens reads an unknown one.
 
     Raises:
-        InputError: a translator has a bias, for which the format has no place, or the file cannot
-            be written.
+        InputError: a translator has a bias, for which the format has no place; there is none after
+            layer 0; or the file cannot be written.
     """
     identity = torch.eye(lens.identity.d_model)
     matrices = {}
@@ -91,6 +91,10 @@ def write_jacobian_file(lens: JacobianLens, path: Path) -> None:
             )
         matrices[layer - 1] = translator.weight.detach().cpu() + identity
     embeddings = matrices.pop(-1, None)
+    if not matrices:
+        raise InputError(
+            "the lens has a translator at layer 0 only, but a file of Jacobians needs a later one"
+        )
     payload = {
         "J": matrices,
         "n_prompts": 0,

@@ -82,7 +82,8 @@ def load_state(folder: Path, *, with_tensors: bool = True) -> State:
         try:
             state = _read(path, with_tensors)
         except (ValueError, KeyError) as error:
-            problems.append(f"{path} is damaged: {error}")
+            problem = str(error)  # of a file that cannot be read, it names the file already
+            problems.append(problem if str(path) in problem else f"{path} is damaged: {problem}")
             continue
         if problems:
             warnings.warn(f"{problems[0]}; {path}, saved before it, is used", stacklevel=2)
@@ -102,7 +103,7 @@ def _read(path: Path, with_tensors: bool) -> State:
     else:
         header = read_tensor_header(path).metadata
     if with_tensors and header["sha256"] != _digest(header["about"], tensors):
-        raise ValueError("its checksum is another")
+        raise ValueError("its content does not have its checksum")
     return State(tensors, as_type(JsonObject, parse_json(header["about"], "it"), "it"))
 
 

@@ -80,9 +80,13 @@ def _line(folder: Path) -> list[str]:
 
 
 def _held_out_kl(manifest: JsonObject) -> str:
-    """The mean KL of the lens over layers; version 0.1.0 saved no mean, and so no error of it."""
+    """The mean KL of the lens over layers, at its first site.
+
+    Version 0.1.0 saved no mean, and so no error of it.
+    """
     results = [r for r in manifest["held_out"]["results"] if r["metric"] == "kl_nats"]
-    own = [r for r in results if r["lens"] == results[-1]["lens"]]
+    names = [r["lens"] for r in results if r["lens"].split()[0] != "logit"]
+    own = [r for r in results if r["lens"] == names[0]]
     for result in own:
         if result["layer"] is None:
             return plus_minus(Estimate(result["value"], result["standard_error"]))

@@ -55,6 +55,8 @@ def train_command(arguments: Arguments = None) -> int:
 
     resume = flags.pop("resume", None)
     output, wandb = flags.pop("output", None), flags.pop("wandb", "disabled")
+    if "cache_gb" in flags and "cache_states" not in flags:
+        raise InputError("--cache-gb limits the folder of --cache-states; give that too")
     states, limit = flags.pop("cache_states", None), flags.pop("cache_gb", 50.0)
     cache = None if states is None else CacheSettings(states, limit)
     if resume is not None and output is not None:

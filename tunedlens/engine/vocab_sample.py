@@ -70,7 +70,7 @@ def draw_sample(usage: OverVocab, size: int, seed: int, step: int) -> VocabSampl
     probabilities = inclusion_probabilities(usage, size)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     uniform = torch.rand(len(usage), dtype=torch.float64, generator=generator)
-    # Of probabilities that are not a number all are drawn, and so the KL is none either.
+    # A token whose probability is NaN is drawn, which makes the KL NaN.
     is_drawn = ~(send(uniform, probabilities.device) >= probabilities)
     if is_drawn.device.type == "cpu":
         ids = is_drawn.nonzero()[:, 0]

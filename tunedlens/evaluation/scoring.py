@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tunedlens.engine import Decoder, ModelDistribution, chunk_tokens, measure
+from tunedlens.errors import InputError
 from tunedlens.evaluation.estimates import GROUPS
 from tunedlens.lenses import AffineLens, ConstantLens, Lens, ResidualLens
 from tunedlens.model import TRANSLATED_SITES, FrozenModel, HookPoint
@@ -41,7 +42,11 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, model: FrozenModel, lenses: Mapping[str, Lens], *, transfer: bool) -> Self:
-        """The layout for lenses of a model."""
+        """The layout for lenses of a model.
+
+        Raises:
+            InputError: the name of a lens is that of another one at one of its sites.
+        """
         n_layers, vocab_size = model.identity.n_layers, model.identity.vocab_size
         decodings: list[tuple[Lens | None, HookPoint]] = []
         columns: dict[str, tuple[Lens, str]] = {}
@@ -49,7 +54,10 @@ class Layout(NamedTuple):
         for name, lens in lenses.items():
             sites, layers = _points_of(lens, n_layers, lenses.values())
             for site in sites:
-                columns[name if site == "resid_pre" else f"{name} {site}"] = lens, site
+                title = name if site == "resid_pre" else f"{name} {site}"
+                if title in columns:
+                    raise InputError(f"two lenses are called {title}; choose other names")
+                columns[title] = lens, site
                 read = layers[:1] if isinstance(lens, ConstantLens) else layers
                 first, last = len(decodings), len(decodings) + len(read) - 1
                 rows = {layer: min(first + i, last) for i, layer in enumerate(layers)}

@@ -88,7 +88,7 @@ def record(output: Path, name: str, cause: str, row: Int[Tensor, " seq"]) -> Non
 def _cause(
     run: Run, lens: AffineLens, row: Int[Tensor, " seq"], active: Sequence[bool]
 ) -> str | None:
-    """What is not finite in a block, from the first layer on; None if all is."""
+    """What is not finite in a block, from the first layer on; None if nothing is."""
     # Every process reads the block, so each gets a copy of it.
     copies = row.expand(run.accelerator.num_processes, -1)
     (states,) = run.reader.read(copies)

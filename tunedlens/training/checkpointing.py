@@ -131,6 +131,7 @@ def restore(run: Run) -> TrainState:
                 f"{run.output} is trained on {progress.tokens:,} tokens already; give a larger "
                 "--tokens"
             )
+        progress.ended_early = None
         run.fill_lens(lens, run.output)
         optimizer = make_optimizer(lens, run.plan)
         text = manifest["corpus"]["train"].get("tokens_sha256")
@@ -164,7 +165,8 @@ def _require_same_settings(run: Run) -> None:
     if changed:
         raise InputError(
             f"{run.output} was trained with other settings ({', '.join(changed)}); with --resume "
-            "only --tokens, --device, --kernel and --micro-batch-size may change"
+            "only --tokens, --device, --device-map, --kernel, --micro-batch-size and "
+            "--shard-layers may change"
         )
 
 

@@ -3,9 +3,11 @@
 import threading
 from collections.abc import Iterator
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tunedlens.distributed import reduce_sums
 from tunedlens.errors import InputError
 from tunedlens.fit import SKIPPED_POSITIONS, LeastSquares, MeanJacobian, PreconditionedMuon
 from tunedlens.lenses import JacobianLens
@@ -26,15 +28,15 @@ def fit_closed_form(
         InputError: the states of many blocks are not finite.
         KeyboardInterrupt: `stop` is set; there is nothing to save.
     """
-    is_new, position = progress.step == 0, progress.position
+    is_new, position, bad_blocks = progress.step == 0, progress.position, progress.bad_blocks
     d_model = run.model.identity.d_model
     sums, none = LeastSquares(len(run.shards.own), d_model), (run.reader.no_states,)
     for input_ids in _first_batches(run, progress, stop, "closed form"):
         local, rounds = _finite_states(run, progress, input_ids), run.reader.rounds(len(input_ids))
         for states, (final,) in run.shards.to_owners(local, rounds, none):
             sums.add(states, final)
-    if not is_new:
-        progress.position = position
+    if not is_new:  # the blocks were counted when the run began
+        progress.position, progress.bad_blocks = position, bad_blocks
     if not run.shards.is_divided:
         sums.reduce(run.accelerator)
     if run.plan.bias_only:
@@ -93,22 +95,12 @@ def _finite(
     blocks: Int[Tensor, "blocks seq"],
     final: Float[Tensor, "tokens d_model"],
 ) -> Bool[Tensor, " blocks"]:
-    """Which blocks have finite states; the others are recorded.
-
-    Raises:
-        InputError: there are too many others.
-    """
+    """Which blocks have finite states; the others are recorded."""
     kept = finite_blocks(final, len(final) // len(blocks))
     for index in (~kept).nonzero().flatten().tolist():
         progress.bad_blocks += 1
         name = f"first-pass-{run.accelerator.process_index}-block-{progress.bad_blocks}"
         record(run.output, name, "the final state", blocks[index])
-    if progress.bad_blocks > MAX_BAD_BLOCKS:
-        raise InputError(
-            f"the final state of {run.model.identity.name} is not finite for "
-            f"{progress.bad_blocks} blocks of the first {progress.init_tokens:,} tokens; their "
-            f"tokens are in {run.output / FOLDER}; try another --dtype than {run.plan.model.dtype}"
-        )
     return kept
 
 
@@ -118,16 +110,28 @@ def _first_batches(
     """The batches with the first `init_tokens` of the text; the progress counts them.
 
     Raises:
-        KeyboardInterrupt: `stop` is set.
+        InputError: the states of many blocks are not finite.
+        KeyboardInterrupt: `stop` is set in any process.
     """
-    plan, progress.init_tokens = run.plan, 0
+    plan, progress.init_tokens, earlier = run.plan, 0, progress.bad_blocks
     batches = run.splits.train.batches(plan.batch_size, plan.seed)
     with progress_bar(plan.init_tokens, description, show=run.is_main) as bar:
         while progress.init_tokens < plan.init_tokens:
-            if stop.is_set():
-                raise KeyboardInterrupt
-            batch = next(batches)
+            batch, before = next(batches), progress.bad_blocks
             yield batch.input_ids
             progress.init_tokens += plan.step_tokens
             progress.position = batch.position
             bar.update(plan.step_tokens)
+            found = torch.tensor([progress.bad_blocks - before, int(stop.is_set())])
+            reduce_sums(run.accelerator, found)
+            bad_blocks, is_stopping = found.tolist()
+            progress.bad_blocks = before + bad_blocks
+            if progress.bad_blocks - earlier > MAX_BAD_BLOCKS:
+                raise InputError(
+                    f"the final state of {run.model.identity.name} is not finite for "
+                    f"{progress.bad_blocks - earlier} blocks of the first "
+                    f"{progress.init_tokens:,} tokens; their tokens are in {run.output / FOLDER}; "
+                    f"try another --dtype than {plan.model.dtype}"
+                )
+            if is_stopping and progress.init_tokens < plan.init_tokens:
+                raise KeyboardInterrupt

@@ -161,7 +161,7 @@ class ValidationSet:
                 f"{bad} have states that are not finite; try another --dtype than "
                 f"{self._plan.model.dtype}"
             )
-        if len(self._blocks) < count:
+        if len(self._blocks) < count and self._reader.accelerator.is_main_process:
             say(f"{bad} are left out, because their states are not finite")
         return len(self._blocks) < count
 
