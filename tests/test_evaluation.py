@@ -451,7 +451,7 @@ def test_evaluation_from_python_is_written_and_read_back(tiny, corpus, tmp_path)
 
 @pytest.mark.parametrize("name", ["logit", "model", "a/b"])
 def test_lens_in_memory_needs_a_free_name(tiny, corpus, name):
-    with pytest.raises(InputError, match=f"the lens name {name}"):
+    with pytest.raises(InputError, match=name):
         evaluate(EvaluateConfig(corpus=corpus), model=tiny, lenses={name: random_lens(tiny)})
 
 
