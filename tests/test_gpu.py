@@ -243,7 +243,7 @@ def test_memory_of_a_gradient_does_not_grow_with_the_layers(cuda, tokenizer):
         model = FrozenModel(make_gpt2(n_layer=layers, n_embd=64), tokenizer, check=False).to(cuda)
         lens = TunedLens.from_model(model)
         objective = LensKL(model.unembedding.centred(), dtype=torch.bfloat16)
-        states = torch.randn(layers + 1, 4096, 64, device=cuda)
+        states = torch.randn(layers + 1, 16_384, 64, device=cuda)  # two layers at a time
         for parameter in lens.parameters():
             parameter.grad = torch.zeros_like(parameter)
         torch.cuda.synchronize()
