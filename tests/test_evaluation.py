@@ -306,6 +306,7 @@ def _evaluate_a_share(folder, blocks):
     )
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_results_of_one(tiny, tiny_folder, blocks):
     settings = {"metrics": "all", "by_position": True, "transfer": True}
     expected = run(tiny, blocks, tokens=190, **settings)

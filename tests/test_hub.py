@@ -402,6 +402,7 @@ def test_command_says_in_one_line_that_there_is_no_lens(hub, name, capfd):
     assert name in line
 
 
+@pytest.mark.slow
 def test_python_of_the_page_on_sharing_runs(hub, tmp_path, monkeypatch):
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     monkeypatch.chdir(tmp_path)

@@ -22,6 +22,7 @@ print(usual, page_faults())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone has the setting")
 def test_freed_memory_is_used_again_without_page_faults():
     command = [sys.executable, "-c", FAULTS]

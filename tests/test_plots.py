@@ -128,6 +128,7 @@ def test_what_was_not_measured_is_not_drawn():
     assert there == plots.DRAWINGS.keys() - {"transfer", "by_position"}
 
 
+@pytest.mark.slow
 def test_plots_are_the_same_from_saved_results(evaluation):
     again = Evaluation.from_json(evaluation.to_json())
     for name in ("kl_by_layer", "transfer"):

@@ -70,6 +70,7 @@ def test_csv_has_one_row_for_every_value(evaluation, folder):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.renders
 def test_report_that_is_written_again_is_the_same(folder):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}

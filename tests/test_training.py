@@ -361,6 +361,7 @@ def test_settings_out_of_range_are_refused(setting):
         TrainConfig(**setting)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs GPT-2's own tokenizer")
 def test_training_on_any_gpt2_folder_with_the_real_tokenizer(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(SHARED_DATA / "gpt2-tokenizer")

@@ -560,6 +560,7 @@ for name, content in views(read, both).items():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.renders
 def test_saved_data_give_the_same_views_in_a_process_without_the_model(tiny, tmp_path):
     lenses = {"tuned": random_lens(tiny), "logit": LogitLens.from_model(tiny)}
