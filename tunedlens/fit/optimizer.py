@@ -162,10 +162,8 @@ class PreconditionedMuon(LensOptimizer):
         gradient = translator_gradients(self.lens)[layers] @ state["preconditioner"][layers]
         self.lens.zero_grad()
         momentum = state["momentum"][layers].lerp(gradient, 1 - self._momentum)
-        direction = _orthogonalised(
-            gradient.lerp(momentum, self._momentum),
-            self._dtype,  # Nesterov's
-        )
+        nesterov = gradient.lerp(momentum, self._momentum)
+        direction = _orthogonalised(nesterov, self._dtype)
         size = self._step_size * state["initial_error"][layers, None, None]
         iterate = state["iterate"][layers] * (1 - size * self._weight_decay) - size * direction
         state["momentum"][layers], state["iterate"][layers] = momentum, iterate

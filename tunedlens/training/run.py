@@ -75,6 +75,8 @@ class Run:
 
     def fill_lens(self, lens: AffineLens, folder: Path, *, any_model: bool = False) -> JsonObject:
         """Fill a lens of `new_lens` with saved translators; returns their manifest."""
+        if not self.shards.is_divided:
+            return checkpoint.fill_lens(lens, folder, any_model=any_model)
         whole = TunedLens.from_model(self.model, self.plan.all_sites, self.plan.chosen_layers)
         manifest = checkpoint.fill_lens(whole, folder, any_model=any_model)
         lens.load_state_dict(whole.state_dict(), strict=False)
@@ -82,6 +84,8 @@ class Run:
 
     def whole_lens(self, lens: AffineLens) -> AffineLens:
         """The lens with the layers of all processes, in each of them."""
+        if not self.shards.is_divided:
+            return lens
         shape = (lens.sites, self.plan.chosen_layers, lens.rank)
         return self.shards.collect_lens(lens, type(lens)(lens.unembedding, lens.identity, *shape))
 

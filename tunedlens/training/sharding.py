@@ -132,8 +132,6 @@ class LayerShards:
 
     def collect_lens(self, own: AffineLens, whole: AffineLens) -> AffineLens:
         """The translators of all processes, in every process; `whole` is filled with them."""
-        if not self.is_divided:
-            return own
         for index, translator in enumerate(whole.all_translators()):
             owner = next(p for p, owned in enumerate(self._owned) if index in owned)
             for name, parameter in translator.named_parameters():
