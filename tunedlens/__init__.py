@@ -5,12 +5,14 @@
 >>> lens = TunedLens.load("checkpoints/embedded", model)
 """
 
+from tunedlens import anomaly
 from tunedlens.checkpoint import export_lens, load_lens, load_lens_of_kind, save_lens
 from tunedlens.config import CorpusConfig, EvaluateConfig, ModelConfig, ScoringConfig, TrainConfig
 from tunedlens.doctor import Diagnosis, doctor
+from tunedlens.early_exit import EarlyExits, ExitRule, early_exits
 from tunedlens.errors import InputError
-from tunedlens.evaluation import Evaluation, evaluate, score_lenses
-from tunedlens.generation import generate
+from tunedlens.evaluation import Evaluation, TokenBias, evaluate, score_lenses, token_bias
+from tunedlens.generation import ExitedText, generate
 from tunedlens.lenses import (
     AffineLens,
     ConstantLens,
@@ -24,8 +26,10 @@ from tunedlens.mlp_neurons import neurons
 from tunedlens.model import FrozenModel, load_model
 from tunedlens.neighbours import as_transformer_lens
 from tunedlens.report import notebook, read_evaluation, top_k, write_report
-from tunedlens.report.plots import curves, heatmap
+from tunedlens.report.early_exit import exit_table
+from tunedlens.report.plots import curves, exit_curves, heatmap
 from tunedlens.report.tables import TopK
+from tunedlens.report.token_bias import bias_table
 from tunedlens.sharing import push_to_hub
 from tunedlens.training import CacheSettings, train
 from tunedlens.trajectories import Comparison, Trajectory, compare, difference, trajectory
@@ -53,6 +57,9 @@ Comparison.save = save
 Comparison.load = staticmethod(load_comparison)
 Comparison.scores = scores
 Comparison.heatmap = heatmap
+EarlyExits.table = exit_table
+EarlyExits.plot = exit_curves
+TokenBias.table = bias_table
 Trajectory._repr_html_ = notebook.explorer_html
 TopK._repr_html_ = notebook.top_k_html
 Evaluation._repr_html_ = notebook.evaluation_html
@@ -65,8 +72,11 @@ __all__ = [
     "ConstantLens",
     "CorpusConfig",
     "Diagnosis",
+    "EarlyExits",
     "EvaluateConfig",
     "Evaluation",
+    "ExitRule",
+    "ExitedText",
     "FrozenModel",
     "InputError",
     "JacobianLens",
@@ -75,11 +85,14 @@ __all__ = [
     "ModelConfig",
     "ScoringConfig",
     "TrainConfig",
+    "TokenBias",
     "Trajectory",
     "TunedLens",
+    "anomaly",
     "compare",
     "difference",
     "doctor",
+    "early_exits",
     "evaluate",
     "export_lens",
     "load_lens",
@@ -88,6 +101,7 @@ __all__ = [
     "push_to_hub",
     "read_evaluation",
     "score_lenses",
+    "token_bias",
     "train",
     "trajectory",
     "write_report",

@@ -3,6 +3,7 @@
 from tunedlens.evaluation.estimates import Estimate, RatioSums
 from tunedlens.evaluation.pipeline import evaluate, score_lenses
 from tunedlens.evaluation.results import MODEL, Difference, Evaluation, Grid, Result
+from tunedlens.evaluation.token_bias import TokenBias, token_bias
 
 __all__ = [
     "MODEL",
@@ -12,6 +13,8 @@ __all__ = [
     "Grid",
     "RatioSums",
     "Result",
+    "TokenBias",
     "evaluate",
     "score_lenses",
+    "token_bias",
 ]

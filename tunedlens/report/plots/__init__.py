@@ -2,6 +2,7 @@
 
 from tunedlens.report.plots.by_layer import DRAWINGS, by_layer, by_position, transfer
 from tunedlens.report.plots.curves import curves, draw_learning_curve, learning_curve
+from tunedlens.report.plots.early_exit import exit_curves
 from tunedlens.report.plots.heatmaps import heatmap, heatmap_pages
 from tunedlens.report.plots.style import FORMATS, in_all_formats, rendered, save
 
@@ -12,6 +13,7 @@ __all__ = [
     "by_position",
     "curves",
     "draw_learning_curve",
+    "exit_curves",
     "heatmap",
     "heatmap_pages",
     "in_all_formats",
