@@ -136,7 +136,12 @@ class _Exits:
 
     def __init__(self, lens: ResidualLens, rule: ExitRule) -> None:
         self._lens, self._rule = lens, rule
-        read = [layer for layer in range(lens.n_layers) if lens.reads("resid_pre", layer)]
+        later = range(rule.first_layer, lens.n_layers)
+        read = [layer for layer in later if lens.reads("resid_pre", layer)]
+        if not read:
+            raise InputError(
+                f"the lens reads no layer from {rule.first_layer} on; there are {lens.n_layers}"
+            )
         self.layers = [*read, lens.n_layers]
         self._steps: list[list[int]] = []
 

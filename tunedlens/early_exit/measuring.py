@@ -13,7 +13,7 @@ from tunedlens.devices import float32_products
 from tunedlens.early_exit.results import EarlyExits, ExitCurve, ExitPoint
 from tunedlens.early_exit.rules import SIGNALS, ExitRule, Signal, first_exit, signal_of
 from tunedlens.errors import InputError
-from tunedlens.evaluation.estimates import Estimate, RatioSums
+from tunedlens.evaluation.estimates import RatioSums
 from tunedlens.evaluation.pipeline import blocks_of_this_process
 from tunedlens.evaluation.scoring import Layout, ScoredBatch, Scorer
 from tunedlens.lenses import Lens, require_made_for
@@ -30,27 +30,33 @@ def early_exits(
     lenses: Mapping[str, Lens],
     blocks: Iterable[Int[Tensor, " seq"]],
     config: ScoringConfig | None = None,
+    *,
+    first_layer: int = 0,
 ) -> EarlyExits:
     """What every exit rule of `rules_of` saves and costs, for every lens.
 
     Blocks alternate between the half of the text where thresholds are chosen and the half where
-    they are tested.
+    they are tested. A lens without translators is read at the layers of the others.
 
     Args:
         lenses: the lenses by name.
         blocks: token ids, in blocks of one length.
         config: how many positions are read at most, and the batch size.
+        first_layer: see `ExitRule`.
 
     Raises:
-        InputError: there are not two blocks, blocks differ in length, or a lens belongs to another
-            model.
+        InputError: there are not two blocks, blocks differ in length, a lens belongs to another
+            model, or no layer is read.
     """
     require_made_for(model, lenses)
     config = config or ScoringConfig()
     layout = Layout.of(model, lenses, transfer=False)
-    scorer, tallies = Scorer(model, layout, _METRICS), _tallies(layout)
+    scorer, tallies = Scorer(model, layout, _METRICS), _tallies(layout, first_layer)
     if not tallies:
-        raise InputError("no lens reads the residual stream between blocks; give one that does")
+        raise InputError(
+            f"no lens reads the residual stream from layer {first_layer} on; give one that does, "
+            "or an earlier first_layer"
+        )
     digest, numbers = hashlib.sha256(), []
     own = blocks_of_this_process(blocks, config.tokens, None, digest.update)
     while batch := list(islice(own, config.batch_size)):
@@ -68,7 +74,9 @@ def early_exits(
     for tally in tallies:
         curves.setdefault(tally.lens, {})[tally.signal] = tally.curve()
     tokens = round(float(tallies[0].sums.denominator[:, 0].sum()))
-    return EarlyExits(len(layout.rows), tokens, len(numbers), digest.hexdigest(), curves)
+    return EarlyExits(
+        len(layout.rows), tokens, len(numbers), digest.hexdigest(), first_layer, curves
+    )
 
 
 def rules_of(signal: Signal, n_layers: int, vocab_size: int) -> list[ExitRule]:
@@ -88,26 +96,26 @@ def _short(values: Float[Tensor, " thresholds"]) -> list[float]:
     return [float(f"{value:.4g}") for value in values.tolist()]
 
 
-def _tallies(layout: Layout) -> list["_Tally"]:
+def _tallies(layout: Layout, first_layer: int) -> list["_Tally"]:
     """One for every lens on the stream and every signal."""
-    return [
-        _Tally(layout, column, signal)
-        for column, (_, site) in enumerate(layout.columns.values())
-        if site == "resid_pre"
-        for signal in SIGNALS
-    ]
+    tallies = []
+    for column, (_, site) in enumerate(layout.columns.values()):
+        layers = [layer for layer in layout.layers[column] if layer >= first_layer]
+        if site == "resid_pre" and layers:
+            tallies += [_Tally(layout, column, layers, signal) for signal in SIGNALS]
+    return tallies
 
 
 class _Tally:
     """Sums of layers saved, agreement and cross-entropy by half and rule."""
 
-    def __init__(self, layout: Layout, column: int, signal: Signal) -> None:
+    def __init__(self, layout: Layout, column: int, layers: list[int], signal: Signal) -> None:
         self.lens, self.signal = list(layout.columns)[column], signal
-        self._column, self._layers = column, layout.layers[column]
+        self._column, self._layers = column, layers
         n_layers = len(layout.rows)
         self._rules = rules_of(signal, len(self._layers), layout.vocab_size)
         self._saved = torch.tensor([n_layers - layer for layer in (*self._layers, n_layers)])
-        self.sums = RatioSums(_HALVES, len(self._rules), columns=3)
+        self.sums = RatioSums(_HALVES, len(self._rules), columns=4)
 
     def add(self, batch: ScoredBatch, half: Int[Tensor, " batch"]) -> None:
         values = {
@@ -120,30 +128,23 @@ class _Tally:
         for rule in self._rules:
             exits = first_exit(rule, signal)
             chosen = [values[name].gather(0, exits[None])[0] for name in _COSTS]
-            of_rule = torch.stack([self._saved[exits].double(), *chosen])
+            of_model = values["cross_entropy_nats"][-1]
+            of_rule = torch.stack([self._saved[exits].double(), *chosen, of_model])
             totals.append((of_rule * batch.is_scored).sum(-1))
         is_in_half = half == torch.arange(_HALVES)[:, None]
         counts = is_in_half * batch.is_scored.sum(-1)
         self.sums.add(torch.stack(totals).expand(_HALVES, -1, -1, -1), counts[:, None])
 
     def curve(self) -> ExitCurve:
-        estimates = self.sums.estimates()
+        # Layers saved, agreement, cross-entropy and its paired difference from the model's.
+        contrasts = torch.eye(4)
+        contrasts[3, 2:] = torch.tensor([1.0, -1.0])
+        estimates = self.sums.estimates(contrasts)
         halves = []
         for half in range(_HALVES):
             points = []
             for index, rule in enumerate(self._rules):
-                saved, agreement, nats = (estimates.at(half, index, one) for one in range(3))
-                points.append(ExitPoint(rule.threshold, saved, agreement, _finite(nats)))
+                found = [estimates.at(half, index, one) for one in range(4)]
+                points.append(ExitPoint(rule.threshold, *found))
             halves.append(points)
         return ExitCurve(*halves)
-
-
-def _finite(nats: Estimate) -> Estimate:
-    """The cross-entropy of an exit, checked.
-
-    Raises:
-        InputError: it is not finite.
-    """
-    if not abs(nats.value) < float("inf"):
-        raise InputError(f"the cross-entropy of an exit is {nats.value}; a lens is not finite")
-    return nats

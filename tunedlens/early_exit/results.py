@@ -23,11 +23,18 @@ class ExitPoint:
     """The fraction of tokens where that prediction has the model's most probable token."""
     cross_entropy_nats: Estimate
     """Of the true next token."""
+    extra_nats: Estimate
+    """That cross-entropy minus the model's own, paired."""
 
     @property
     def perplexity(self) -> Estimate:
         """`exp` of the mean cross-entropy."""
         return perplexity(self.cross_entropy_nats)
+
+    @property
+    def perplexity_ratio(self) -> Estimate:
+        """The perplexity, divided by the model's."""
+        return perplexity(self.extra_nats)
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,8 @@ class EarlyExits:
     blocks: int
     tokens_sha256: str
     """Hash of the token ids (int32) of the scored blocks."""
+    first_layer: int
+    """Layers before it are not read."""
     curves: dict[str, dict[Signal, ExitCurve]]
     """By lens and signal."""
 
@@ -96,37 +105,35 @@ class EarlyExits:
         signal: Signal,
         *,
         agreement: float | None = None,
-        perplexity: float | None = None,
+        perplexity_ratio: float | None = None,
     ) -> ChosenExit:
         """The threshold that saves most layers on the first half, within a limit.
 
         Args:
             agreement: the smallest agreement with the model, from 0 to 1.
-            perplexity: the largest perplexity, instead.
+            perplexity_ratio: instead, the largest perplexity, as a multiple of the model's.
 
         Raises:
             InputError: there is no such lens or signal, not exactly one limit is given, or the
                 limit is out of range.
         """
         curve = self.curve(lens, signal)
-        if (agreement is None) == (perplexity is None):
-            raise InputError("give either the smallest agreement or the largest perplexity")
+        if (agreement is None) == (perplexity_ratio is None):
+            raise InputError("give either agreement or perplexity_ratio as the limit")
         if agreement is not None:
             if not 0 <= agreement <= 1:
                 raise InputError(f"agreement must be between 0 and 1, got {agreement}")
             is_within = [point.agreement.value >= agreement for point in curve.first_half]
         else:
-            assert perplexity is not None
-            least = min(point.perplexity.value for point in curve.first_half)
-            if not perplexity >= least:
-                raise InputError(
-                    f"perplexity must be at least {least:.5g}, the lowest on the half of the text "
-                    f"where the threshold is chosen; got {perplexity}"
-                )
-            is_within = [point.perplexity.value <= perplexity for point in curve.first_half]
+            assert perplexity_ratio is not None
+            if not perplexity_ratio >= 1:
+                raise InputError(f"perplexity_ratio must be 1 or more, got {perplexity_ratio}")
+            is_within = [
+                point.perplexity_ratio.value <= perplexity_ratio for point in curve.first_half
+            ]
         best = max(
             (index for index, is_so in enumerate(is_within) if is_so),
             key=lambda index: curve.first_half[index].layers_saved.value,
         )
         chosen, tested = curve.first_half[best], curve.second_half[best]
-        return ChosenExit(ExitRule(signal, chosen.threshold), chosen, tested)
+        return ChosenExit(ExitRule(signal, chosen.threshold, self.first_layer), chosen, tested)

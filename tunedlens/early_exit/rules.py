@@ -20,13 +20,14 @@ SIGNALS: dict[Signal, str] = {
 """The statistic of `engine.LensStatistics` that each signal is computed from."""
 
 ByLayer = Float[Tensor, "layers *positions"]
+IsMet = Bool[Tensor, "layers *positions"]
 
 
 @dataclass(frozen=True)
 class ExitRule:
     """Takes the prediction of the first layer that is sure enough, or else the model's own.
 
-    The layers are those that the lens reads, from the first to the last.
+    The layers are those that the lens reads, from `first_layer` to the last.
 
     Raises:
         InputError: there is no such signal, or the threshold is outside its range.
@@ -39,27 +40,30 @@ class ExitRule:
     threshold: float
     """The entropy in nats must be below it, the probability above it, the number of layers at
     least it."""
+    first_layer: int = 0
+    """Layers before it are not read: a lens may be sure of its prediction there and wrong."""
 
     def __post_init__(self) -> None:
         if self.signal not in get_args(Signal):
             raise InputError(
                 f"signal must be one of {', '.join(get_args(Signal))}; got {self.signal!r}"
             )
-        low, high = {"entropy": (0, math.inf), "confidence": (0, 1), "agreement": (1, math.inf)}[
-            self.signal
-        ]
-        is_whole = self.signal != "agreement" or self.threshold == self.threshold // 1
-        if not (low <= self.threshold <= high and math.isfinite(self.threshold) and is_whole):
-            kind = {
-                "entropy": "0 or more nats",
-                "confidence": "between 0 and 1",
-                "agreement": "a whole number of layers, 1 or more",
-            }
+        expected, is_right = {
+            "entropy": ("0 or more nats", 0 <= self.threshold < math.inf),
+            "confidence": ("between 0 and 1", 0 <= self.threshold <= 1),
+            "agreement": (
+                "a whole number of layers, 1 or more",
+                1 <= self.threshold < math.inf and self.threshold % 1 == 0,
+            ),
+        }[self.signal]
+        if not is_right:
             raise InputError(
-                f"the threshold of {self.signal} must be {kind[self.signal]}; got {self.threshold}"
+                f"the threshold of {self.signal} must be {expected}; got {self.threshold}"
             )
+        if self.first_layer < 0:
+            raise InputError(f"first_layer must be 0 or more, got {self.first_layer}")
 
-    def is_met(self, signal: ByLayer) -> Bool[Tensor, "layers *positions"]:
+    def is_met(self, signal: ByLayer) -> IsMet:
         """Whether a layer is sure enough, given the values of `signal_of`."""
         if self.signal == "entropy":
             return signal < self.threshold

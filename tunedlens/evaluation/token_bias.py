@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import ClassVar
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 

@@ -15,15 +15,16 @@ _TITLES = {
     "agreement": "exit when layers agree",
 }
 _LEAST_AGREEMENT = 0.5
-"""Agreement below it is not drawn, and perplexity is drawn up to this multiple of the model's."""
-_LARGEST_PERPLEXITY = 4
+"""Agreement below it is not drawn."""
+_LARGEST_RATIO = 4
+"""Perplexity is drawn up to this multiple of the model's."""
 
 
 def exit_curves(exits: EarlyExits) -> "Figure":
     """Agreement and perplexity against layers saved, with a panel for every signal.
 
     All points are on the half of the text where thresholds are tested. Bars are two standard
-    errors on either side. The dotted line is the model's own perplexity.
+    errors on either side; those of the perplexity are paired with the model's.
     """
     style = styles(list(exits.curves), {})
     with new_figure(8.4, 4.8) as figure:
@@ -33,16 +34,15 @@ def exit_curves(exits: EarlyExits) -> "Figure":
             for lens, curves in exits.curves.items():
                 points = curves[signal].second_half  # type: ignore[index]
                 _draw(top, points, "agreement", {**style[lens], "label": lens})
-                _draw(bottom, points, "perplexity", style[lens])
-            bottom.axhline(exits.model_perplexity.value, color=MODEL_COLOR, linestyle=":")
+                _draw(bottom, points, "perplexity_ratio", style[lens])
+            bottom.axhline(1, color=MODEL_COLOR, linestyle=":")
             top.set_title(title, fontsize=9)
             bottom.set_xlabel(f"mean layers saved, of {exits.n_layers}")
         panels[0, 0].set_ylabel("agreement with the model")
-        panels[1, 0].set_ylabel("perplexity")
+        panels[1, 0].set_ylabel("perplexity, relative to the model's")
         panels[0, 0].set_ylim(_LEAST_AGREEMENT, 1.01)
-        least = exits.model_perplexity.value
         panels[1, 0].set_yscale("log")
-        panels[1, 0].set_ylim(0.95 * least, _LARGEST_PERPLEXITY * least)
+        panels[1, 0].set_ylim(0.95, _LARGEST_RATIO)
         plain_log_ticks(panels[1, 0])
         panels[0, -1].legend(frameon=False, loc="upper right")
     return figure
