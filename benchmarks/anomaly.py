@@ -85,7 +85,7 @@ def scores(reads: dict[str, list[Trajectory]]) -> dict[str, dict[str, list[float
     for lens, metric, method in itertools.product(reads["clean"][0].predictions, METRICS, METHODS):
         detector = anomaly.fit(reads["fitted"], metric, lens=lens, method=method)
         name = f"{lens}, {metric}, {method}"
-        found[name] = {kind: [detector.score(one) for one in reads[kind]] for kind in kinds}
+        found[name] = {kind: detector.scores(reads[kind]) for kind in kinds}
     nats = {
         kind: [float(anomaly.features(one, "cross_entropy")[-1]) for one in reads[kind]]
         for kind in (*kinds, "fitted")

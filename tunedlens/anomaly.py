@@ -28,6 +28,9 @@ _ZERO_FOR_MODEL = ("kl_nats", "rank")
 """The metrics that are the same at the model's row of every text."""
 FORMAT = 1
 
+Scorer = Callable[[Float[Tensor, "texts rows"]], list[float]]
+"""Features to scores."""
+
 
 class AUROC(NamedTuple):
     """The area under the ROC curve with a bootstrap interval."""
@@ -123,13 +126,20 @@ class Detector:
             InputError: another model or other layers were read than of the normal texts, or the
                 lens is missing.
         """
-        _require_alike(trajectory, self.model, self.rows)
-        options = {"lens": self.lens, "positions": self.positions}
-        own = features(trajectory, self.metric, **options)  # type: ignore[arg-type]
-        return float(self._score(own[None])[0])
+        return self.scores([trajectory])[0]
+
+    def scores(self, trajectories: Sequence[Trajectory]) -> list[float]:
+        """The score of every text."""
+        for one in trajectories:
+            _require_alike(one, self.model, self.rows)
+        found = [
+            features(one, self.metric, lens=self.lens, positions=self.positions)
+            for one in trajectories
+        ]
+        return self._scorer(torch.stack(found)) if found else []
 
     @cached_property
-    def _score(self) -> "Callable[[Tensor], Sequence[float]]":
+    def _scorer(self) -> Scorer:
         normal = torch.tensor(self.normal, dtype=torch.float64)
         if self.method == "mahalanobis":
             return _mahalanobis(normal)
@@ -194,7 +204,7 @@ def fit(
         features(one, metric, lens=lens, positions=positions).tolist() for one in trajectories
     ]
     detector = Detector(first.model, lens, rows, full_name(metric), positions, method, normal, seed)
-    _ = detector._score  # a missing package is noticed here
+    _ = detector._scorer  # a missing package is noticed here
     return detector
 
 
@@ -284,13 +294,13 @@ def _require_alike(trajectory: Trajectory, model: str, rows: list[str]) -> None:
         )
 
 
-def _mahalanobis(normal: Float[Tensor, "texts rows"]) -> Callable[[Tensor], Sequence[float]]:
+def _mahalanobis(normal: Float[Tensor, "texts rows"]) -> Scorer:
     """The distance to the mean, in standard deviations."""
     mean, deviation = normal.mean(0), normal.std(0, correction=0)
     deviation = torch.where(deviation > 0, deviation, 1.0)
     precision = torch.linalg.inv(shrunk_covariance((normal - mean) / deviation))
 
-    def score(features: Float[Tensor, "texts rows"]) -> Sequence[float]:
+    def score(features: Float[Tensor, "texts rows"]) -> list[float]:
         standard = (features - mean) / deviation
         return ((standard @ precision) * standard).sum(-1).sqrt().tolist()
 
@@ -317,9 +327,7 @@ def shrunk_covariance(centred: Float[Tensor, "texts rows"]) -> Float[Tensor, "ro
     return (1 - amount) * covariance + amount * scale * identity
 
 
-def _of_scikit_learn(
-    normal: Float[Tensor, "texts rows"], method: Method, seed: int
-) -> Callable[[Tensor], Sequence[float]]:
+def _of_scikit_learn(normal: Float[Tensor, "texts rows"], method: Method, seed: int) -> Scorer:
     try:
         from sklearn.ensemble import IsolationForest
         from sklearn.neighbors import LocalOutlierFactor
