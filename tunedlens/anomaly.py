@@ -103,9 +103,9 @@ class Detector:
             raise InputError(
                 f"method must be one of {', '.join(get_args(Method))}; got {self.method!r}"
             )
-        if len(self.normal) < 2:
+        if len(self.normal) < 3:
             raise InputError(
-                f"a detector needs at least two normal texts, and better a few per row "
+                f"a detector needs at least three normal texts, and better a few per row "
                 f"({len(self.rows)}); got {len(self.normal)}"
             )
         if len({len(one) for one in self.normal}) > 1 or not self.normal[0]:
@@ -187,7 +187,7 @@ def fit(
         seed: of the isolation forest.
 
     Raises:
-        InputError: there are fewer than two trajectories, they are of different models or layers,
+        InputError: there are fewer than three trajectories, they are of different models or layers,
             a setting is unknown, or scikit-learn is missing.
 
     Source:
@@ -195,7 +195,7 @@ def fit(
         isolation forest and the local outlier factor on trajectories.
     """
     if not trajectories:
-        raise InputError("a detector needs at least two trajectories of normal texts; got none")
+        raise InputError("a detector needs at least three trajectories of normal texts; got none")
     first = trajectories[0]
     rows, lens = _row_names(first), first.lens_name(lens)
     for one in trajectories:
@@ -323,7 +323,8 @@ def shrunk_covariance(centred: Float[Tensor, "texts rows"]) -> Float[Tensor, "ro
     identity = torch.eye(rows, dtype=centred.dtype)
     distance = (covariance - scale * identity).square().sum()
     spread = centred.square().sum(-1).square().sum() / texts - covariance.square().sum()
-    amount = 1.0 if distance == 0 else float((spread / texts / distance).clamp(0, 1))
+    # The least amount keeps the matrix invertible where rows are copies of each other.
+    amount = 1.0 if distance == 0 else float((spread / texts / distance).clamp(1e-6, 1))
     return (1 - amount) * covariance + amount * scale * identity
 
 

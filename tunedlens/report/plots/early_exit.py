@@ -29,6 +29,9 @@ def exit_curves(exits: EarlyExits) -> "Figure":
     style = styles(list(exits.curves), {})
     with new_figure(8.4, 4.8) as figure:
         panels = figure.subplots(2, len(_TITLES), sharex=True, sharey="row")
+        panels[0, 0].set_ylim(_LEAST_AGREEMENT, 1.01)
+        panels[1, 0].set_yscale("log")
+        panels[1, 0].set_ylim(0.95, _LARGEST_RATIO)
         for column, (signal, title) in enumerate(_TITLES.items()):
             top, bottom = panels[:, column]
             for lens, curves in exits.curves.items():
@@ -40,9 +43,6 @@ def exit_curves(exits: EarlyExits) -> "Figure":
             bottom.set_xlabel(f"mean layers saved, of {exits.n_layers}")
         panels[0, 0].set_ylabel("agreement with the model")
         panels[1, 0].set_ylabel("perplexity, relative to the model's")
-        panels[0, 0].set_ylim(_LEAST_AGREEMENT, 1.01)
-        panels[1, 0].set_yscale("log")
-        panels[1, 0].set_ylim(0.95, _LARGEST_RATIO)
         plain_log_ticks(panels[1, 0])
         panels[0, -1].legend(frameon=False, loc="upper right")
     return figure
@@ -51,6 +51,7 @@ def exit_curves(exits: EarlyExits) -> "Figure":
 def _draw(axes: "Axes", points: list[ExitPoint], cost: str, style: dict[str, object]) -> None:
     saved = [point.layers_saved.value for point in points]
     costs = [getattr(point, cost) for point in points]
-    errors = [2 * (one.standard_error or 0.0) for one in costs]
+    low, high = axes.get_ylim()
+    errors = [2 * (one.standard_error or 0.0) if low <= one.value <= high else 0.0 for one in costs]
     look = style | {"markersize": 2.5, "linewidth": 1.2, "elinewidth": 0.6}
     axes.errorbar(saved, [one.value for one in costs], errors, **look)  # type: ignore[arg-type]
