@@ -94,7 +94,7 @@ def load_splits(config: ResolvedCorpus, tokenizer: PreTrainedTokenizerBase) -> C
         InputError: there is no such text, it is empty or too short, has no such column,
             or the hub cannot be reached.
     """
-    _require_consistent(config)
+    together(lambda: _require_consistent(config))
     assert config.dataset != SELF, "only the model can sample its text"
     packer = Packer(tokenizer, config.seq_len, has_bos=config.bos, is_chat=config.chat)
     name = config.dataset

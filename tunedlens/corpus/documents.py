@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 DOCUMENTS_AT_A_TIME = 16
+_TOKENS_AT_A_TIME = 2**20
+"""Of which the bytes are counted."""
 
 
 class Packer:
@@ -60,7 +62,7 @@ class Packer:
         """Token ids of each text, with EOS at the end."""
         eos, documents = torch.tensor([self.eos_id], dtype=torch.int32), []
         for text, ids in zip(texts, token_ids(self._tokenizer, texts, self._is_chat), strict=True):
-            self._compare_bytes(text, torch.cat([eos, ids]).long())
+            self._compare_bytes(text, torch.cat([eos, ids]))
             if self._is_chat:
                 starts, ends = ids[:1].tolist() == [self._bos_id], ids[-1:].tolist() == eos.tolist()
                 ids = ids[starts : len(ids) - ends]
@@ -69,9 +71,12 @@ class Packer:
 
     def count_bytes(self, ids: Int[Tensor, " tokens"]) -> int:
         """The bytes of text that the tokens after the first stand for."""
-        if self._token_bytes is None:
+        counts = self._token_bytes
+        if counts is None:
             return len(str(self._tokenizer.decode(ids[1:], skip_special_tokens=True)).encode())
-        return int(self._token_bytes.next_bytes(ids).sum())
+        firsts = range(0, len(ids) - 1, _TOKENS_AT_A_TIME)
+        parts = (ids[first : first + _TOKENS_AT_A_TIME + 1] for first in firsts)
+        return sum(int(counts.next_bytes(part.long()).sum()) for part in parts)
 
     def to_blocks(self, stream: Int[Tensor, " tokens"]) -> Int[Tensor, "blocks seq"]:
         """Cut a stream of tokens into blocks; what fills no block at its end is left out."""
@@ -85,7 +90,7 @@ class Packer:
         """Warn once if the tokens do not represent the text byte for byte."""
         if self._token_bytes is None or self._has_warned:
             return
-        expected, actual = len(text.encode()), int(self._token_bytes.next_bytes(ids).sum())
+        expected, actual = len(text.encode()), self.count_bytes(ids)
         if self._is_chat:
             special = ids[1:][self._token_bytes.is_special[ids[1:]]].tolist()
             names = self._tokenizer.convert_ids_to_tokens(special)
