@@ -61,12 +61,13 @@ class Packer:
     def encode(self, texts: list[str]) -> list[Int[Tensor, " tokens"]]:
         """Token ids of each text, with EOS at the end."""
         eos, documents = torch.tensor([self.eos_id], dtype=torch.int32), []
+        starts = ends = False
         for text, ids in zip(texts, token_ids(self._tokenizer, texts, self._is_chat), strict=True):
-            self._compare_bytes(text, torch.cat([eos, ids]))
+            document = torch.cat([eos, ids, eos])
+            self._compare_bytes(text, document[:-1])
             if self._is_chat:
                 starts, ends = ids[:1].tolist() == [self._bos_id], ids[-1:].tolist() == eos.tolist()
-                ids = ids[starts : len(ids) - ends]
-            documents.append(torch.cat([ids, eos]))
+            documents.append(document[1 + starts : len(document) - ends])
         return documents
 
     def count_bytes(self, ids: Int[Tensor, " tokens"]) -> int:

@@ -92,7 +92,8 @@ class StreamedCorpus:
                     "reader": self._documents.state_dict(),
                     "left": stream.tolist(),
                     "window": start["window"] + windows,
-                    "batches": 0,
+                    # Several processes read more at a time, so one may have to skip more.
+                    "batches": max(0, start["batches"] - windows * in_window),
                     "read": read,
                 }
         per_batch = batch_size * self._packer.text_tokens
