@@ -156,8 +156,8 @@ def test_adapter_stands_for_the_first_model_with_it(tiny_folder, config, tmp_pat
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: make_gpt2(n_layer=2), r"another shape than tiny \(n_layers 2, not 3\)"),
-        (lambda: make_gpt2(n_embd=8), r"another shape than tiny \(d_model 8, not 16\)"),
+        (lambda: make_gpt2(n_layer=2), r"different shape than tiny \(n_layers 2, not 3\)"),
+        (lambda: make_gpt2(n_embd=8), r"different shape than tiny \(d_model 8, not 16\)"),
         (lambda: make_gpt2(n_positions=8), "--seq-len must be at most 8, the context of other"),
     ],
 )
