@@ -314,7 +314,7 @@ def test_bad_text_is_refused_with_a_reason(tokenizer, tmp_path, text_file):
         (bad(tmp_path, "torn.parquet", b"PAR1"), {}, "cannot read the dataset"),
         (text_file, {"validation_split": "validation"}, "for datasets on the hub"),
         (text_file, {"dataset_config": "en"}, "for datasets on the hub"),
-        ("hub/name", {"validation_split": "train"}, "another than --dataset-split"),
+        ("hub/name", {"validation_split": "train"}, "must differ from --dataset-split"),
         ("x" * 300, {}, "cannot look for files"),
         ("~nosuchuser/x.txt", {}, "cannot look for files"),
     ]

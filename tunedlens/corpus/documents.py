@@ -66,7 +66,8 @@ class Packer:
             document = torch.cat([eos, ids, eos])
             self._compare_bytes(text, document[:-1])
             if self._is_chat:
-                starts, ends = ids[:1].tolist() == [self._bos_id], ids[-1:].tolist() == eos.tolist()
+                starts = ids[:1].tolist() == [self._bos_id]
+                ends = ids[starts:][-1:].tolist() == eos.tolist()
             documents.append(document[1 + starts : len(document) - ends])
         return documents
 

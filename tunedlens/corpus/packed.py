@@ -53,7 +53,7 @@ class PackedCorpus:
             "bytes": sum(document.text_bytes for document in documents),
             "tokens": len(stream),
             "dropped_tokens": len(stream) % packer.text_tokens,
-            "tokens_sha256": hashlib.sha256(stream.numpy()).hexdigest(),
+            "tokens_sha256": hashlib.sha256(stream.numpy().data).hexdigest(),
         }
         return cls(blocks, about)
 
