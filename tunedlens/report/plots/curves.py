@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _MAX_TOKENS = 5
 _DASHES = {"solid": "-", "dashed": "--", "dotted": ":", "dash-dotted": "-."}
+MAX_LENSES = len(_DASHES)
 
 
 def learning_curve(
@@ -125,11 +126,11 @@ def curves(
     if metric not in ("probability", "rank"):
         raise InputError(f"metric must be probability or rank; got {metric!r}")
     index, lenses = trajectory.position_index(position), list(trajectory.predictions)
-    ids = _most_probable(trajectory, index) if tokens is None else trajectory.token_ids(tokens)
-    if len(lenses) > len(_DASHES):
+    ids = most_probable(trajectory, index) if tokens is None else trajectory.token_ids(tokens)
+    if len(lenses) > MAX_LENSES:
         raise InputError(
             f"{len(lenses)} lenses are too many to tell apart by their dashes; read the text "
-            f"with at most {len(_DASHES)}"
+            f"with at most {MAX_LENSES}"
         )
     with new_figure(5.2, 3.2, has_tokens=True) as figure:
         axes = figure.subplots()
@@ -162,8 +163,8 @@ def curves(
     return figure
 
 
-def _most_probable(trajectory: Trajectory, index: int) -> list[int]:
-    """The tracked tokens that the model finds most probable."""
+def most_probable(trajectory: Trajectory, index: int) -> list[int]:
+    """The at most 5 tracked tokens that the model finds most probable."""
     model = next(iter(trajectory.predictions.values()))
     log_probs = model.tracked_log_probs[-1, index].tolist()
     pairs = zip(log_probs, trajectory.tracked_ids[index].tolist(), strict=True)

@@ -196,6 +196,11 @@ def in_all_formats(figure: "Figure") -> dict[str, bytes]:
         figure.set_layout_engine(layout)
 
 
+def in_svg(figure: "Figure") -> bytes:
+    """A figure as the bytes of an SVG."""
+    return rendered(figure, "svg")
+
+
 def save(figure: "Figure", path: str | Path) -> None:
     """Write a figure as PNG, SVG and PDF beside each other: `<path>.png` and so on.
 
