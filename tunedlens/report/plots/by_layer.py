@@ -125,7 +125,7 @@ def by_position(evaluation: Evaluation) -> "Figure":
             axes.set_xlabel("position in the block")
         panels[0].set_ylabel(METRICS["kl_nats"].title)
         for axes in panels:
-            plain_log_ticks(axes)
+            plain_log_ticks(axes.yaxis)
         name_lines(panels[-1], ends)
     return figure
 
@@ -243,7 +243,7 @@ def _draw_lines(axes: "Axes", evaluation: Evaluation, metric: str) -> Ends:
     axes.set_xlabel("layer (0 is the embeddings)")
     axes.set_xticks(ticks_of(evaluation.n_layers))
     if is_log:
-        plain_log_ticks(axes)
+        plain_log_ticks(axes.yaxis)
     return ends
 
 

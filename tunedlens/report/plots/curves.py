@@ -17,6 +17,7 @@ from tunedlens.report.plots.style import (
     new_figure,
     plain_log_ticks,
     save,
+    short_count,
     ticks_of,
 )
 from tunedlens.trajectories import Trajectory
@@ -74,7 +75,7 @@ def learning_curve(
             if len(sites) > 1:
                 axes.set_title(site, fontsize=9)
             axes.set_xlabel(f"tokens in steps ({history[-1].seconds:.0f} s in all)")
-            axes.set_xticks(ticks, [_short(count) for count in ticks])
+            axes.set_xticks(ticks, [short_count(count) for count in ticks])
             axes.set_xticks([], minor=True)
             named.append((axes, ends))
         for unused in grid.flat[len(sites) :]:
@@ -82,17 +83,9 @@ def learning_curve(
         for axes in grid[:, 0]:
             axes.set_ylabel("held-out KL(model ‖ lens), nats")
         for axes, ends in named:
-            plain_log_ticks(axes)
+            plain_log_ticks(axes.yaxis)
             name_lines(axes, ends, size=8)
     return figure
-
-
-def _short(count: int) -> str:
-    """A number of tokens as on an axis: 512, 16k, 1.2M."""
-    for unit, size in (("M", 10**6), ("k", 10**3)):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return str(count)
 
 
 def draw_learning_curve(
@@ -155,7 +148,7 @@ def curves(
         axes.set_ylabel(f"{metric} after {after} (position {trajectory.positions[index]})")
         if metric == "rank":
             axes.set_yscale("log")
-            plain_log_ticks(axes)
+            plain_log_ticks(axes.yaxis)
             axes.invert_yaxis()
         else:
             axes.set_ylim(0, None)
