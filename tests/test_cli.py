@@ -274,7 +274,7 @@ def test_file_is_one_prompt_if_it_is_read_whole(here, capsys):
     assert evaluate_command([*flags, "--sites", "resid_mid,resid_post"]) == 0
     said = capsys.readouterr().out
     assert "'def f():\\n    return 1'" in said
-    assert "\n0 resid_mid " in said
+    assert " 0 resid_mid  " in said
     assert len(list((here / "out").iterdir())) == 2
 
 
@@ -303,7 +303,7 @@ def test_long_prompt_is_drawn_in_part_and_read_in_windows(here, tiny_folder):
     flags = ["--prompt", prompt, "--model", str(tiny_folder), "--stride", "16"]
     assert evaluate_command(flags) == 0
     page = (here / "prompts" / "report.html").read_text()
-    assert "These are the last 44 of 150 positions; the page has all." in page
+    assert "These are the last 44 of 151 positions; the page has all." in page
     (table,) = (here / "prompts").glob("*/table.csv")
     rows = table.read_text().splitlines()
     assert len(rows) > 4 * 150

@@ -374,6 +374,7 @@ def test_trained_lens_is_pushed_as_it_is_and_evaluated_by_its_name(
         "other": "me/lens@main",
     }
     written = []
+
     def note(*arguments, **_):
         written.append(arguments)
         return Path("report.html")

@@ -98,6 +98,11 @@ def definitions(terms: Mapping[str, object]) -> str:
     return f"<dl>{''.join(lines)}</dl>"
 
 
+def minute(time: str) -> str:
+    """A time in ISO format and UTC, to the minute."""
+    return time[:16].replace("T", " ") + " UTC" if time else ""
+
+
 def _plain(value: object) -> str:
     """Values with their names; lists and what is inside others separated by commas."""
     if isinstance(value, Mapping):

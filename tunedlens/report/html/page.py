@@ -6,7 +6,7 @@ from tunedlens.escaping import for_html
 from tunedlens.evaluation import Evaluation
 from tunedlens.metrics import METRICS
 from tunedlens.report import plots
-from tunedlens.report.html.elements import definitions, document, figure, table
+from tunedlens.report.html.elements import definitions, document, figure, minute, table
 from tunedlens.report.tables import difference_rows, metric_rows, scored_text, summary
 
 _WIDE = ("overview", "agreement_by_layer", "transfer", "by_position")
@@ -80,6 +80,6 @@ def _provenance(evaluation: Evaluation) -> str:
             "dtype, device, threads": ", ".join(str(part) for part in device if part is not None),
             "versions": run.get("versions"),
             "commit": run.get("commit"),
-            "created": run.get("created"),
+            "created": minute(run.get("created", "")),
         }
     )

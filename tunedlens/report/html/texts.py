@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 from tunedlens.escaping import for_html
 from tunedlens.provenance import Provenance
-from tunedlens.report.html.elements import definitions, document, figure, table
+from tunedlens.report.html.elements import definitions, document, figure, minute, table
 from tunedlens.report.html.explorer import explorer_height
 from tunedlens.report.html.frame import framed
 from tunedlens.report.tables import top_k
@@ -50,7 +50,7 @@ def texts_page(
         "revision": run.get("revision"),
         "lenses": lenses,
         "command": run.get("command"),
-        "created": run.get("created"),
+        "created": minute(run.get("created", "")),
         "versions": run.get("versions"),
     }
     links = "".join(

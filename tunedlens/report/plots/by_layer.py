@@ -280,8 +280,8 @@ def _draw_depths(axes: "Axes", evaluation: Evaluation, metric: str) -> Ends:
             edgecolor="white",
             linewidth=0,
         )
-        axes.annotate(name, (0, 1), (8, -4 - _LINE_POINTS * index), color=color, va="top", fontsize=8.5,
-                      xycoords="axes fraction", textcoords="offset points")  # fmt: skip
+        axes.annotate(name, (0, 1), (8, -4 - _LINE_POINTS * index), xycoords="axes fraction",
+                      textcoords="offset points", va="top", color=color, fontsize=8.5)  # fmt: skip
     # The names stand above all bars.
     names = 0.0 if ends else min((_LINE_POINTS * len(lenses) + 8) / _PANEL_POINTS, 0.6)
     axes.set_ylim(0, axes.get_ylim()[1] / (1 - names))
