@@ -100,19 +100,25 @@ def _figures(trajectory: Trajectory) -> dict[str, Figure]:
     kl = plots.heatmap(end, "kl_nats", lenses, width=width)
     first = dict(islice(trajectory.predictions.items(), MAX_LENSES))
     followed = replace(trajectory, predictions=first)
-    curves = plots.curves(followed)
     shown = {i: token.shown for i, token in trajectory.vocabulary.items()}
-    names = ", ".join(shown[token] for token in most_probable(followed, -1))
-    captions = {
-        f"The best token of every layer and position, coloured by its probability.{part}": heatmap,
-        f"The same tokens, coloured by the KL from the model to the lens.{part}": kl,
-        f"Through the layers of {', '.join(first)}, the probabilities of {names} after "
-        f"{shown[int(trajectory.input_ids[-1])]}, the last token (position "
-        f"{trajectory.positions[-1]}). Of the tokens that are the best one at some layer, the "
-        "model finds these the most probable.": curves,
+    tokens = ", ".join(shown[token] for token in most_probable(followed, -1))
+    last = shown[int(trajectory.input_ids[-1])]
+    about_curves = (
+        f"Probabilities of {tokens} after {last}, the last token (position "
+        f"{trajectory.positions[-1]}), through the layers of the lenses {', '.join(first)}. Of the "
+        "tokens that are the best one at some layer, the model finds these the most probable."
+    )
+    return {
+        "heatmap": Figure(
+            f"The best token of every layer and position, coloured by its probability.{part}",
+            plots.in_svg(heatmap),
+        ),
+        "kl": Figure(
+            f"The same tokens, coloured by the KL from the model to the lens.{part}",
+            plots.in_svg(kl),
+        ),
+        "curves": Figure(about_curves, plots.in_svg(plots.curves(followed))),
     }
-    drawn = (Figure(caption, plots.in_svg(figure)) for caption, figure in captions.items())
-    return dict(zip(("heatmap", "kl", "curves"), drawn, strict=True))
 
 
 def _write_files(text: TextReport, folder: Path) -> None:
