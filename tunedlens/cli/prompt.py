@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def require_prompt(flags: Mapping[str, Any]) -> None:
+def require_prompt(flags: Collection[str]) -> None:
     """Check that a command which scores a corpus has no flag of this one.
 
     Raises:
@@ -89,7 +89,8 @@ def show_prompts(flags: dict[str, Any], command: Sequence[str]) -> int:
     Returns:
         The exit status.
     """
-    prompts = _prompts(flags)
+    prompts = flags.pop("prompt", [])
+    prompts += _in_file(flags.pop("prompt_file", None), flags.pop("whole_file", False))
     k, sites = flags.pop("top_k", _K), flags.pop("sites", "resid_pre").split(",")
     asked, output = flags.pop("lens", None), flags.pop("output", None)
     stride, bos = flags.pop("stride", None), flags.pop("bos", None)
@@ -144,17 +145,15 @@ def _newest(model: str | None) -> list[LensSpec]:
     return lens_specs([])
 
 
-def _prompts(flags: dict[str, Any]) -> list[str]:
-    r"""Take the prompts out of the flags, those of the file last.
+def _in_file(path: Path | None, is_whole: bool) -> list[str]:
+    r"""The prompts of a file, if there is one.
 
-    A file has one per line, and `\n` in a line stands for a line break, or is one as a whole.
+    It has one per line, and `\n` in a line stands for a line break, or is one as a whole.
     """
-    prompts: list[str] = flags.pop("prompt", [])
-    path, is_whole = flags.pop("prompt_file", None), flags.pop("whole_file", False)
     if path is None:
         if is_whole:
             raise InputError("--whole-file reads a file as one prompt; name it with --prompt-file")
-        return prompts
+        return []
     text = files.read_text(path, f"there is no --prompt-file {path}")
     if is_whole:
         found = [text.removesuffix("\n").removesuffix("\r")]
@@ -164,7 +163,7 @@ def _prompts(flags: dict[str, Any]) -> list[str]:
     if not found:
         expected = "some text" if is_whole else "one in each line"
         raise InputError(f"--prompt-file {path} has no prompt: expected {expected}")
-    return prompts + found
+    return found
 
 
 def _print(prompt: str, read: Trajectory, k: int) -> None:
