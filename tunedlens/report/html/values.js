@@ -67,4 +67,9 @@ for (const plot of document.querySelectorAll("[data-panels]"))
   for (const panel of JSON.parse(plot.dataset.panels)) makePanel(plot, panel);
 addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
 addEventListener("pointerdown", (event) => { if (!event.target.closest(".panel")) hide(); });
-addEventListener("scroll", hide, true);
+// To reach a panel with Tab may scroll; what it says then moves with it.
+addEventListener("scroll", () => {
+  const panel = document.activeElement;
+  if (panel.matches(".panel:focus-visible")) panel.dispatchEvent(new Event("focus"));
+  else hide();
+}, true);
