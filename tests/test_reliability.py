@@ -1,5 +1,6 @@
 """What a run survives: bad numbers, damaged states, other runs, signals, a full disk."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -494,3 +495,31 @@ def test_step_whose_states_do_not_fit_into_memory_is_refused(config, tmp_path, m
     config = dataclasses.replace(config, batch_size=2**20, vocab_sample=400)
     with pytest.raises(InputError, match=r"holds .* GB .* give a smaller --batch-size"):
         train(config, tmp_path / "run")
+
+
+# Other processes
+
+
+def _lose_a_process(flags):
+    """What a command prints and returns when the other process leaves in the third step."""
+    is_lost, errors = os.environ["RANK"] == "1", io.StringIO()
+
+    def leave():
+        torch.distributed.destroy_process_group()
+        raise SystemExit
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
+        if is_lost:
+            at_step(patch, 3, leave)
+        with contextlib.suppress(SystemExit):
+            return train_command(flags), errors.getvalue()
+
+
+def test_process_ends_in_one_line_when_another_one_is_lost(config, tmp_path):
+    flags = ["--model", config.model.model, "--dataset", config.corpus.dataset, "--device", "cpu"]
+    flags += ["--seq-len", "16", "--tokens", "512", "--init-tokens", "128", "--batch-size", "4"]
+    flags += ["--precision", "fp32", "--kernel", "products", "--evaluate-tokens", "60"]
+    found = in_two_processes(_lose_a_process, [*flags, "--output", str(tmp_path / "run")])
+    ((status, message),) = (result for result in found if result is not None)
+    assert status == 1
+    assert "error: another process has ended or does not answer (" in message.splitlines()[-1]
