@@ -20,6 +20,7 @@ from tunedlens import InputError, TrainConfig, checkpoint, files
 from tunedlens.checkpoint import saved_config
 from tunedlens.cli import train_command
 from tunedlens.corpus import PackedCorpus
+from tunedlens.engine import accumulate_gradient
 from tunedlens.fit import LeastSquares, PreconditionedMuon
 from tunedlens.model import FrozenModel
 from tunedlens.training import Interrupted, bad_blocks, checkpointing, loop, resolving, train
@@ -261,6 +262,59 @@ def _count_bad_blocks(config, folder):
 
 def test_processes_know_of_each_others_bad_blocks(config, tmp_path):
     assert in_two_processes(_count_bad_blocks, config, tmp_path / "run") == [[2], [2]]
+
+
+def _train_with_faults(config, folder, bad_state, bad_loss):
+    """Train with a block whose states are NaN and one whose gradient at layer 1 is."""
+    read, step, in_step = FrozenModel.states_at, loop._accumulate, []
+
+    def states_at(self, points, input_ids, attention_mask=None):
+        states = read(self, points, input_ids, attention_mask)
+        if len(input_ids) == 1:  # one block at a time, in the search
+            in_step[:] = input_ids.tolist()
+        for row, ids in enumerate(input_ids.tolist()):
+            for point, state in zip(points, states, strict=True):
+                if ids == bad_state and point.layer >= 2:
+                    state[row] = torch.nan
+        return states
+
+    def accumulate(run, state, input_ids, active):
+        in_step[:] = input_ids.tolist()
+        kl = step(run, state, input_ids, active)
+        ruin(state.optimizer.lens)
+        return kl
+
+    def accumulate_one(lens, *args, **settings):
+        kl = accumulate_gradient(lens, *args, **settings)
+        ruin(lens)
+        return kl
+
+    def ruin(lens):
+        if bad_loss in in_step and 1 in lens.layers:
+            lens.translator(1).weight.grad[2, 3] = torch.inf
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FrozenModel, "states_at", states_at)
+        patch.setattr(loop, "_accumulate", accumulate)
+        patch.setattr(bad_blocks, "accumulate_gradient", accumulate_one)
+        return [result.value for result in train(config, folder).results]
+
+
+def test_bad_blocks_of_divided_layers_are_those_of_one_process(clean, tmp_path):
+    bad = clean.blocks[4][2], clean.blocks[2][1]
+    divided = dataclasses.replace(clean.config, shard_layers=True)
+    alone = _train_with_faults(clean.config, tmp_path / "one", *bad)
+    for values in in_two_processes(_train_with_faults, divided, tmp_path / "two", *bad):
+        assert values == pytest.approx(alone, rel=1e-5, abs=1e-7)
+    kept = [
+        {file.name: file.read_text() for file in (tmp_path / name / "bad-blocks").iterdir()}
+        for name in ("one", "two")
+    ]
+    assert kept[0] == kept[1]
+    assert [json.loads(text)["cause"] for _, text in sorted(kept[0].items())] == [
+        "the loss or its gradient at layer 1 is not finite",
+        "the state at layer 2 is not finite",
+    ]
 
 
 def test_steps_that_blow_up_leave_the_closed_form(config, tmp_path):
