@@ -301,7 +301,11 @@ def _train_with_faults(config, folder, bad_state, bad_loss):
 
 
 def test_bad_blocks_of_divided_layers_are_those_of_one_process(clean, tmp_path):
-    bad = clean.blocks[4][2], clean.blocks[2][1]
+    blocks = [block for step in clean.blocks for block in step]
+    bad_state, bad_loss = (
+        next(block for block in clean.blocks[step] if blocks.count(block) == 1) for step in (4, 2)
+    )
+    bad = bad_state, bad_loss
     divided = dataclasses.replace(clean.config, shard_layers=True)
     alone = _train_with_faults(clean.config, tmp_path / "one", *bad)
     for values in in_two_processes(_train_with_faults, divided, tmp_path / "two", *bad):
