@@ -69,7 +69,7 @@ def test_divided_layers_agree_with_a_calculation_by_hand(llama):
     assert table["translators and optimizer"] == 7 * 4 * 2 * layer  # 2, 1 and 1 of 4 layers
     assert table["lens of all layers"] == 4 * 4 * layer
     assert step["gradients"] == 4 * 2 * layer
-    # The states of 3 blocks at 5 points, their mean rows, and 9 blocks at the 3 points that it needs.
+    # States of 3 blocks at 5 points, their mean rows, and 9 blocks at the 3 points that it needs.
     assert step["states"] == 4 * 128 * 64 * (3 * 5 + 3 + 9 * 3)
 
 

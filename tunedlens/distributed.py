@@ -56,8 +56,8 @@ def _disconnect() -> None:
 
 def lost_process(error: RuntimeError) -> str | None:
     """Why the processes cannot communicate any more; None if the error has another cause."""
-    text = str(error)
-    if "/gloo/" not in text and not isinstance(error, torch.distributed.DistError):
+    text, kinds = str(error), getattr(torch.distributed, "DistError", ())
+    if "/gloo/" not in text and not isinstance(error, kinds):
         return None
     # gloo puts its source line before the reason, and advice after it.
     return text.split("] ", 1)[-1].split(". ")[0]

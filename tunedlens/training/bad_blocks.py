@@ -57,10 +57,10 @@ def leave_out(
     """
     lens, places, step = state.optimizer.lens, _places(run), state.progress.step + 1
     lens.zero_grad()
-    found = [_first_fault(run, lens, row, active) for row in input_ids]
+    own_faults = [_first_fault(run, lens, row, active) for row in input_ids]
     # Each process knows the losses of its own layers; the first fault of any process counts.
-    found = run.accelerator.gather(torch.tensor(found, device=run.model.device))
-    faults = found.view(-1, len(input_ids)).amin(0).tolist()
+    gathered = run.accelerator.gather(torch.tensor(own_faults, device=run.model.device))
+    faults: list[int] = gathered.view(-1, len(input_ids)).amin(0).tolist()
     causes = [places[fault] if fault < len(places) else None for fault in faults]
     if all(cause is not None and LOSS in cause for cause in causes):
         raise StepsEnded(

@@ -44,8 +44,7 @@ def resolve(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -
     plan = _completed(config, corpus, shape, defaults | _backend(config, model, accelerator))
     _require_memory(plan, model, processes)
     if config.shard_layers is None:
-        memory = _memory_bytes(model.device)
-        shards = needs_shards(plan, shape, processes, memory)
+        shards = needs_shards(plan, shape, processes, _memory_bytes(model.device))
         plan = dataclasses.replace(plan, shard_layers=shards)
     if corpus.dataset == SELF and corpus.self_tokens is None:
         held_out = plan.validation_tokens + Costs(plan, shape).table_tokens(plan.budget)

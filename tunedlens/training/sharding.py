@@ -23,7 +23,7 @@ Shared = Sequence[Tensor]
 """Further values of the same tokens, which the owners of all layers need."""
 
 
-def divide(layers: Sequence[int], processes: int) -> list[Sequence[int]]:
+def divide(layers: list[int], processes: int) -> list[list[int]]:
     """The layers of each process.
 
     Raises:
@@ -65,7 +65,7 @@ class LayerShards:
             [index for index, point in enumerate(points) if point.layer in layers]
             for layers in by_process
         ]
-        self.layers = by_process[accelerator.process_index]
+        self.layers: list[int] = by_process[accelerator.process_index]
         """The layers of this process."""
         self.own: list[int] = self._owned[accelerator.process_index]
         """The indices of its points among all points."""
