@@ -58,6 +58,15 @@ def _disconnect() -> None:
         torch.distributed.destroy_process_group()
 
 
+def lost_process(error: RuntimeError) -> str | None:
+    """Why the processes cannot communicate any more; None if the error has another cause."""
+    text, kinds = str(error), getattr(torch.distributed, "DistError", ())
+    if "/gloo/" not in text and not isinstance(error, kinds):
+        return None
+    # gloo puts its source line before the reason, and advice after it.
+    return text.split("] ", 1)[-1].split(". ")[0]
+
+
 def reduce_sums(accelerator: Accelerator, *sums: Tensor) -> None:
     """Add up the sums of all processes, in each of them and in place."""
     if accelerator.num_processes > 1:

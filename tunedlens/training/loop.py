@@ -228,8 +228,6 @@ def _accumulate_finite(
     run: Run, state: TrainState, input_ids: Int[Tensor, "batch seq"], active: list[bool]
 ) -> Float[Tensor, " layers"]:
     """The same without the blocks whose numbers are not finite, summed over processes."""
-    if run.shards.is_divided:
-        raise StepsEnded(f"the gradient of step {state.progress.step + 1} is not finite")
     kept = leave_out(run, state, input_ids, active)
     if not len(kept):
         return torch.zeros(len(active), device=run.model.device)
