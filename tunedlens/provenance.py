@@ -14,7 +14,10 @@ import torch
 from tunedlens.files import now
 from tunedlens.model import FrozenModel
 
-_VERSIONED = ("tunedlens", "torch", "transformers", "tokenizers", "accelerate")
+_DISTRIBUTION = "residual-lens"
+"""The name of this package on the package index."""
+
+_VERSIONED = ("torch", "transformers", "tokenizers", "accelerate")
 
 
 class Provenance(TypedDict, total=False):
@@ -44,6 +47,7 @@ def describe_run(model: FrozenModel, command: Sequence[str] | None = None) -> Pr
     command = command or ["python", Path(sys.argv[0]).name, *sys.argv[1:]]
     identity = model.identity
     versions = {name: _version(name) for name in _VERSIONED}
+    versions["tunedlens"] = _version(_DISTRIBUTION)
     return {
         "created": now(),
         "command": shlex.join(command),
