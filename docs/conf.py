@@ -35,7 +35,6 @@ html_copy_source = False
 myst_heading_anchors = 4
 myst_enable_extensions = ["colon_fence"]
 nb_execution_mode = "off"
-suppress_warnings = ["toc.empty_glob"]
 
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
@@ -68,7 +67,10 @@ def relinked(text: str, folder: Path) -> str:
             target /= "README.md"
         if not target.exists():
             return found[0]
-        return f"]({os.path.relpath(pages.get(target, target), DOCS)}{found['anchor'] or ''})"
+        page = pages.get(target, target)
+        is_file = page.suffix == ".md" and page.parent != DOCS  # not a page: a file to download
+        path = os.path.relpath(page, DOCS) + (found["anchor"] or "")
+        return f"]({'path:' * is_file}{path})"
 
     return re.sub(r"\]\((?P<path>[^)#:\s]+)(?P<anchor>#[^)\s]*)?\)", link, text)
 
@@ -89,9 +91,7 @@ def describe_option(
             lines.append(f"{text[0].upper()}{text[1:]}.")
 
 
-def short_signature(
-    _app: Sphinx, what: str, name: str, *_rest: object
-) -> tuple[str, None] | None:
+def short_signature(_app: Sphinx, what: str, name: str, *_rest: object) -> tuple[str, None] | None:
     """The settings of a config are listed below it, so its signature does not repeat them."""
     return ("(...)", None) if what == "class" and name.endswith("Config") else None
 

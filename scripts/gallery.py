@@ -1,6 +1,6 @@
 """Draws the pictures in docs/gallery/ with the code on the pages that show them.
 
-    python scripts/gallery.py
+python scripts/gallery.py
 """
 
 import contextlib

@@ -8,10 +8,20 @@ from pathlib import Path
 
 import pytest
 
+import tunedlens
+
 ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("looking", "notebooks", "other-libraries")),
+    ROOT / "docs" / "coming-from-tuned-lens.md",
+    ROOT / "docs" / "compare-lenses.md",
+    ROOT / "docs" / "gallery.md",
+    ROOT / "docs" / "looking.md",
+    ROOT / "docs" / "notebooks.md",
+    ROOT / "docs" / "other-libraries.md",
+    ROOT / "docs" / "paper-figure.md",
+    ROOT / "docs" / "read-a-published-lens.md",
+    ROOT / "docs" / "train-on-your-corpus.md",
 ]
 
 
@@ -46,6 +56,23 @@ def test_python_runs_and_prints_what_the_page_says(page, tmp_path, monkeypatch):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(code, names)
         assert says_the_same(printed.getvalue().split(), expected.split()), printed.getvalue()
+    for picture in re.findall(r"\]\(gallery/([^)]+)\)", page.read_text()):
+        assert Path(picture).exists(), f"no code of the page makes {picture}"
+
+
+def test_readme_has_the_results_of_the_default_run():
+    run = (ROOT / "docs" / "evaluation.md").read_text()
+    printed = re.findall(r"^ *(?:\d|mean)  +(\S+) ± \S+  +(\S+) ± \S+$", run, re.M)
+    results = PAGES[0].read_text().partition("## Results")[2]
+    for lens, values in zip(("logit", "tuned"), zip(*printed, strict=True), strict=True):
+        row = re.search(rf"\| {lens} lens \| (.*) ± \S+ \|", results)[1]
+        assert row.split(" | ") == list(values)
+
+
+def test_reference_has_every_name_of_the_public_interface_once():
+    page = (ROOT / "docs" / "api.md").read_text()
+    named = re.findall(r"^\.\. auto(?:class|function):: (\w+)", page, re.M)
+    assert sorted(named) == sorted(tunedlens.__all__)
 
 
 def tracked_pages():
