@@ -11,17 +11,16 @@ import pytest
 import tunedlens
 
 ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+NAMES = (
+    *("coming-from-tuned-lens", "gallery", "looking", "notebooks", "other-libraries"),
+    *("paper-figure", "read-a-published-lens"),
+)
+SLOW_NAMES = ("compare-lenses", "train-on-your-corpus")
 PAGES = [
-    ROOT / "README.md",
-    ROOT / "docs" / "coming-from-tuned-lens.md",
-    ROOT / "docs" / "compare-lenses.md",
-    ROOT / "docs" / "gallery.md",
-    ROOT / "docs" / "looking.md",
-    ROOT / "docs" / "notebooks.md",
-    ROOT / "docs" / "other-libraries.md",
-    ROOT / "docs" / "paper-figure.md",
-    ROOT / "docs" / "read-a-published-lens.md",
-    ROOT / "docs" / "train-on-your-corpus.md",
+    README,
+    *(ROOT / "docs" / f"{name}.md" for name in NAMES),
+    *(pytest.param(ROOT / "docs" / f"{name}.md", marks=pytest.mark.slow) for name in SLOW_NAMES),
 ]
 
 
@@ -63,7 +62,7 @@ def test_python_runs_and_prints_what_the_page_says(page, tmp_path, monkeypatch):
 def test_readme_has_the_results_of_the_default_run():
     run = (ROOT / "docs" / "evaluation.md").read_text()
     printed = re.findall(r"^ *(?:\d|mean)  +(\S+) ± \S+  +(\S+) ± \S+$", run, re.M)
-    results = PAGES[0].read_text().partition("## Results")[2]
+    results = README.read_text().partition("## Results")[2]
     for lens, values in zip(("logit", "tuned"), zip(*printed, strict=True), strict=True):
         row = re.search(rf"\| {lens} lens \| (.*) ± \S+ \|", results)[1]
         assert row.split(" | ") == list(values)
