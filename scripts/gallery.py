@@ -30,12 +30,12 @@ def main() -> None:
 
 
 def keep(drawn: Path, kept: Path) -> None:
-    """Store a picture in 128 colours, at most `WIDTH` pixels wide."""
+    """Store a picture in 256 colours, at most `WIDTH` pixels wide."""
     picture = Image.open(drawn).convert("RGB")
     if picture.width > WIDTH:
         height = round(picture.height * WIDTH / picture.width)
         picture = picture.resize((WIDTH, height), Image.Resampling.LANCZOS)
-    picture.quantize(128, dither=Image.Dither.NONE).save(kept, optimize=True)
+    picture.quantize(256, dither=Image.Dither.NONE).save(kept, optimize=True)
 
 
 if __name__ == "__main__":
