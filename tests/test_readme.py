@@ -3,12 +3,16 @@
 import contextlib
 import io
 import re
+import runpy
 import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 import tunedlens
+from tunedlens.provenance import DISTRIBUTION
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -88,3 +92,20 @@ def tracked_pages():
 def test_paths_that_a_page_names_exist(page):
     for path in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
         assert (page.parent / path).exists(), path
+
+
+def test_distribution_has_one_name_in_its_extras_provenance_and_readme():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["name"] == DISTRIBUTION
+    extras = [need for needs in project["optional-dependencies"].values() for need in needs]
+    own = {need.partition("[")[0] for need in extras if "[" in need}
+    assert own == {DISTRIBUTION}
+    assert f"pip install {DISTRIBUTION}" in README.read_text()
+
+
+def test_package_runs_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tunedlens", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("tunedlens", run_name="__main__")
+    assert ended.value.code == 0
+    assert "usage: tunedlens {train," in capsys.readouterr().err
