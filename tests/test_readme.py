@@ -16,11 +16,8 @@ from tunedlens.provenance import DISTRIBUTION
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-NAMES = (
-    *("coming-from-tuned-lens", "gallery", "looking", "notebooks", "other-libraries"),
-    *("paper-figure", "read-a-published-lens"),
-)
-SLOW_NAMES = ("compare-lenses", "train-on-your-corpus")
+NAMES = ("coming-from-tuned-lens", "gallery", "looking", "notebooks", "other-libraries")
+SLOW_NAMES = ("compare-lenses", "paper-figure", "read-a-published-lens", "train-on-your-corpus")
 PAGES = [
     README,
     *(ROOT / "docs" / f"{name}.md" for name in NAMES),
