@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from conftest import in_two_processes, make_gpt2, short_run, write_text
 
-from tunedlens import InputError, TrainConfig, checkpoint, files
+from tunedlens import InputError, TrainConfig, checkpoint, files, report
 from tunedlens.checkpoint import saved_config
 from tunedlens.cli import train_command
 from tunedlens.corpus import PackedCorpus
@@ -237,6 +237,17 @@ def test_run_that_ended_early_is_extended(clean, tmp_path):
     train(dataclasses.replace(clean.config, tokens=640), tmp_path / "run", resume=True)
     found = progress(tmp_path / "run")
     assert (found["tokens"], found["bad_blocks"], found["ended_early"]) == (640, 17, None)
+
+
+def test_card_says_what_went_wrong(clean):
+    manifest = json.loads((clean.folder / "config.json").read_text())
+    card = report.card("run", manifest)
+    assert "ended early" not in card
+    assert "left out" not in card
+    manifest["progress"] |= {"bad_blocks": 17, "ended_early": "17 blocks had bad numbers"}
+    lines = report.card("run", manifest).splitlines()
+    assert "- The steps ended early: 17 blocks had bad numbers." in lines
+    assert "- Blocks with numbers that are not finite, left out: 17." in lines
 
 
 def _count_bad_blocks(config, folder):

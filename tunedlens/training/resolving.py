@@ -126,6 +126,11 @@ def _require_possible(
         raise InputError(
             f"--skip-first must be less than --seq-len ({corpus.seq_len}), got {config.skip_first}"
         )
+    if config.shuffle_window and not corpus.streaming:
+        raise InputError(
+            "--shuffle-window is for --streaming; the order of a text in memory is random as a "
+            "whole, so leave it out"
+        )
     if processes > 1 and config.model.device not in (None, "cpu", model.device.type):
         raise InputError(
             f"--device {config.model.device} cannot be given with {processes} processes, because "
