@@ -177,7 +177,9 @@ def newest_lens(root: Path) -> Path:
     folders = [path.parent for path in root.glob(f"*/{MANIFEST}")]
     found = newest_folder(folders, lambda folder: read_manifest(folder)["created"])
     if found is None:
-        raise InputError(f"there is no lens under {root}; train one (train.py) or give --lens")
+        raise InputError(
+            f"there is no lens under {root}; tunedlens train makes one, or give --lens"
+        )
     return found
 
 

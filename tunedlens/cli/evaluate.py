@@ -28,12 +28,12 @@ EVALUATE = """Evaluate lenses side by side on held-out text, always including th
 
 Without flags it evaluates the newest lens under checkpoints/ on the text it was trained on.
 
-  python evaluate.py --lens checkpoints/RUN --tokens 1e6
-  python evaluate.py --lens unigram --lens mean --lens checkpoints/A --lens mine=checkpoints/B
-  python evaluate.py --dataset other.txt        all of it, since no lens was trained on it
-  python evaluate.py --lens checkpoints/RUN --beside MODEL   the same lens on a fine-tuned model
-  python evaluate.py --prompt "The Eiffel Tower is in the city of"
-  python evaluate.py --redraw DIR               write all tables and plots again, without a model
+  tunedlens evaluate --lens checkpoints/RUN --tokens 1e6
+  tunedlens evaluate --lens unigram --lens mean --lens checkpoints/A --lens mine=checkpoints/B
+  tunedlens evaluate --dataset other.txt        all of it, since no lens was trained on it
+  tunedlens evaluate --lens checkpoints/RUN --beside MODEL   the same lens on a fine-tuned model
+  tunedlens evaluate --prompt "The Eiffel Tower is in the city of"
+  tunedlens evaluate --redraw DIR               write all tables and plots again, without a model
 """
 
 
