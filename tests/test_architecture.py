@@ -39,6 +39,7 @@ ORDER = (
     "sharing",
     "training",
     "cli",
+    "__main__",
 )
 """The rooms of the package. A module imports from its own room and from those before it.
 `tunedlens/__init__.py` imports everything and is imported by nothing inside."""

@@ -83,8 +83,8 @@ def test_trained_lens_is_in_the_default_folder(
         (lambda folder: (folder / "config.json").unlink(), "holds no lens"),
         (lambda folder: (folder / "lens.safetensors").unlink(), "there is no file"),
         (lambda folder: (folder / "lens.safetensors").write_bytes(b"x" * 99), "cannot read"),
-        (lambda folder: change(folder, model={}), "name is missing in model"),
-        (lambda folder: change(folder, progress={}), "tokens is missing in progress"),
+        (lambda folder: change(folder, model={}), "name is missing from model"),
+        (lambda folder: change(folder, progress={}), "tokens is missing from progress"),
         (lambda folder: change(folder, progress=3), "damaged"),
         (lambda folder: change(folder, held_out={"results": []}), "damaged"),
         (lambda folder: change(folder, held_out="none"), "damaged"),
@@ -107,7 +107,7 @@ def test_damaged_lens_is_one_line_and_the_others_are_shown(
 def test_interrupted_run_is_shown_with_how_to_continue(tmp_path, capsys):
     checkpoint.save_state(tmp_path / "run", checkpoint.State({}, {}))
     assert listed(capsys, tmp_path) == [
-        f"{tmp_path}/run  interrupted; continue with: python train.py --resume {tmp_path}/run"
+        f"{tmp_path}/run  interrupted; continue with: tunedlens train --resume {tmp_path}/run"
     ]
 
 

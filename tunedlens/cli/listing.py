@@ -56,7 +56,7 @@ def _is_run(folder: Path) -> bool:
 def _line(folder: Path) -> list[str]:
     """A row of the table; or the folder and what is wrong with it, or that it is interrupted."""
     if checkpoint.has_state(folder) and not (folder / checkpoint.MANIFEST).exists():
-        return [str(folder), f"interrupted; continue with: python train.py --resume {folder}"]
+        return [str(folder), f"interrupted; continue with: tunedlens train --resume {folder}"]
     try:
         saved = SavedLens.read("", str(folder))
         manifest = saved.manifest

@@ -1,5 +1,6 @@
 """`train.py`: trains a lens as the flags say."""
 
+import dataclasses
 from pathlib import Path
 
 from tunedlens import checkpoint, report
@@ -16,9 +17,9 @@ TRAIN = """Train a tuned lens: one affine translator per layer of a frozen langu
 
 Without flags it trains on the GPT-2 and the text that ship with the package.
 
-  python train.py --model gpt2 --dataset my-texts/ --tokens 5e6
-  python train.py --resume                      continue the last interrupted run
-  python train.py --resume RUN --tokens 2e6     extend a finished run
+  tunedlens train --model gpt2 --dataset my-texts/ --tokens 5e6
+  tunedlens train --resume                      continue the last interrupted run
+  tunedlens train --resume RUN --tokens 2e6     extend a finished run
 """
 
 
@@ -65,17 +66,19 @@ def train_command(arguments: Arguments = None) -> int:
         config = configured(TrainConfig(), flags)
     else:
         output = checkpoint.newest_state(checkpoint.ROOT) if resume == checkpoint.ROOT else resume
-        config = configured(saved_config(output), flags)
+        # On another device these are chosen anew, unless there are flags for them.
+        saved = dataclasses.replace(saved_config(output), kernel=None, micro_batch_size=None)
+        config = configured(saved, flags)
     main = join_processes(config.model.device).is_main_process
     output = output or new_folder(config)
     try:
         evaluation = train(config, output, resume=resume is not None, wandb=wandb, cache=cache)
     except Interrupted as interrupted:
         if main:
-            say(f"{interrupted}; continue with: python train.py --resume {output}")
+            say(f"{interrupted}; continue with: tunedlens train --resume {output}")
         return INTERRUPTED
     if main:
         say(f"\nheld-out KL(model ‖ lens) on {evaluation.tokens:,} tokens, ± one standard error\n")
         say(report.kl_table(evaluation))
-        say(f"\nsaved to {output}; look closer with: python evaluate.py --lens {output}")
+        say(f"\nsaved to {output}; look closer with: tunedlens evaluate --lens {output}")
     return 0

@@ -4,7 +4,7 @@ from tunedlens.report.plots.by_layer import DRAWINGS, by_layer, by_position, tra
 from tunedlens.report.plots.curves import curves, draw_learning_curve, learning_curve
 from tunedlens.report.plots.early_exit import exit_curves
 from tunedlens.report.plots.heatmaps import heatmap, heatmap_pages
-from tunedlens.report.plots.style import FORMATS, in_all_formats, rendered, save
+from tunedlens.report.plots.style import FORMATS, in_all_formats, in_svg, rendered, save
 
 __all__ = [
     "DRAWINGS",
@@ -17,6 +17,7 @@ __all__ = [
     "heatmap",
     "heatmap_pages",
     "in_all_formats",
+    "in_svg",
     "learning_curve",
     "rendered",
     "save",
