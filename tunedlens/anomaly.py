@@ -246,36 +246,34 @@ def auroc(
         )
     normal, anomalous = values[~labels].sort().values, values[labels]
     ends = [torch.searchsorted(normal, anomalous, side=side) for side in ("left", "right")]
-    value = _area(ends, torch.ones(len(normal)), torch.ones(count))
+    value = _area(ends, torch.ones(1, len(normal)), torch.ones(1, count))
     generator = torch.Generator().manual_seed(seed)
-    drawn = sorted(
-        _area(ends, _drawn(len(normal), generator), _drawn(count, generator))
-        for _ in range(resamples)
-    )
+    drawn = [_drawn(resamples, size, generator) for size in (len(normal), count)]
     tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
-    low, high = torch.tensor(drawn, dtype=torch.float64).quantile(tails).tolist()
-    return AUROC(value, low, high)
+    low, high = _area(ends, *drawn).quantile(tails).tolist()
+    return AUROC(float(value), low, high)
 
 
 def _area(
     ends: Sequence[Int[Tensor, " anomalies"]],
-    normal_weights: Float[Tensor, " normal"],
-    weights: Float[Tensor, " anomalies"],
-) -> float:
-    """The AUROC of weighted texts.
+    normal_weights: Float[Tensor, "samples normal"],
+    weights: Float[Tensor, "samples anomalies"],
+) -> Float[Tensor, " samples"]:
+    """The AUROC of samples of weighted texts.
 
     Args:
         ends: how many sorted normal scores are below each anomaly's, and how many at most it.
         normal_weights: in the order of the sorted scores.
     """
-    below = torch.cat([torch.zeros(1), normal_weights.cumsum(0)]).double()
-    wins = (below[ends[0]] + below[ends[1]]) / 2
-    return float(wins @ weights.double() / (below[-1] * weights.sum()))
+    below = torch.nn.functional.pad(normal_weights.double().cumsum(1), (1, 0))
+    wins = (below[:, ends[0]] + below[:, ends[1]]) / 2
+    return (wins * weights).sum(1) / (below[:, -1] * weights.sum(1))
 
 
-def _drawn(count: int, generator: torch.Generator) -> Float[Tensor, " texts"]:
+def _drawn(samples: int, count: int, generator: torch.Generator) -> Float[Tensor, "samples texts"]:
     """How often each text is drawn, with replacement."""
-    return torch.randint(count, (count,), generator=generator).bincount(minlength=count).float()
+    texts = torch.randint(count, (samples, count), generator=generator)
+    return torch.zeros(samples, count).scatter_add_(1, texts, torch.ones(samples, count))
 
 
 def _row_names(trajectory: Trajectory) -> list[str]:
