@@ -5,7 +5,7 @@
 >>> lens = TunedLens.load("checkpoints/embedded", model)
 """
 
-from tunedlens import anomaly
+from tunedlens import anomaly as anomaly
 from tunedlens.checkpoint import export_lens, load_lens, load_lens_of_kind, save_lens
 from tunedlens.config import CorpusConfig, EvaluateConfig, ModelConfig, ScoringConfig, TrainConfig
 from tunedlens.doctor import Diagnosis, doctor
@@ -88,7 +88,6 @@ __all__ = [
     "TrainConfig",
     "Trajectory",
     "TunedLens",
-    "anomaly",
     "compare",
     "difference",
     "doctor",

@@ -78,16 +78,7 @@ def generate(
     exits = None if early_exit is None else _Exits(lens, early_exit)
     prompts = [prompt] if isinstance(prompt, str) else prompt
     samples = _sampling(do_sample, temperature, top_k, top_p)
-    ends = _ends(model, eos_token_id)
-    try:
-        config = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            eos_token_id=ends or None,
-            pad_token_id=ends[0] if ends else 0,
-            **samples,
-        )
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    config = _config(max_new_tokens, _ends(model, eos_token_id), samples)
     written = _continue(lens, model, prompts, exits or layer, config, seed)
     texts = [str(model.tokenizer.decode(line)) for line in written]
     if exits is None:
@@ -181,6 +172,20 @@ def _writer(
         else:
             with model.decoded_by(lambda hidden: lens(hidden, source), [source]) as writer:
                 yield writer
+
+
+def _config(
+    max_new_tokens: int, ends: list[int], samples: dict[str, bool | int | float]
+) -> GenerationConfig:
+    try:
+        return GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            eos_token_id=ends or None,
+            pad_token_id=ends[0] if ends else 0,
+            **samples,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def _sampling(

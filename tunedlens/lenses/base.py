@@ -3,7 +3,7 @@
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ class ResidualLens(Lens):
     At the last state every such lens gives the model's own logits.
     """
 
-    generate: ClassVar[Callable[..., Any]]
+    generate: ClassVar[Callable]
     """See `tunedlens.generation.generate`."""
 
     def __init__(self, unembedding: Unembedding, identity: ModelIdentity) -> None:

@@ -289,8 +289,7 @@ class FrozenModel(nn.Module):
 
         def replace(_model: nn.Module, _args: Args, output: CausalLMOutputWithPast) -> None:
             assert output.logits is not None
-            # The model may be asked for the last few positions only.
-            count = output.logits.shape[1]
+            count = output.logits.shape[1]  # the model may be asked for the last few only
             output.logits = decode(*(states[layer][:, -count:] for layer in layers))
 
         with ExitStack() as hooks, self.model.register_forward_hook(replace):

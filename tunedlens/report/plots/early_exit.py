@@ -43,7 +43,7 @@ def exit_curves(exits: EarlyExits) -> "Figure":
             bottom.set_xlabel(f"mean layers saved, of {exits.n_layers}")
         panels[0, 0].set_ylabel("agreement with the model")
         panels[1, 0].set_ylabel("perplexity, relative to the model's")
-        plain_log_ticks(panels[1, 0])
+        plain_log_ticks(panels[1, 0].yaxis)
         panels[0, -1].legend(frameon=False, loc="upper right")
     return figure
 
