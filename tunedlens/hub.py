@@ -28,8 +28,7 @@ def hub_or_cache() -> Iterator[None]:
         yield
     except Exception as error:  # the libraries raise many kinds of exception
         raise InputError(
-            f"{constants.ENDPOINT} cannot be reached ({problem}), and the cache has no copy that "
-            "can be used"
+            f"{constants.ENDPOINT} cannot be reached ({problem}), and the cache has no usable copy"
         ) from error
     finally:
         constants.HF_HUB_OFFLINE = False

@@ -46,7 +46,7 @@ def find_lens(
     except InputError as error:
         raise InputError(f"{error}{those_under(ROOT)}") from error
     if not os.path.exists(path):
-        raise InputError(f"there is no lens {path}{those_under(ROOT)}")
+        raise InputError(f"{path} holds no lens: there is no such path{those_under(ROOT)}")
     return path
 
 

@@ -82,10 +82,8 @@ def local_path(
             f"there is no folder {source}, and no repository {name.repo_id} on the hub (a private "
             "or gated one needs `hf auth login`)"
         ) from error
-    except InputError as error:
-        raise InputError(f"there is no folder {source}, and {error}") from error
     except Exception as error:  # huggingface_hub raises many kinds of exception
-        cause = first_line(error.__cause__ or error)
+        cause = error if isinstance(error, InputError) else first_line(error.__cause__ or error)
         raise InputError(
             f"there is no folder {source}, and the hub cannot be read: {cause}"
         ) from error

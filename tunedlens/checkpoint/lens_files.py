@@ -184,7 +184,7 @@ def newest_lens(root: Path) -> Path:
 def those_under(root: Path) -> str:
     """The end of a message about a missing lens: the lenses in a folder, if there are any."""
     folders = [str(path.parent) for path in sorted(root.glob(f"*/{MANIFEST}"))]
-    return f"; there are {', '.join(folders)}" if folders else ""
+    return f"; saved lenses: {', '.join(folders)}" if folders else ""
 
 
 def saved_points(folder: Path) -> list[HookPoint]:

@@ -154,7 +154,10 @@ def _load(
             rows = datasets.load_dataset(path, **options)
             features = rows.features or rows._resolve_features().features
     except Exception as error:  # datasets raises whatever its many readers meet
-        cause = first_line(error if isinstance(error, InputError) else error.__cause__ or error)
+        cause = str(error)
+        if not isinstance(error, InputError):
+            hint = "" if file else " (a dataset on the hub needs a network)"
+            cause = first_line(error.__cause__ or error) + hint
         raise InputError(f"cannot read the dataset {where}: {cause}") from error
     choose = _chat_column if config.chat else _text_column
     column = choose(dict(features or {}), config.text_column, where)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Unpack, overload
 
@@ -10,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Int
 from torch import Tensor
+from tqdm import tqdm
 
 from tunedlens import checkpoint
 from tunedlens.config import (
@@ -89,8 +91,9 @@ def evaluate(
 
     Args:
         config: an `EvaluateConfig`, or the model: loaded, its name on the hub or its folder.
-        lenses: one, several, or several by name, besides those of the config. The logit lens is
-            always added. Without any, it is the newest saved lens.
+        lenses: one, several, or several by name, besides those of the config: objects, paths,
+            names on the hub, `logit`, `unigram` or `mean`. The logit lens is always added. Without
+            any, it is the newest saved lens.
         text: a text, scored whole in blocks of equal length, or the path of a dataset.
         model: the model, if the first argument is a config.
         beside: a second model of the same shape, on which the same lenses are scored too.
@@ -112,33 +115,30 @@ def evaluate(
         named["dataset"], text = text, None
     saved, in_memory = _sorted_out(lenses)
     if text is not None:
-        scoring = with_settings(ScoringConfig(), named)
-        loaded = model if isinstance(model, FrozenModel) else load_model(model)
-        return _score_text(loaded, saved, in_memory, text, scoring)
+        return _score_text(model, saved or config.lenses, in_memory, text, named)
     if isinstance(model, str | Path):
         named["model"], model = model, None
     if isinstance(beside, str | Path):
         named["beside"], beside = beside, None
     config = with_settings(config, named)
-    config = replace(config, lenses=(*config.lenses, *(f"{k}={v}" if k else v for k, v in saved)))
+    config = replace(config, lenses=(*config.lenses, *saved))
+    score = partial(pipeline.evaluate, config, model=model, beside=beside, lenses=in_memory)
     is_main = accelerator is None or accelerator.is_main_process
     with progress_bar(0, "evaluating", show=is_main and progress is None) as bar:
-
-        def advance(scored: int, total: int) -> None:
-            if bar.total != total:
-                bar.reset(total)
-            bar.update(scored)
-
-        return pipeline.evaluate(
-            config,
-            model=model,
-            beside=beside,
-            lenses=in_memory,
+        shown = partial(_advance, bar)
+        return score(
             accelerator=accelerator,
-            progress=progress or advance,
-            sampled=sampled or advance,
+            progress=progress or shown,
+            sampled=sampled or shown,
             command=command,
         )
+
+
+def _advance(bar: tqdm, count: int, total: int) -> None:
+    """Show more of a total on a progress bar, which begins anew with another total."""
+    if bar.total != total:
+        bar.reset(total)
+    bar.update(count)
 
 
 def _is_path(text: str) -> bool:
@@ -146,14 +146,18 @@ def _is_path(text: str) -> bool:
     return os.path.exists(text) or (len(text.split()) == 1 and is_readable(Path(text)))
 
 
-def _sorted_out(lenses: Lenses) -> tuple[list[tuple[str, str]], dict[str, Lens]]:
-    """Names (empty if open) and paths of the saved lenses, and the other lenses by name."""
+def _sorted_out(lenses: Lenses) -> tuple[list[str], dict[str, Lens]]:
+    """The saved lenses, as `EvaluateConfig.lenses` has them, and the other lenses by name."""
     if lenses is None:
         return [], {}
     if isinstance(lenses, Lens | str | Path):
         lenses = [lenses]
     pairs = list(lenses.items()) if isinstance(lenses, Mapping) else [("", one) for one in lenses]
-    saved = [(name, str(lens)) for name, lens in pairs if isinstance(lens, str | Path)]
+    saved = [
+        f"{name}={lens}" if name else str(lens)
+        for name, lens in pairs
+        if isinstance(lens, str | Path)
+    ]
     in_memory: dict[str, Lens] = {}
     for name, lens in pairs:
         if isinstance(lens, str | Path):
@@ -169,22 +173,26 @@ def _sorted_out(lenses: Lenses) -> tuple[list[tuple[str, str]], dict[str, Lens]]
 
 
 def _score_text(
-    model: FrozenModel,
-    saved: Sequence[tuple[str, str]],
+    model: Model | None,
+    saved: Sequence[str],
     in_memory: Mapping[str, Lens],
     text: str,
-    config: ScoringConfig,
+    settings: Mapping[str, object],
 ) -> Evaluation:
     """Every lens on a text in memory."""
-    specs = lens_specs([f"{k}={v}" if k else v for k, v in saved], in_memory)
-    lenses = {"logit": LogitLens.from_model(model), **in_memory}
+    scoring = with_settings(ScoringConfig(), settings)
+    if not saved and not in_memory:
+        saved = [str(checkpoint.newest_lens(checkpoint.ROOT))]
+    specs = lens_specs(saved, in_memory)
+    loaded = model if isinstance(model, FrozenModel) else load_model(model)
+    lenses = {"logit": LogitLens.from_model(loaded), **in_memory}
     for spec in saved_lenses(specs):
-        lenses[spec.name] = checkpoint.load_lens(spec.folder, model)
+        lenses[spec.name] = checkpoint.load_lens(spec.folder, loaded)
     if missing := [spec.name for spec in specs if spec.name not in lenses]:
-        raise InputError(f"{missing[0]} is made from a training text; it needs a dataset")
+        raise InputError(f"the lens {missing[0]} is made from a dataset; give one, not a text")
     in_order = {spec.name: lenses[spec.name] for spec in specs}
-    evaluation = pipeline.score_lenses(model, in_order, _blocks(model, text), config)
-    return replace(evaluation, provenance={**describe_run(model)})
+    evaluation = pipeline.score_lenses(loaded, in_order, _blocks(loaded, text), scoring)
+    return replace(evaluation, provenance={**describe_run(loaded)})
 
 
 def _blocks(model: FrozenModel, text: str) -> list[Int[Tensor, " seq"]]:
