@@ -129,6 +129,12 @@ def test_evaluate_of_a_text_is_the_kl_by_hand(tiny):
     assert found.lenses == ["logit", "tuned"]
 
 
+def test_text_of_one_block_is_shown_without_standard_errors(tiny):
+    found = evaluate(tiny, random_lens(tiny), "import os")._repr_html_()
+    assert ", 1 block</p>" in found
+    assert "standard error" not in found
+
+
 def test_name_of_a_missing_text_is_not_scored_as_a_text(tiny):
     with pytest.raises(InputError, match="there is no such file or folder"):
         evaluate(tiny, "logit", "missing.txt")

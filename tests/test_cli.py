@@ -459,7 +459,7 @@ def test_wrong_flags_are_refused_by_the_parser(capsys):
     fails(train_command, ["--dtype", "int8"], capsys, "--dtype: invalid choice: 'int8'")
     fails(evaluate_command, ["--colour"], capsys, "unrecognized arguments: --colour")
     fails(doctor_command, ["--modle", "gpt2"], capsys, "--modle gpt2; did you mean --model?")
-    fails(train_command, ["--token=5"], capsys, "--token=5; did you mean --tokens?")
+    fails(train_command, ["--tokns=5"], capsys, "--tokns=5; did you mean --tokens?")
 
 
 def test_wrong_command_names_the_nearest_one(capsys, monkeypatch):

@@ -100,9 +100,10 @@ def _converted(value: object, kind: type, flag: str) -> object:
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     if isinstance(value, str | PurePath) and issubclass(kind, str | Config):
-        return kind(str(value))
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if is_number and (kind is float or (kind is int and float(value).is_integer())):
-        return kind(value)
+        return kind(str(value))  # type: ignore[call-arg] - the first field is the name
+    if isinstance(value, Real) and not isinstance(value, bool):
+        number = float(value)
+        if kind is float or (kind is int and number.is_integer()):
+            return kind(number)
     expected = _DESCRIPTIONS.get(kind, f"a {kind.__name__}")
     raise InputError(f"{flag} must be {expected}, got {value!r:.40}")

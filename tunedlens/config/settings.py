@@ -133,7 +133,7 @@ def lists_settings(base: Config) -> Callable[[Call], Call]:
     return with_signature
 
 
-def _documented(config: Config) -> Iterator[dataclasses.Field[Any]]:
+def _documented(config: Config) -> Iterator[dataclasses.Field[object]]:
     """The fields of a config and its parts that a caller can set by name."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

@@ -98,9 +98,8 @@ def evaluate(
         model: the model, if the first argument is a config.
         beside: a second model of the same shape, on which the same lenses are scored too.
         accelerator: the processes and the device.
-        progress: called with the positions that were just scored and the positions to score. By
-            default a terminal or a notebook shows a bar.
-        sampled: the same for the tokens that are sampled from the model, for the text `self`.
+        progress: called with the positions just scored and those to score, instead of a bar.
+        sampled: the same for tokens that are sampled from the model, for the text `self`.
         command: recorded as the command that was run; by default this process's own.
         settings: fields of `EvaluateConfig` and of its parts, in place of those of `config`.
 
@@ -123,15 +122,11 @@ def evaluate(
     config = with_settings(config, named)
     config = replace(config, lenses=(*config.lenses, *saved))
     score = partial(pipeline.evaluate, config, model=model, beside=beside, lenses=in_memory)
+    score = partial(score, accelerator=accelerator, command=command)
     is_main = accelerator is None or accelerator.is_main_process
     with progress_bar(0, "evaluating", show=is_main and progress is None) as bar:
         shown = partial(_advance, bar)
-        return score(
-            accelerator=accelerator,
-            progress=progress or shown,
-            sampled=sampled or shown,
-            command=command,
-        )
+        return score(progress=progress or shown, sampled=sampled or shown)
 
 
 def _advance(bar: tqdm, count: int, total: int) -> None:

@@ -38,8 +38,7 @@ def load_model(
     """Load a causal language model.
 
     Args:
-        model: hub name or folder; by default `embedded`, the GPT-2 that ships with this
-            package.
+        model: hub name or folder; by default `embedded`, the GPT-2 of this package.
         revision: branch, tag or commit on the hub.
         dtype: float32, bfloat16 or float16; weights in another dtype are converted.
         device: by default the accelerator if there is one, otherwise the CPU.
@@ -186,7 +185,7 @@ def _with_adapter(
             raise InputError(f"{adapter} is no PEFT adapter: expected {' and '.join(expected)}")
         adapter = str(folder)
     try:
-        with warnings.catch_warnings():
+        with _reaching(adapter), warnings.catch_warnings():
             # peft warns of weights that it does not find, and leaves them out.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             with_adapter = peft.PeftModel.from_pretrained(model, adapter)
