@@ -100,7 +100,7 @@ def _converted(value: object, kind: type, flag: str) -> object:
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     if isinstance(value, str | PurePath) and issubclass(kind, str | Config):
-        return kind(str(value))  # type: ignore[call-arg] - the first field is the name
+        return kind(str(value))  # type: ignore[call-arg]  # the first field is the name
     if isinstance(value, Real) and not isinstance(value, bool):
         number = float(value)
         if kind is float or (kind is int and number.is_integer()):

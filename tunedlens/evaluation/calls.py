@@ -42,7 +42,7 @@ Progress = Callable[[int, int], None]
 
 @overload
 def evaluate(
-    config: EvaluateConfig,
+    config: EvaluateConfig | None = None,
     lenses: Lenses = None,
     text: str | Path | None = None,
     *,
@@ -57,6 +57,7 @@ def evaluate(
 @overload
 def evaluate(
     model: Model | None = None,
+    /,
     lenses: Lenses = None,
     text: str | Path | None = None,
     *,
@@ -108,7 +109,8 @@ def evaluate(
             not fit the others; or there is too little text.
     """
     if not isinstance(config, EvaluateConfig):
-        config, model = EvaluateConfig(), config if model is None else model
+        model = config if model is None else model
+        config = EvaluateConfig()
     named: dict[str, object] = dict(settings)
     if isinstance(text, Path) or (text is not None and _is_path(text)):
         named["dataset"], text = text, None

@@ -15,7 +15,7 @@ Model = FrozenModel | str | Path
 
 @overload
 def train(
-    config: TrainConfig,
+    config: TrainConfig | None = None,
     output: str | Path | None = None,
     *,
     model: Model | None = None,
@@ -27,6 +27,7 @@ def train(
 @overload
 def train(
     model: Model | None = None,
+    /,
     output: str | Path | None = None,
     *,
     resume: bool = False,
@@ -72,7 +73,8 @@ def train(
         KeyboardInterrupt: the same, while there is nothing to save.
     """
     if not isinstance(config, TrainConfig):
-        config, model = TrainConfig(), config if model is None else model
+        model = config if model is None else model
+        config = TrainConfig()
     named: dict[str, object] = dict(settings)
     loaded = model if isinstance(model, FrozenModel) else None
     if loaded is not None:
