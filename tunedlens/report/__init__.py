@@ -5,11 +5,11 @@ from tunedlens.report.files import (
     pictures,
     read_evaluation,
     require_own,
-    write_one_text,
     write_report,
 )
 from tunedlens.report.html.explorer import explorer
 from tunedlens.report.tables import kl_table, scored_text, terminal_table, top_k
+from tunedlens.report.texts import require_no_evaluation, write_texts
 
 __all__ = [
     "card",
@@ -17,10 +17,11 @@ __all__ = [
     "kl_table",
     "pictures",
     "read_evaluation",
+    "require_no_evaluation",
     "require_own",
     "scored_text",
     "terminal_table",
     "top_k",
-    "write_one_text",
     "write_report",
+    "write_texts",
 ]

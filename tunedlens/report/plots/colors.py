@@ -123,7 +123,7 @@ def color_table(color_map: str) -> list[tuple[str, str]]:
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
-    colors = [colormaps[color_map](i) for i in range(colormaps[color_map].N)]
+    colors = colormaps[color_map](range(colormaps[color_map].N)).tolist()
     return [(to_hex(color), ink(color)) for color in colors]
 
 
