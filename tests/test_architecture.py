@@ -11,6 +11,8 @@ PACKAGE = Path(tunedlens.__file__).parent
 ORDER = (
     "errors",
     "escaping",
+    "hub",
+    "progress",
     "files",
     "config",
     "devices",
