@@ -37,7 +37,7 @@ from tunedlens.mlp_neurons import neurons
 from tunedlens.model import FrozenModel, load_model
 from tunedlens.neighbours import as_transformer_lens
 from tunedlens.report import notebook, read_evaluation, top_k, write_report
-from tunedlens.report.plots import curves, heatmap
+from tunedlens.report.plots import curves, effects_scatter, heatmap
 from tunedlens.report.tables import TopK
 from tunedlens.sharing import push_to_hub
 from tunedlens.training import CacheSettings, train
@@ -63,6 +63,7 @@ Trajectory.top_k = top_k
 Trajectory.heatmap = heatmap
 Trajectory.curves = curves
 Trajectory.to_html = notebook.to_html
+CausalEffects.scatter = effects_scatter
 Comparison.save = save
 Comparison.load = staticmethod(load_comparison)
 Comparison.scores = scores

@@ -96,7 +96,8 @@ def replacements(
             "count; give a longer text, or token ids as reference"
         )
     if mode == "mean":
-        mean = (values if pool is None else pool).float().mean(0)
+        others = values if pool is None else pool
+        mean = others.mean(0, dtype=torch.promote_types(others.dtype, torch.float32))
         return mean.to(values.dtype).expand_as(values)
     if pool is None:
         # A random cycle through all positions, so that none keeps its own value.

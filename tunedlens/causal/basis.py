@@ -260,7 +260,7 @@ def _climb(
         orthogonal = projected(projected(free.detach()))  # once more, because of rounding
         return orthogonal / orthogonal.norm()
 
-    free = start.clone()
+    free, unit = start.clone(), float(influence.kl(start).mean())
     search = torch.optim.LBFGS(
         [free], max_iter=max_steps, tolerance_change=1e-7, line_search_fn="strong_wolfe"
     )
@@ -269,8 +269,8 @@ def _climb(
         vector, length = direction(), projected(free).norm()
         mean, gradient = influence.mean_and_gradient(vector)
         tangent = projected(gradient - (gradient @ vector) * vector)
-        free.grad = -tangent / length
-        return free.new_tensor(-mean)
+        free.grad = -tangent / (length * unit)
+        return free.new_tensor(-mean / unit)
 
     search.step(negative)
     return direction(), search.state[free]["n_iter"]

@@ -1,9 +1,9 @@
 """The effect of an ablation on a lens and on the model, and how well the two agree."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -19,6 +19,7 @@ from tunedlens.lenses import ResidualLens, require_made_for
 from tunedlens.model import FrozenModel, HookPoint
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from pandas import DataFrame
 
 _NORMAL_QUANTILE = 1.959964
@@ -41,6 +42,9 @@ class CausalEffects:
     """KL(lens ‖ lens under ablation), where the ablation first changes the stream."""
     model_nats: list[Estimate]
     """KL(model ‖ model under ablation)."""
+
+    scatter: ClassVar[Callable[..., "Figure"]]
+    """See `tunedlens.report.plots.effects_scatter`."""
 
     def spearman(self) -> Correlation:
         """The rank correlation of both effects over the targets.

@@ -18,7 +18,7 @@ from tunedlens.model.sites import (
     output_state,
     replace_output_state,
 )
-from tunedlens.model.structure import find_attention_and_mlp, find_output_projection
+from tunedlens.model.structure import find_attention_and_mlp, find_output_projection, mixer_name
 
 Edit = Callable[[Float[Tensor, "batch seq values"]], Float[Tensor, "batch seq values"] | None]
 """Called with the values of a target; what it returns, if anything, takes their place."""
@@ -141,7 +141,8 @@ class Head:
             InputError: there is no such head, or the heads of this architecture are not found.
         """
         layer = _block_index(model, self.layer)
-        attention, _ = find_attention_and_mlp(model.blocks[layer])
+        block = model.blocks[layer]
+        attention = block.get_submodule(mixer_name(block))
         config = model.model.config.get_text_config()
         count = getattr(config, "num_attention_heads", None)
         projection = find_output_projection(attention, model.identity.d_model)
