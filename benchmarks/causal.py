@@ -1,7 +1,7 @@
-"""Makes the figures of docs/causal.md, and prints their numbers.
+r"""Makes the figures of docs/causal.md, and prints their numbers.
 
     python benchmarks/causal.py --output docs
-    python benchmarks/causal.py --model FOLDER --lens FOLDER --dataset FILE --name smollm2 \\
+    python benchmarks/causal.py --model FOLDER --lens FOLDER --dataset FILE --name smollm2 \
                                 --layer 15 --layers 5 10 15 20 25 --k 16 --output docs
 
 The text is the start of held-out blocks of the lens's own text. The first position of each

@@ -12,6 +12,7 @@ from transformers import MambaConfig, MambaForCausalLM
 from tunedlens import (
     Block,
     CausalBasis,
+    CausalEffects,
     Directions,
     FrozenModel,
     Head,
@@ -23,10 +24,12 @@ from tunedlens import (
     causal_effects,
     response_alignment,
 )
-from tunedlens.causal import aitchison_similarity, spearman
+from tunedlens.causal import Alignment, aitchison_similarity, spearman
 from tunedlens.causal.basis import Influence
 from tunedlens.engine.distributions import kl_divergence, log_probs
+from tunedlens.evaluation import Estimate
 from tunedlens.model import HookPoint, Unembedding
+from tunedlens.report import plots
 
 MODES = ("zero", "mean", "resample")
 
@@ -289,19 +292,19 @@ def test_basis_of_a_linear_lens_is_that_of_the_eigenproblem(tiny, monkeypatch):
     # Without a norm, with logits near 0 and states of the same variance in all directions, the
     # influence is to second order half of v · F v, with F = W' (I / V - 1 1' / V²) W.
     generator = torch.Generator().manual_seed(0)
-    weight = 1e-3 * torch.randn(4096, 16, dtype=torch.float64, generator=generator)
+    weight = 1e-3 * torch.randn(256, 16, dtype=torch.float64, generator=generator)
     weight *= torch.linspace(1, 2, 16)
     states = torch.randn(64, 16, dtype=torch.float64, generator=generator)
     states = torch.linalg.qr(states).Q * 128**0.5
     states = torch.cat([states, -states]).view(4, 32, 16) / 2**0.5
     monkeypatch.setattr(tiny, "states_at", lambda _points, _ids: [states])
     lens = LogitLens(Unembedding(nn.Sequential(), weight, None), tiny.identity)
-    basis = causal_basis(tiny, lens, token_ids(4, 32), 1, k=16)
+    basis = causal_basis(tiny, lens, token_ids(4, 32), 1, k=6)
     values, vectors = torch.linalg.eigh(torch.cov(weight.T, correction=0))
-    values, vectors = values.flip(0), vectors.flip(1)
+    values, vectors = values.flip(0)[:6], vectors.flip(1)[:, :6]
     torch.testing.assert_close(basis.influence_nats.double(), values / 2, rtol=1e-3, atol=0)
     overlap = (basis.vectors.double() @ vectors).abs()
-    torch.testing.assert_close(overlap, torch.eye(16).double(), atol=0.02, rtol=0)
+    torch.testing.assert_close(overlap, torch.eye(6).double(), atol=0.02, rtol=0)
 
 
 def test_saved_basis_is_the_same(tiny, tmp_path):
@@ -382,26 +385,24 @@ def test_effect_of_a_head_on_the_lens_is_read_after_its_block(tiny):
         assert effects.lens_nats[index].value == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize("levels", [5, 10**6])
-def test_spearman_is_that_of_scipy(levels):
+def test_spearman_with_ties_is_that_of_scipy():
     stats = pytest.importorskip("scipy.stats")
     generator = torch.Generator().manual_seed(0)
-    one = torch.randint(levels, (40,), generator=generator).float()
-    other = one + torch.randint(levels, (40,), generator=generator)
+    one = torch.randint(5, (40,), generator=generator).float()
+    other = one + torch.randint(5, (40,), generator=generator)
     found = spearman(one.tolist(), other.tolist())
     assert found.value == pytest.approx(stats.spearmanr(one, other).statistic)
-    assert found.low < found.value < found.high
 
 
 def test_spearman_interval_holds_the_true_correlation_nineteen_times_in_twenty():
     # The population value for normal pairs of correlation r is 6 / pi asin(r / 2).
     generator, r = torch.Generator().manual_seed(0), 0.8
     expected, inside = 6 / torch.pi * torch.asin(torch.tensor(r / 2)).item(), 0
-    for _ in range(300):
+    for _ in range(200):
         one, noise = torch.randn(2, 40, generator=generator)
         found = spearman(one.tolist(), (r * one + (1 - r**2) ** 0.5 * noise).tolist())
         inside += found.low <= expected <= found.high
-    assert 0.9 < inside / 300 < 0.99
+    assert 0.9 < inside / 200 < 0.99
 
 
 def test_spearman_of_few_pairs_is_refused():
@@ -501,3 +502,31 @@ def test_inversion_with_a_penalty_stays_near_its_start(tiny):
 def test_inversion_that_is_impossible_is_refused(tiny, settings, message):
     with pytest.raises(InputError, match=message):
         random_lens(tiny).invert(**settings)
+
+
+def test_scatter_shows_every_target_and_the_correlation():
+    pairs = [(1.0, 0.1), (0.5, 0.2), (0.2, 0.02), (0.1, 0.01)]
+    lens, model = ([Estimate(one[side], 0.01) for one in pairs] for side in (0, 1))
+    effects = CausalEffects(["a", "b", "c", "d"], lens, model)
+    (axes,) = effects.scatter().axes
+    shown = {(*line.get_xdata(), *line.get_ydata()) for line in axes.lines}
+    assert set(pairs) <= shown
+    assert axes.get_title() == "Spearman's ρ = 0.80 (-0.57 to 1.00)"
+    table = effects.to_dataframe()
+    assert list(zip(table.lens_nats, table.model_nats, strict=True)) == pairs
+
+
+def test_plots_by_layer_and_by_direction_show_every_value():
+    alignments = [
+        Alignment(lens, "resid_pre", layer, Estimate(layer / 10, 0.01))
+        for lens in ("tuned", "logit")
+        for layer in (2, 1)
+    ]
+    (axes,) = plots.alignment_by_layer(alignments).axes
+    assert [line.get_xydata().tolist() for line in axes.lines] == [[[1, 0.1], [2, 0.2]]] * 2
+    values = torch.tensor([0.5, 0.25])
+    basis = CausalBasis(
+        torch.eye(2), values, values / 10, torch.ones(2), 1, "resid_pre", "mean", "tiny", 8
+    )
+    (axes,) = plots.influences({"tuned": basis}).axes
+    assert axes.lines[0].get_xydata().tolist() == [[1, 0.5], [2, 0.25]]

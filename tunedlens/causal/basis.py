@@ -23,7 +23,8 @@ from tunedlens.model import FrozenModel, HookPoint
 FORMAT = 1
 _STARTS = 4
 """The candidates whose exact influence is computed before each search."""
-_DAMAGE = (ValueError, TypeError, KeyError)
+_DAMAGE = (ValueError, TypeError, KeyError, AttributeError, OverflowError)
+"""What a damaged file can raise while it is checked."""
 Form = Float[Tensor, "d_model d_model"]
 
 

@@ -75,5 +75,5 @@ def mean_over_positions(values: Float[Tensor, "batch seq"]) -> Estimate:
     """The mean, with its standard error clustered by sequence."""
     sums = RatioSums()
     counts = torch.full((len(values),), float(values.shape[1]))
-    sums.add(values.double().sum(1).cpu()[None], counts)
+    sums.add(values.cpu().double().sum(1)[None], counts)
     return sums.estimates().at(0)
