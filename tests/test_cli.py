@@ -424,7 +424,7 @@ def test_bad_input_to_evaluate_is_one_line(here, asked, capsys):
         (["--lens", "unigrm"], "unigrm holds no lens"),
         (["--lens", "run", "--model", here / "runn"], "expected a folder with a model"),
         (["--lens", "run", "--beside", here / "runn"], "expected a folder with a model"),
-        (["--lens", "run", "--beside", "embedded"], "embedded has another shape than"),
+        (["--lens", "run", "--beside", "embedded"], "embedded has a different shape than"),
         (["--lens", "run", "--tokens", "0"], "--tokens must be at least 1"),
         (["--lens", "run", "--dataset", "missing.txt"], "no such file"),
         (["--lens", "run", "--output", "run/config.json/x"], "cannot write to"),

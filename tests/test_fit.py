@@ -44,6 +44,13 @@ def test_least_squares_with_a_great_ridge_are_the_logit_lens(states):
     assert sums.solve(ridge=1e9).abs().max() < 1e-6
 
 
+def test_least_squares_of_equal_dimensions_refuse_a_ridge_below_rounding():
+    sums = LeastSquares(2, 6)
+    sums.add(torch.ones(2, 4, 6), torch.ones(4, 6))
+    with pytest.raises(InputError, match="larger --ridge"):
+        sums.solve(ridge=1e-30)
+
+
 def test_least_squares_find_a_map_that_is_there(states):
     hidden, _ = states
     final = hidden[0] + hidden[0] @ torch.diag(torch.arange(6.0).double()) + 2.0

@@ -136,7 +136,7 @@ def split_ids(
 def _require_consistent(config: ResolvedCorpus) -> None:
     if config.validation_split == config.dataset_split:
         raise InputError(
-            f"--validation-split must be another than --dataset-split, both are "
+            f"--validation-split must differ from --dataset-split; both are "
             f"{config.dataset_split!r}"
         )
     if not is_on_hub(config.dataset):
