@@ -108,7 +108,7 @@ def inversion(model: FrozenModel, lens: ResidualLens, ids: Tensor, options, save
                 means.append(found.kl_nats.mean().item())
             axes.plot(options.layers, means, label=name, **shown[name])
         axes.set_xlabel("layer")
-        axes.set_ylabel("KL(wanted ‖ lens of the state found), nats")
+        axes.set_ylabel("KL(wanted ‖ lens), nats")
         axes.legend(frameon=False)
     save("inversion", figure)
 
