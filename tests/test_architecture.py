@@ -33,6 +33,7 @@ ORDER = (
     "trajectories",
     "generation",
     "mlp_neurons",
+    "causal",
     "neighbours",
     "tracking",
     "report",
