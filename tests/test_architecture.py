@@ -11,6 +11,8 @@ PACKAGE = Path(tunedlens.__file__).parent
 ORDER = (
     "errors",
     "escaping",
+    "hub",
+    "progress",
     "files",
     "config",
     "devices",
@@ -33,6 +35,7 @@ ORDER = (
     "anomaly",
     "generation",
     "mlp_neurons",
+    "causal",
     "neighbours",
     "tracking",
     "report",

@@ -16,7 +16,7 @@ from tunedlens.provenance import DISTRIBUTION
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-NAMES = ("coming-from-tuned-lens", "gallery", "looking", "notebooks", "other-libraries")
+NAMES = ("causal", "coming-from-tuned-lens", "gallery", "looking", "notebooks", "other-libraries")
 SLOW_NAMES = ("compare-lenses", "paper-figure", "read-a-published-lens", "train-on-your-corpus")
 PAGES = [
     README,

@@ -6,6 +6,19 @@
 """
 
 from tunedlens import anomaly as anomaly
+from tunedlens.causal import (
+    Block,
+    CausalBasis,
+    CausalEffects,
+    Directions,
+    Head,
+    Neuron,
+    ablated,
+    causal_basis,
+    causal_effects,
+    invert,
+    response_alignment,
+)
 from tunedlens.checkpoint import export_lens, load_lens, load_lens_of_kind, save_lens
 from tunedlens.config import CorpusConfig, EvaluateConfig, ModelConfig, ScoringConfig, TrainConfig
 from tunedlens.doctor import Diagnosis, doctor
@@ -27,7 +40,7 @@ from tunedlens.model import FrozenModel, load_model
 from tunedlens.neighbours import as_transformer_lens
 from tunedlens.report import notebook, read_evaluation, top_k, write_report
 from tunedlens.report.early_exit import exit_table
-from tunedlens.report.plots import curves, exit_curves, heatmap
+from tunedlens.report.plots import curves, effects_scatter, exit_curves, heatmap
 from tunedlens.report.tables import TopK
 from tunedlens.report.token_bias import bias_table
 from tunedlens.sharing import push_to_hub
@@ -43,6 +56,7 @@ AffineLens.load = classmethod(load_lens_of_kind)  # type: ignore[assignment]
 AffineLens.push_to_hub = push_to_hub
 AffineLens.as_transformer_lens = as_transformer_lens
 ResidualLens.generate = generate
+ResidualLens.invert = invert
 Trajectory.save = save
 Trajectory.load = staticmethod(load_trajectory)
 Trajectory.to_dataframe = to_dataframe
@@ -53,6 +67,7 @@ Trajectory.top_k = top_k
 Trajectory.heatmap = heatmap
 Trajectory.curves = curves
 Trajectory.to_html = notebook.to_html
+CausalEffects.scatter = effects_scatter
 Comparison.save = save
 Comparison.load = staticmethod(load_comparison)
 Comparison.scores = scores
@@ -67,27 +82,36 @@ Lens._repr_html_ = notebook.lens_html
 FrozenModel._repr_html_ = notebook.model_html
 
 __all__ = [
+    "Block",
     "CacheSettings",
+    "CausalBasis",
+    "CausalEffects",
     "Comparison",
     "ConstantLens",
     "CorpusConfig",
     "Diagnosis",
+    "Directions",
     "EarlyExits",
     "EvaluateConfig",
     "Evaluation",
     "ExitRule",
     "ExitedText",
     "FrozenModel",
+    "Head",
     "InputError",
     "JacobianLens",
     "Lens",
     "LogitLens",
     "ModelConfig",
+    "Neuron",
     "ScoringConfig",
     "TokenBias",
     "TrainConfig",
     "Trajectory",
     "TunedLens",
+    "ablated",
+    "causal_basis",
+    "causal_effects",
     "compare",
     "difference",
     "doctor",
@@ -99,6 +123,7 @@ __all__ = [
     "neurons",
     "push_to_hub",
     "read_evaluation",
+    "response_alignment",
     "score_lenses",
     "token_bias",
     "train",

@@ -183,7 +183,7 @@ def fit(
         method: `mahalanobis` is the distance to the mean of the standardised features, with their
             covariance shrunk as Ledoit and Wolf do, so that there may be fewer texts than rows.
             `isolation-forest` and `local-outlier-factor` need scikit-learn
-            (`pip install "tunedlens[anomaly]"`).
+            (`pip install "residual-lens[anomaly]"`).
         seed: of the isolation forest.
 
     Raises:
@@ -332,7 +332,7 @@ def _of_scikit_learn(normal: Float[Tensor, "texts rows"], method: Method, seed: 
         from sklearn.neighbors import LocalOutlierFactor
     except ImportError:
         raise InputError(
-            f'{method} needs scikit-learn: pip install "tunedlens[anomaly]"; mahalanobis does not'
+            f'{method} needs scikit-learn: pip install "residual-lens[anomaly]"; mahalanobis does not'
         ) from None
     if method == "isolation-forest":
         detector = IsolationForest(random_state=seed)

@@ -48,7 +48,7 @@ def describe_run(model: FrozenModel, command: Sequence[str] | None = None) -> Pr
     command = command or [*(["python"] if program.endswith(".py") else []), program, *sys.argv[1:]]
     identity = model.identity
     versions = {name: _version(name) for name in _VERSIONED}
-    versions["tunedlens"] = _version(DISTRIBUTION)
+    versions["tunedlens"] = own_version()
     return {
         "created": now(),
         "command": shlex.join(command),
@@ -61,6 +61,11 @@ def describe_run(model: FrozenModel, command: Sequence[str] | None = None) -> Pr
         "versions": {"python": platform.python_version(), **versions},
         "commit": _commit(),
     }
+
+
+def own_version() -> str:
+    """The version of this package."""
+    return _version(DISTRIBUTION)
 
 
 def _version(package: str) -> str:

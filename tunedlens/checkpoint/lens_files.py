@@ -183,6 +183,12 @@ def newest_lens(root: Path) -> Path:
     return found
 
 
+def those_under(root: Path) -> str:
+    """The end of a message about a missing lens: the lenses in a folder, if there are any."""
+    folders = [str(path.parent) for path in sorted(root.glob(f"*/{MANIFEST}"))]
+    return f"; saved lenses: {', '.join(folders)}" if folders else ""
+
+
 def saved_points(folder: Path) -> list[HookPoint]:
     """Where a saved lens has translators, from the header of its file.
 

@@ -7,10 +7,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from tunedlens import checkpoint, files, report
-from tunedlens.cli.flags import add_wandb_flag, configured, make_parser, parse
+from tunedlens.cli.flags import add_wandb_flag, make_parser, parse
 from tunedlens.cli.guard import Arguments, command
 from tunedlens.cli.prompt import add_prompt_flags, require_prompt, show_prompts
-from tunedlens.config import EvaluateConfig, ModelConfig
+from tunedlens.config import EvaluateConfig, ModelConfig, configured
 from tunedlens.distributed import join_processes
 from tunedlens.errors import InputError
 from tunedlens.evaluation import evaluate
@@ -22,7 +22,8 @@ from tunedlens.evaluation.lens_specs import (
     trained_on,
 )
 from tunedlens.evaluation.text import require_as_trained
-from tunedlens.tracking import Tracker, progress_bar, say
+from tunedlens.progress import say
+from tunedlens.tracking import Tracker
 
 EVALUATE = """Evaluate lenses side by side on held-out text, always including the logit lens.
 
@@ -66,20 +67,7 @@ def evaluate_command(arguments: Arguments = None) -> int:
     is_main = accelerator.is_main_process
     if is_main and same_text and config.split in ("train", "all"):
         say(f"note: --split {config.split} scores what {same_text[0].source} was trained on")
-    with progress_bar(0, "evaluating", show=is_main) as bar:
-
-        def sample(tokens: int, total: int) -> None:
-            bar.total = total
-            bar.update(tokens)
-
-        def advance(scored: int, total: int) -> None:
-            if bar.total != total:
-                bar.reset(total)
-            bar.update(scored)
-
-        evaluation = evaluate(
-            config, accelerator=accelerator, progress=advance, sampled=sample, command=command
-        )
+    evaluation = evaluate(config, accelerator=accelerator, command=command)
     if not is_main:
         return 0
     report.write_report(evaluation, output)

@@ -11,9 +11,9 @@ from tunedlens.evaluation import Estimate
 from tunedlens.evaluation.lens_specs import SavedLens
 from tunedlens.files import JsonObject
 from tunedlens.model import TRANSLATED_SITES
+from tunedlens.progress import say
 from tunedlens.report.card import trained_tokens
 from tunedlens.report.tables import plus_minus
-from tunedlens.tracking import say
 
 LIST = """Show the lenses in a folder: model, kind, sites, layers, tokens, held-out KL and date."""
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from tunedlens import checkpoint, report
 from tunedlens.checkpoint import saved_config
-from tunedlens.cli.flags import add_wandb_flag, configured, make_parser, parse
+from tunedlens.cli.flags import add_wandb_flag, make_parser, parse
 from tunedlens.cli.guard import INTERRUPTED, Arguments, command
-from tunedlens.config import TrainConfig
+from tunedlens.config import TrainConfig, configured
 from tunedlens.distributed import join_processes
 from tunedlens.errors import InputError
-from tunedlens.tracking import say
+from tunedlens.progress import say
 from tunedlens.training import CacheSettings, Interrupted, new_folder, train
 
 TRAIN = """Train a tuned lens: one affine translator per layer of a frozen language model.

@@ -34,6 +34,11 @@ class Lens(nn.Module, ABC):
         )
 
     @property
+    def kind_name(self) -> str:
+        """What the lens is called where it has no other name: `logit`, `tuned`, `jacobian`."""
+        return type(self).__name__.removesuffix("Lens").lower()
+
+    @property
     def n_layers(self) -> int:
         """The number of blocks, which is also the number of states that a lens translates."""
         return self.identity.n_layers
@@ -75,6 +80,8 @@ class ResidualLens(Lens):
 
     generate: ClassVar[Callable]
     """See `tunedlens.generation.generate`."""
+    invert: ClassVar[Callable[..., tuple[Tensor, Tensor, Tensor]]]
+    """See `tunedlens.causal.invert`."""
 
     def __init__(self, unembedding: Unembedding, identity: ModelIdentity) -> None:
         super().__init__(identity)

@@ -17,7 +17,7 @@ from torch import Tensor
 from tunedlens.errors import InputError
 from tunedlens.files import JsonObject, read_json, write, write_json
 from tunedlens.model import FrozenModel, require_same_model
-from tunedlens.tracking import say
+from tunedlens.progress import say
 from tunedlens.training.plan import TrainPlan
 from tunedlens.training.states import StateReader
 
@@ -181,4 +181,4 @@ class CachedStateReader(StateReader):
 
 
 def _checksum(state: Float[Tensor, "seq d_model"]) -> str:
-    return f"{zlib.crc32(state.view(torch.uint8).numpy()):08x}"
+    return f"{zlib.crc32(state.view(torch.uint8).numpy().data):08x}"
