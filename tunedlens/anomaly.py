@@ -332,7 +332,7 @@ def _of_scikit_learn(normal: Float[Tensor, "texts rows"], method: Method, seed: 
         from sklearn.neighbors import LocalOutlierFactor
     except ImportError:
         raise InputError(
-            f'{method} needs scikit-learn: pip install "residual-lens[anomaly]"; mahalanobis does not'
+            f'{method} needs scikit-learn: pip install "residual-lens[anomaly]"; or mahalanobis'
         ) from None
     if method == "isolation-forest":
         detector = IsolationForest(random_state=seed)
