@@ -38,7 +38,7 @@ class LayerBias:
     bias_nats: Estimate
     """KL from the model's mean distribution to the lens's."""
     excess: float
-    """Half the sum of absolute differences: the probability that is on too frequent tokens."""
+    """Half the sum of absolute differences: the probability that would have to move."""
     over: list[TokenMean]
     """The tokens with the largest difference, lens minus model."""
     under: list[TokenMean]
