@@ -164,7 +164,7 @@ def test_unreachable_hub_is_one_line_without_waiting(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"slept {seconds} s"))
     message = r"http://127\.0\.0\.1:9 cannot be reached \(.*\), and the cache has no usable copy$"
-    with pytest.raises(InputError, match=f"cannot load the model nobody/x: {message}"):
+    with pytest.raises(InputError, match=f"model nobody/x: there is no such folder, and {message}"):
         load_model("nobody/x")
     with pytest.raises(InputError, match=f"cannot read the dataset nobody/x: {message}"):
         train(dataset="nobody/x", output="unused")

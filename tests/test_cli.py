@@ -490,6 +490,19 @@ def test_wrong_command_names_the_nearest_one(capsys, monkeypatch):
     assert "no command evalute; did you mean evaluate?" in capsys.readouterr().err
 
 
+def test_help_says_what_each_command_does(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tunedlens", "--help"])
+    assert main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    commands = [line.split()[0] for line in lines if re.match("  [a-z]+ {2,}[a-z]", line)]
+    assert commands == ["train", "evaluate", "list", "plan", "doctor"]
+    for name in commands:
+        monkeypatch.setattr(sys, "argv", ["tunedlens", name, "--help"])
+        with pytest.raises(SystemExit):
+            main()
+        assert capsys.readouterr().out.startswith(f"usage: tunedlens {name} ")
+
+
 def test_version_is_that_of_the_package(capsys, monkeypatch):
     expected = f"tunedlens {version('residual-lens')}\n"
     monkeypatch.setattr(sys, "argv", ["tunedlens", "--version"])

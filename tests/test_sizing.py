@@ -105,6 +105,13 @@ def test_command_says_whether_a_run_fits(llama, capsys):
     assert "not enough" in capsys.readouterr().out
 
 
+def test_command_plans_a_short_run_for_one_gpu(llama, capsys):
+    assert plan_command(["--model", str(llama), "--tokens", "1000"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert next(line for line in lines if line.startswith("run ")).endswith("; 1 process, one GPU")
+    assert next(line for line in lines if line.startswith("time ")).split()[1:3] == ["1", "second"]
+
+
 def test_impossible_machine_is_an_error(llama):
     with pytest.raises(InputError, match="--gpus must be 0 or more, got -1"):
         size_run(config_of(llama), gpus=-1)

@@ -295,7 +295,7 @@ def test_interrupted_and_resumed_run_ends_bit_equal_to_an_unbroken_one(
     config = dataclasses.replace(config, corpus=corpus)
     train(config, tmp_path / "unbroken")
     disarm = interrupt_after(step)
-    with pytest.raises(Interrupted, match=rf"after {(step + 2) * 64} tokens"):
+    with pytest.raises(Interrupted, match=rf"after {128 + (step + 2) * 64} tokens"):
         train(config, tmp_path / "broken")
     disarm()
     assert not (tmp_path / "broken" / "config.json").exists()

@@ -20,6 +20,18 @@ __all__ = [
 ]
 
 
+USAGE = """usage: tunedlens COMMAND [flags]
+
+  train       train a lens
+  evaluate    score lenses on a text, or show a prompt through the layers
+  list        show the saved lenses
+  plan        show the memory and time that a training needs
+  doctor      examine a model, and a lens on it
+
+tunedlens COMMAND --help lists the flags of a command; tunedlens --version prints the version.
+"""
+
+
 def main() -> int:
     """The console script `tunedlens`."""
     commands = {
@@ -34,9 +46,11 @@ def main() -> int:
     if sys.argv[1:] == ["--version"]:
         print(f"tunedlens {own_version()}")
         return 0
-    names = ",".join(commands)
     if sys.argv[1:] and (hint := did_you_mean(sys.argv[1], commands)):
         print(f"error: there is no command {sys.argv[1]}{hint}", file=sys.stderr)
         return 2
-    print(f"usage: tunedlens {{{names}}} [--help | --version | flags]", file=sys.stderr)
-    return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(USAGE, end="")
+        return 0
+    print(USAGE, end="", file=sys.stderr)
+    return 2

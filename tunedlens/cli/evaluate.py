@@ -67,6 +67,8 @@ def evaluate_command(arguments: Arguments = None) -> int:
     is_main = accelerator.is_main_process
     if is_main and same_text and config.split in ("train", "all"):
         say(f"note: --split {config.split} scores what {same_text[0].source} was trained on")
+    if is_main:
+        say(f"scoring {', '.join(config.lenses)} beside the logit lens; output {output}")
     evaluation = evaluate(config, accelerator=accelerator, command=command)
     if not is_main:
         return 0
@@ -86,7 +88,7 @@ def evaluate_command(arguments: Arguments = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser("evaluate.py", EVALUATE, EvaluateConfig)
+    parser = make_parser("tunedlens evaluate", EVALUATE, EvaluateConfig)
     group = parser.add_argument_group("the run")
     group.add_argument(
         "--lens",

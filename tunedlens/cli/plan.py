@@ -1,5 +1,7 @@
 """`tunedlens plan`: what a run needs, before it is started."""
 
+import math
+
 from tunedlens.cli.flags import make_parser, parse
 from tunedlens.cli.guard import Arguments, command
 from tunedlens.config import TrainConfig, configured
@@ -22,7 +24,7 @@ def plan_command(arguments: Arguments = None) -> int:
     """`tunedlens plan`. Returns the exit status."""
     parser = make_parser("tunedlens plan", PLAN, TrainConfig)
     group = parser.add_argument_group("the machine")
-    group.add_argument("--gpus", type=int, metavar="N", help="0 for a CPU (default: 1)")
+    group.add_argument("--gpus", type=int, metavar="N", help="0 plans for a CPU (default: 1)")
     group.add_argument(
         "--memory", type=float, metavar="X", help="gigabytes of a GPU, or of the machine with a CPU"
     )
@@ -53,6 +55,7 @@ def _lines(size: RunSize) -> list[str]:
     shape, plan, costs = size.shape, size.plan, size.costs
     device = {"cpu": "CPU", "cuda": "GPU"}[size.device]
     share = f"one {device} each" if size.processes == size.devices else f"{size.devices} GPUs"
+    share = share.removesuffix(" each") if size.processes == 1 else share
     processes = f"{size.processes} process{'es' if size.processes > 1 else ''}, {share}"
     processes += ", layers divided" if plan.shard_layers and size.processes > 1 else ""
     sampled = f"a sample of {plan.vocab_sample:,}" if plan.vocab_sample else "the whole vocabulary"
@@ -115,5 +118,6 @@ def _say_whether_it_fits(config: TrainConfig, size: RunSize) -> None:
 
 def _duration(seconds: float) -> str:
     if seconds < 90:
-        return f"{seconds:,.0f} seconds"
+        whole = math.ceil(seconds)
+        return f"{whole} second{'s' * (whole > 1)}"
     return f"{seconds / 60:,.0f} minutes" if seconds < 5400 else f"{seconds / 3600:,.1f} hours"

@@ -59,13 +59,13 @@ def load_model(
     """
     name = builtin.NAME if model is None else str(model)
     source = _model_source(name, gguf_file)
-    placed = _placement(device, device_map, dtype)
+    weights_dtype, placed = _load_dtype(dtype), _placement(device, device_map, dtype)
     options: dict[str, object] = {"revision": revision, "trust_remote_code": trust_remote_code}
     options |= {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         with _reaching(source):
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-            options |= {"dtype": _load_dtype(dtype), "device_map": placed}
+            options |= {"dtype": weights_dtype, "device_map": placed}
             loaded = _with_all_weights(source, options)
     except Exception as error:  # transformers raises many kinds of exception
         raise InputError(f"cannot load the model {name}: {_reason(error)}") from error
@@ -157,6 +157,8 @@ def _load_dtype(name: str) -> torch.dtype:
 def _reason(error: Exception) -> str:
     """Why transformers cannot load a model."""
     reason = first_line(error)
+    if isinstance(error, InputError):  # the hub cannot be reached
+        return f"there is no such folder, and {reason}"
     if "trust_remote_code" in str(error):
         return "it brings code of its own; to run that code, give --trust-remote-code"
     if unknown := re.match(r"Unrecognized configuration class <class '.*?(\w+)'>", reason):

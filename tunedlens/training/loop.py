@@ -156,7 +156,8 @@ def _take_steps(run: Run, state: TrainState, tracker: Tracker, stop: threading.E
                 _validate(run, state, tracker)
             if is_stopping and progress.tokens < plan.budget:
                 checkpointing.save(run, state)
-                raise Interrupted(f"stopped after {progress.tokens:,} tokens")
+                tokens = progress.init_tokens + progress.tokens  # as in the lines of progress
+                raise Interrupted(f"stopped after {tokens:,} tokens")
             if is_due:
                 checkpointing.save_if_possible(run, state)
                 saved = time.monotonic()

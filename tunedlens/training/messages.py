@@ -61,10 +61,11 @@ def describe(run: Run) -> None:
     if plan.vocab_sample:
         rows = f"a sample of {plan.vocab_sample:,} tokens of the vocabulary"
     run.say(f"gradient  from {rows}; {plan.precision}, kernel: {plan.kernel}")
+    held_out = run.validation_set
+    table = min(run.costs.table_tokens(plan.budget), held_out.table_positions)
     run.say(
-        f"held out  {run.validation_set.tokens:,} tokens for validation, "
-        f"{'' if plan.evaluate_tokens else 'at most '}{run.costs.table_tokens(plan.budget):,} for "
-        "the table at the end"
+        f"held out  {held_out.tokens:,} tokens for validation, "
+        f"{'' if plan.evaluate_tokens else 'at most '}{table:,} for the table at the end"
     )
 
 

@@ -57,6 +57,11 @@ class ValidationSet:
         """Positions of one validation, in whole blocks."""
         return len(self._validation_blocks) * self._plan.positions
 
+    @property
+    def table_positions(self) -> int:
+        """Positions that the table can have."""
+        return len(self._blocks) * (self._plan.corpus.seq_len - 1)
+
     @torch.no_grad()
     def kl(self, lens: ResidualLens, objective: LensKL) -> tuple[list[float], float | None]:
         """Mean KL of every layer in nats, and the standard error of their mean.
