@@ -9,7 +9,7 @@ from tunedlens.checkpoint import export_lens, load_lens, load_lens_of_kind, save
 from tunedlens.config import CorpusConfig, EvaluateConfig, ModelConfig, ScoringConfig, TrainConfig
 from tunedlens.doctor import Diagnosis, doctor
 from tunedlens.errors import InputError
-from tunedlens.evaluation import Evaluation, evaluate, score_lenses
+from tunedlens.evaluation import Evaluation, Quality, evaluate, measure_quality, score_lenses
 from tunedlens.generation import generate
 from tunedlens.lenses import (
     AffineLens,
@@ -23,7 +23,7 @@ from tunedlens.lenses import (
 from tunedlens.mlp_neurons import neurons
 from tunedlens.model import FrozenModel, load_model
 from tunedlens.neighbours import as_transformer_lens
-from tunedlens.report import notebook, read_evaluation, top_k, write_report
+from tunedlens.report import notebook, read_evaluation, top_k, write_card, write_report
 from tunedlens.report.plots import curves, heatmap
 from tunedlens.report.tables import TopK
 from tunedlens.sharing import push_to_hub
@@ -73,6 +73,7 @@ __all__ = [
     "Lens",
     "LogitLens",
     "ModelConfig",
+    "Quality",
     "ScoringConfig",
     "TrainConfig",
     "Trajectory",
@@ -84,11 +85,13 @@ __all__ = [
     "export_lens",
     "load_lens",
     "load_model",
+    "measure_quality",
     "neurons",
     "push_to_hub",
     "read_evaluation",
     "score_lenses",
     "train",
     "trajectory",
+    "write_card",
     "write_report",
 ]

@@ -2,6 +2,7 @@
 
 from tunedlens.evaluation.estimates import Estimate, RatioSums
 from tunedlens.evaluation.pipeline import evaluate, score_lenses
+from tunedlens.evaluation.quality import Quality, QualityWarning, measure_quality
 from tunedlens.evaluation.results import MODEL, Difference, Evaluation, Grid, Result
 
 __all__ = [
@@ -10,8 +11,11 @@ __all__ = [
     "Estimate",
     "Evaluation",
     "Grid",
+    "Quality",
+    "QualityWarning",
     "RatioSums",
     "Result",
     "evaluate",
+    "measure_quality",
     "score_lenses",
 ]

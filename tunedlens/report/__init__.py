@@ -9,6 +9,7 @@ from tunedlens.report.files import (
     write_report,
 )
 from tunedlens.report.html.explorer import explorer
+from tunedlens.report.quality_card import write_card
 from tunedlens.report.tables import kl_table, scored_text, terminal_table, top_k
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "scored_text",
     "terminal_table",
     "top_k",
+    "write_card",
     "write_one_text",
     "write_report",
 ]
