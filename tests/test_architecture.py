@@ -31,6 +31,7 @@ ORDER = (
     "trajectories",
     "generation",
     "mlp_neurons",
+    "causal",
     "neighbours",
     "tracking",
     "report",

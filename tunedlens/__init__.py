@@ -5,6 +5,19 @@
 >>> lens = TunedLens.load("checkpoints/embedded", model)
 """
 
+from tunedlens.causal import (
+    Block,
+    CausalBasis,
+    CausalEffects,
+    Directions,
+    Head,
+    Neuron,
+    ablated,
+    causal_basis,
+    causal_effects,
+    invert,
+    response_alignment,
+)
 from tunedlens.checkpoint import export_lens, load_lens, load_lens_of_kind, save_lens
 from tunedlens.config import CorpusConfig, EvaluateConfig, ModelConfig, ScoringConfig, TrainConfig
 from tunedlens.doctor import Diagnosis, doctor
@@ -24,7 +37,7 @@ from tunedlens.mlp_neurons import neurons
 from tunedlens.model import FrozenModel, load_model
 from tunedlens.neighbours import as_transformer_lens
 from tunedlens.report import notebook, read_evaluation, top_k, write_card, write_report
-from tunedlens.report.plots import curves, heatmap
+from tunedlens.report.plots import curves, effects_scatter, heatmap
 from tunedlens.report.tables import TopK
 from tunedlens.sharing import push_to_hub
 from tunedlens.training import CacheSettings, train
@@ -39,6 +52,7 @@ AffineLens.load = classmethod(load_lens_of_kind)  # type: ignore[assignment]
 AffineLens.push_to_hub = push_to_hub
 AffineLens.as_transformer_lens = as_transformer_lens
 ResidualLens.generate = generate
+ResidualLens.invert = invert
 Trajectory.save = save
 Trajectory.load = staticmethod(load_trajectory)
 Trajectory.to_dataframe = to_dataframe
@@ -49,6 +63,7 @@ Trajectory.top_k = top_k
 Trajectory.heatmap = heatmap
 Trajectory.curves = curves
 Trajectory.to_html = notebook.to_html
+CausalEffects.scatter = effects_scatter
 Comparison.save = save
 Comparison.load = staticmethod(load_comparison)
 Comparison.scores = scores
@@ -60,24 +75,33 @@ Lens._repr_html_ = notebook.lens_html
 FrozenModel._repr_html_ = notebook.model_html
 
 __all__ = [
+    "Block",
     "CacheSettings",
+    "CausalBasis",
+    "CausalEffects",
     "Comparison",
     "ConstantLens",
     "CorpusConfig",
     "Diagnosis",
+    "Directions",
     "EvaluateConfig",
     "Evaluation",
     "FrozenModel",
+    "Head",
     "InputError",
     "JacobianLens",
     "Lens",
     "LogitLens",
     "ModelConfig",
+    "Neuron",
     "Quality",
     "ScoringConfig",
     "TrainConfig",
     "Trajectory",
     "TunedLens",
+    "ablated",
+    "causal_basis",
+    "causal_effects",
     "compare",
     "difference",
     "doctor",
@@ -89,6 +113,7 @@ __all__ = [
     "neurons",
     "push_to_hub",
     "read_evaluation",
+    "response_alignment",
     "score_lenses",
     "train",
     "trajectory",

@@ -75,6 +75,8 @@ class ResidualLens(Lens):
 
     generate: ClassVar[Callable[..., str | list[str]]]
     """See `tunedlens.generation.generate`."""
+    invert: ClassVar[Callable[..., tuple[Tensor, Tensor, Tensor]]]
+    """See `tunedlens.causal.invert`."""
 
     def __init__(self, unembedding: Unembedding, identity: ModelIdentity) -> None:
         super().__init__(identity)

@@ -1,7 +1,7 @@
 """A frozen causal language model: its residual stream and its unembedding."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import ClassVar
 
@@ -21,16 +21,8 @@ from tunedlens.model.self_check import (
     require_causal_states,
     require_same_logits,
 )
-from tunedlens.model.sites import (
-    SITES,
-    Args,
-    BlockSites,
-    HookPoint,
-    Kwargs,
-    input_state,
-    output_state,
-    replace_input_state,
-)
+from tunedlens.model.sites import SITES, Args, BlockSites, HookPoint
+from tunedlens.model.state_hooks import on_state
 from tunedlens.model.structure import find_attention_and_mlp, find_parts
 from tunedlens.model.unembedding import read_unembedding
 from tunedlens.tokenizer import beginning_of_sequence, required_bos
@@ -183,7 +175,7 @@ class FrozenModel(nn.Module):
 
         with ExitStack() as hooks, torch.set_grad_enabled(differentiable):
             for layer in range(len(self.blocks) + 1):
-                hooks.enter_context(self._on_state(layer, capture))
+                hooks.enter_context(on_state(self.parts, layer, capture))
             self._run(input_ids, attention_mask)
         return states
 
@@ -292,42 +284,8 @@ class FrozenModel(nn.Module):
             # The model may be asked for the last few positions only.
             output.logits = decode(state[0][:, -output.logits.shape[1] :])
 
-        with self._on_state(layer, capture), self.model.register_forward_hook(replace):
+        with on_state(self.parts, layer, capture), self.model.register_forward_hook(replace):
             yield self.model
-
-    def _on_state(
-        self, layer: int, see: Callable[[Tensor], Tensor | None]
-    ) -> AbstractContextManager[object]:
-        """Call a function with each value of a state, which it may replace before layer n."""
-        if layer == len(self.blocks):
-            return self._on_final_state(see)
-
-        def hook(_module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-            replacement = see(input_state(args, kwargs))
-            return None if replacement is None else replace_input_state(args, kwargs, replacement)
-
-        return self.blocks[layer].register_forward_pre_hook(hook, with_kwargs=True)
-
-    def _on_final_state(
-        self, see: Callable[[Tensor], Tensor | None]
-    ) -> AbstractContextManager[object]:
-        """Call a function with what is read after the last block."""
-        last_block, entry = self.blocks[-1], self.parts.entry
-        if entry is None:
-            return last_block.register_forward_hook(
-                lambda _block, _args, output: see(output_state(output)) and None
-            )
-        is_due: list[bool] = []
-
-        def hook(_module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-            if is_due:  # some models apply their final norm to the embeddings too
-                is_due.clear()
-                see(input_state(args, kwargs))
-
-        hooks = ExitStack()
-        hooks.enter_context(last_block.register_forward_hook(lambda *_: is_due.append(True)))
-        hooks.enter_context(entry.register_forward_pre_hook(hook, with_kwargs=True))
-        return hooks
 
     @float32_products()
     @torch.no_grad()

@@ -61,6 +61,11 @@ def replace_input_state(args: Args, kwargs: Kwargs, hidden: Tensor) -> tuple[Arg
     return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
 
+def replace_output_state(output: object, hidden: Tensor) -> object:
+    """The output of a block with other hidden states."""
+    return (hidden, *output[1:]) if isinstance(output, (tuple, list)) else hidden
+
+
 class _Call(NamedTuple):
     """One call of a part of a block."""
 

@@ -1,6 +1,7 @@
 """Plots for a paper, as vector graphics and as 2x raster images, readable in grey."""
 
 from tunedlens.report.plots.by_layer import DRAWINGS, by_layer, by_position, transfer
+from tunedlens.report.plots.causal import alignment_by_layer, effects_scatter, influences
 from tunedlens.report.plots.curves import curves, draw_learning_curve, learning_curve
 from tunedlens.report.plots.heatmaps import heatmap, heatmap_pages
 from tunedlens.report.plots.style import FORMATS, in_all_formats, rendered, save
@@ -8,13 +9,16 @@ from tunedlens.report.plots.style import FORMATS, in_all_formats, rendered, save
 __all__ = [
     "DRAWINGS",
     "FORMATS",
+    "alignment_by_layer",
     "by_layer",
     "by_position",
     "curves",
     "draw_learning_curve",
+    "effects_scatter",
     "heatmap",
     "heatmap_pages",
     "in_all_formats",
+    "influences",
     "learning_curve",
     "rendered",
     "save",

@@ -1,0 +1,161 @@
+"""Ablation in the model's own run: values become zero, their mean, or those of other positions."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tunedlens.causal.targets import Edit, Target
+from tunedlens.errors import InputError
+from tunedlens.model import FrozenModel
+
+Mode = Literal["mean", "zero", "resample"]
+
+
+@contextmanager
+def ablated(
+    model: FrozenModel,
+    targets: Target | Sequence[Target],
+    mode: Mode = "mean",
+    *,
+    reference: Int[Tensor, "batch seq"] | None = None,
+    seed: int = 0,
+    skip_first: int = 0,
+) -> Iterator[FrozenModel]:
+    """The model with some of its values ablated in every run, until the context is left.
+
+    Everything that runs the model sees the ablation: its states and logits, trajectories,
+    evaluations, generation.
+
+    Args:
+        targets: `Directions`, `Block`, `Head` or `Neuron`, or several of them.
+        mode: `mean` is the mean over the positions, `zero` is zero, and `resample` the value of
+            another position, drawn at random; the values of a target are drawn together.
+        reference: token ids whose positions the mean is taken over and values are drawn from. By
+            default they are the positions of all sequences of the run itself; a run that
+            continues with a cache of keys and values sees only its new ones.
+        seed: of the values drawn.
+        skip_first: this number of positions at the start of every sequence is left alone and
+            does not count. Many models have states at the first position that are far from all
+            others, and that move the mean.
+
+    Raises:
+        InputError: the model has no such target, there is no such mode, or a run has too few
+            positions to take other values from.
+
+    Source:
+        Belrose et al. 2023, arXiv:2303.08112, section 4 (mean, resample).
+    """
+    require_mode(mode)
+    if skip_first < 0:
+        raise InputError(f"skip_first must be 0 or more, got {skip_first}")
+    targets = [targets] if not isinstance(targets, Sequence) else targets
+    pools: list[Tensor | None] = [None] * len(targets)
+    if reference is not None and mode != "zero":
+        pools = list(_read(model, targets, reference, skip_first))
+    generator = torch.Generator().manual_seed(seed)
+    with ExitStack() as hooks:
+        for target, pool in zip(targets, pools, strict=True):
+            hooks.enter_context(target.attach(model, _Ablation(mode, pool, generator, skip_first)))
+        yield model
+
+
+def require_mode(mode: str) -> None:
+    """Check the mode of an ablation.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if mode not in get_args(Mode):
+        raise InputError(f"mode must be one of {', '.join(get_args(Mode))}; got {mode!r}")
+
+
+def replacements(
+    values: Float[Tensor, "positions values"],
+    pool: Float[Tensor, "others values"] | None,
+    mode: Mode,
+    generator: torch.Generator,
+) -> Float[Tensor, "positions values"]:
+    """What takes the place of the values.
+
+    Args:
+        pool: what means are taken over and values are drawn from; by default the values
+            themselves, each of which then goes to another position.
+
+    Raises:
+        InputError: there are no other values.
+    """
+    if mode == "zero":
+        return torch.zeros_like(values)
+    if len(values if pool is None else pool) < (2 if pool is None else 1):
+        raise InputError(
+            f"{mode} ablation takes values of other positions, but the run has {len(values)} that "
+            "count; give a longer text, or token ids as reference"
+        )
+    if mode == "mean":
+        others = values if pool is None else pool
+        mean = others.mean(0, dtype=torch.promote_types(others.dtype, torch.float32))
+        return mean.to(values.dtype).expand_as(values)
+    if pool is None:
+        # A random cycle through all positions, so that none keeps its own value.
+        order = torch.randperm(len(values), generator=generator)
+        drawn = torch.empty_like(order)
+        drawn[order] = order.roll(1)
+        return values[drawn.to(values.device)]
+    drawn = torch.randint(len(pool), (len(values),), generator=generator)
+    return pool[drawn.to(pool.device)].to(values)
+
+
+class _Ablation:
+    """The edit of one target."""
+
+    def __init__(
+        self, mode: Mode, pool: Tensor | None, generator: torch.Generator, skip_first: int
+    ) -> None:
+        self._mode, self._pool, self._skip = mode, pool, skip_first
+        self._generator = generator
+
+    def __call__(
+        self, values: Float[Tensor, "batch seq values"]
+    ) -> Float[Tensor, "batch seq values"]:
+        counted = _counted(values, self._skip)
+        pool = None if self._pool is None else self._pool.to(values.device)
+        changed = replacements(counted.flatten(0, -2), pool, self._mode, self._generator)
+        return torch.cat([values[:, : self._skip], changed.view_as(counted)], 1)
+
+
+def _counted(values: Tensor, skip_first: int) -> Tensor:
+    """The values at the positions that count."""
+    if not skip_first:
+        return values
+    if values.ndim != 3:
+        raise InputError(
+            "this architecture joins the positions of all sequences before the target, so the "
+            "first ones cannot be told apart; leave skip_first out"
+        )
+    return values[:, skip_first:]
+
+
+def _read(
+    model: FrozenModel,
+    targets: Sequence[Target],
+    reference: Int[Tensor, "batch seq"],
+    skip_first: int,
+) -> list[Float[Tensor, "positions values"]]:
+    """The values of every target in a run without ablation."""
+    found: dict[int, Tensor] = {}
+
+    def keep_as(index: int) -> Edit:
+        def keep(values: Tensor) -> None:
+            found[index] = _counted(values, skip_first).flatten(0, -2).clone()
+
+        return keep
+
+    with ExitStack() as hooks:
+        for index, target in enumerate(targets):
+            hooks.enter_context(target.attach(model, keep_as(index)))
+        model.residual_stream(reference)
+    return [found[index] for index in range(len(targets))]

@@ -1,0 +1,76 @@
+"""Hooks at every site of the residual stream that may replace its states."""
+
+from contextlib import AbstractContextManager, ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from tunedlens.errors import InputError
+from tunedlens.model import FrozenModel, HookPoint
+from tunedlens.model.self_check import check_ids
+from tunedlens.model.sites import (
+    Args,
+    Kwargs,
+    input_state,
+    output_state,
+    replace_output_state,
+)
+from tunedlens.model.state_hooks import See, on_state
+
+
+def on_stream(model: FrozenModel, point: HookPoint, see: See) -> AbstractContextManager[object]:
+    """Call a function with the states at a point, which it may replace.
+
+    Raises:
+        InputError: no module of the block writes what is to be replaced.
+    """
+    site, layer = point
+    if site == "resid_post":
+        site, layer = "resid_pre", layer + 1
+    if site == "resid_pre":
+        return on_state(model.parts, layer, see)
+    return _on_term(model, layer, site, see)
+
+
+def _on_term(model: FrozenModel, layer: int, site: str, see: See) -> AbstractContextManager[object]:
+    """The stream between attention and MLP is replaced by way of what attention adds to it."""
+    is_middle = site == "resid_mid"
+    writer = _writer(model, layer, "attn_out" if is_middle else site)
+    start: list[Tensor] = []
+
+    def enter(_block: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        start[:] = [input_state(args, kwargs).clone()]  # some blocks add in place
+
+    def write(_part: nn.Module, _args: Args, output: object) -> object:
+        added = output_state(output)
+        before = start[0].to(added.device) if is_middle else torch.zeros_like(added)
+        replacement = see(before + added)
+        return None if replacement is None else replace_output_state(output, replacement - before)
+
+    hooks = ExitStack()
+    hooks.enter_context(model.blocks[layer].register_forward_pre_hook(enter, with_kwargs=True))
+    hooks.enter_context(writer.register_forward_hook(write))
+    return hooks
+
+
+def _writer(model: FrozenModel, layer: int, term: str) -> nn.Module:
+    """The part of a block whose output is added to the stream as `attn_out` or `mlp_out`."""
+    written: list[tuple[nn.Module, Tensor]] = []
+
+    def keep(part: nn.Module, _args: Args, output: object) -> None:
+        output = output[0] if isinstance(output, (tuple, list)) else output
+        if isinstance(output, Tensor):
+            written.append((part, output.clone()))
+
+    ids = check_ids(model.identity.vocab_size, model.context).to(model.device)
+    with ExitStack() as hooks:
+        for part in model.blocks[layer].children():
+            hooks.enter_context(part.register_forward_hook(keep))
+        added = model.sites(ids, wanted=[term])[term][layer]
+    for part, output in reversed(written):
+        if output.shape == added.shape and torch.equal(output.to(added.device), added):
+            return part
+    raise InputError(
+        f"no part of block {layer} of {model.name} writes its {term} as it is, so it cannot be "
+        "replaced; use resid_pre or resid_post"
+    )
