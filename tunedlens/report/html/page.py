@@ -31,7 +31,31 @@ def page(evaluation: Evaluation, svgs: Mapping[str, bytes]) -> str:
         differences = f"""<h2>Pairwise differences: KL, nats</h2>
 <p class="note">Both lenses of a pair are scored on the same tokens. ± is the standard error of
 the difference.</p>
-{_table(difference_rows(evaluation))}"""
+{table(difference_rows(evaluation))}"""
+    return document(
+        title,
+        f"""<p class="note">{for_html(scored_text(evaluation))}</p>
+<ul>{sentences}</ul>
+<div class="plots">{"".join(_plot(name, svg) for name, svg in svgs.items())}</div>
+<h2>All metrics</h2>
+<p class="note">± is one standard error, clustered by block of text. Click a heading to sort.</p>
+{table(metric_rows(evaluation))}
+{differences}
+<h2>What the metrics mean</h2>
+{_definitions({m.title: m.meaning for name, m in METRICS.items() if name in evaluation.metrics})}
+<h2>How this report was made</h2>
+<pre>{for_html(run.get("command", ""))}</pre>
+{_provenance(evaluation)}""",
+    )
+
+
+def document(title: str, body: str) -> str:
+    """A whole page in the style of a report, with sortable tables.
+
+    Args:
+        title: plain text.
+        body: HTML that follows the title.
+    """
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -44,18 +68,7 @@ the difference.</p>
 </head>
 <body>
 <h1>{for_html(title)}</h1>
-<p class="note">{for_html(scored_text(evaluation))}</p>
-<ul>{sentences}</ul>
-<div class="plots">{"".join(_plot(name, svg) for name, svg in svgs.items())}</div>
-<h2>All metrics</h2>
-<p class="note">± is one standard error, clustered by block of text. Click a heading to sort.</p>
-{_table(metric_rows(evaluation))}
-{differences}
-<h2>What the metrics mean</h2>
-{_definitions({m.title: m.meaning for name, m in METRICS.items() if name in evaluation.metrics})}
-<h2>How this report was made</h2>
-<pre>{for_html(run.get("command", ""))}</pre>
-{_provenance(evaluation)}
+{body}
 <script>
 {_asset("report.js")}</script>
 </body>
@@ -68,16 +81,22 @@ def _asset(name: str) -> str:
 
 
 def _plot(name: str, svg: bytes) -> str:
-    caption = for_html(plots.DRAWINGS[name].caption)
+    return figure(name, svg, plots.DRAWINGS[name].caption, is_wide=name in _WIDE)
+
+
+def figure(name: str, svg: bytes, caption: str, *, is_wide: bool = False) -> str:
+    """A picture with its caption."""
+    caption = for_html(caption)
     data = base64.b64encode(svg).decode()
-    wide = ' class="wide"' if name in _WIDE else ""
+    wide = ' class="wide"' if is_wide else ""
     return (
         f'<figure{wide} id="{name}"><img alt="{caption}" src="data:image/svg+xml;base64,{data}">'
         f"<figcaption>{caption}</figcaption></figure>"
     )
 
 
-def _table(rows: Rows) -> str:
+def table(rows: Rows) -> str:
+    """A table whose columns can be sorted."""
     header, *body = rows
     heads = "".join(f"<th><button>{for_html(cell)}</button></th>" for cell in header)
     lines = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in body)
