@@ -1,6 +1,6 @@
 """What happens to a run when something goes wrong: kills, signals, disks, numbers, readers.
 
-    python benchmarks/faults.py [--kills 30] [--soak MINUTES]
+    python benchmarks/faults.py [--kills 30] [--process-kills 10] [--soak MINUTES]
 
 Every case is a run of the command in a process of its own, on a tiny random GPT-2. Where it makes
 sense, the run is resumed, and its lens is compared byte by byte with that of an unbroken run. Cases
@@ -13,11 +13,12 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,8 +31,11 @@ from tunedlens.cli import train_command
 from tunedlens.fit import PreconditionedMuon
 from tunedlens.model import FrozenModel
 from tunedlens.training import loop
+from tunedlens.training.lock import LOCK
 
-STEPS, UNBROKEN = 40, "unbroken"
+STEPS, UNBROKEN, UNBROKEN_TWO = 40, "unbroken", "unbroken-two"
+SURVIVOR_SECONDS = 60
+"""A process that does not end within this time after the other was killed hangs."""
 Setup = Callable[[], None]
 
 
@@ -83,24 +87,40 @@ class Bench:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             os._exit(99)
 
+    def start_two(self, name: str, setups: dict[int, Setup] | None = None, *more: str) -> list[int]:
+        """Start a run in two processes, as a launcher does; returns their numbers by rank."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+
+        def join(rank: int) -> None:
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+            where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ.update({key: str(value) for key, value in (ranks | where).items()})
+            if setups and rank in setups:
+                setups[rank]()
+
+        return [self.start(name, lambda r=rank: join(r), *more) for rank in range(2)]
+
     def finish(self, pid: int) -> tuple[int, list[str]]:
         """The status of a process when it ends, and the lines that it printed."""
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         return status, (self.root / f"{pid}.log").read_text().splitlines()
 
-    def resume(self, name: str) -> str:
+    def resume(self, name: str, *, by_two: bool = False) -> str:
         """Resume a run, or start it if there is nothing to resume; says how it ended."""
         folder = self.root / name
         if not (folder / "README.md").exists():
             flags = ["--resume", str(folder)] if list(folder.glob("state/*.safetensors")) else []
-            status, lines = self.finish(self.start(name, None, *flags))
-            if status:
-                return f"NOT RESUMED: {lines[-1]}"
-        return self.compare(folder)
+            start = self.start_two if by_two else lambda *given: [self.start(*given)]
+            for status, lines in map(self.finish, start(name, None, *flags)):
+                if status:
+                    return f"NOT RESUMED: {lines[-1]}"
+        return self.compare(folder, UNBROKEN_TWO if by_two else UNBROKEN)
 
-    def compare(self, folder: Path) -> str:
+    def compare(self, folder: Path, unbroken: str = UNBROKEN) -> str:
         """Whether a lens is that of the unbroken run, byte for byte."""
-        lenses = [(self.root / run / "lens.safetensors").read_bytes() for run in (folder, UNBROKEN)]
+        lenses = [(self.root / run / "lens.safetensors").read_bytes() for run in (folder, unbroken)]
         return "identical" if lenses[0] == lenses[1] else "another lens"
 
 
@@ -155,6 +175,50 @@ def kills(bench: Bench, count: int) -> dict[str, int]:
         outcomes[outcome] = outcomes.get(outcome, 0) + 1
         shutil.rmtree(bench.root / name)
     return outcomes
+
+
+def process_kills(bench: Bench, count: int) -> Iterator[tuple[str, str, float]]:
+    """Kill one of two processes, a third of them within a write, and resume both.
+
+    Yields:
+        What became of the other process, of the run after it was resumed, and the seconds that the
+        other process took to end.
+    """
+    begin = time.monotonic()
+    assert all(status == 0 for status, _ in map(bench.finish, bench.start_two(UNBROKEN_TWO)))
+    seconds, rng = time.monotonic() - begin, random.Random(1)
+    for index in range(count):
+        name = f"process-kill-{index}"
+        if index % 3:
+            victim = rng.randrange(2)
+            pids = bench.start_two(name, dict.fromkeys(range(2), save_in_every_step))
+            while not (bench.root / name / LOCK).exists():  # they have found each other
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, seconds))
+            os.kill(pids[victim], signal.SIGKILL)
+        else:
+            victim, number, half = 0, rng.randrange(1, STEPS), rng.random() < 0.5
+            die = {0: lambda n=number, h=half: die_within_a_write(n, h), 1: save_in_every_step}
+            pids = bench.start_two(name, die)
+        status, _ = bench.finish(pids[victim])
+        begin, survivor = time.monotonic(), pids[1 - victim]
+        while not has_ended(survivor) and time.monotonic() - begin < SURVIVOR_SECONDS:
+            time.sleep(0.01)
+        waited = time.monotonic() - begin
+        if not has_ended(survivor):
+            os.kill(survivor, signal.SIGKILL)
+        other, lines = bench.finish(survivor)
+        if status == 0:
+            ended = "the run was finished"
+        else:
+            ended = f"status {other}: {lines[-1]}" if other >= 0 else "HANGS"
+        yield ended.replace(str(bench.root / name), "…"), bench.resume(name, by_two=True), waited
+        shutil.rmtree(bench.root / name)
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a child has ended; it stays to be waited for."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 @contextmanager
@@ -284,11 +348,14 @@ def soak(bench: Bench, minutes: float) -> None:
     while time.monotonic() < end:
         time.sleep(1)
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        seconds = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
         done = steps.stat().st_size if steps.exists() else 0
-        samples.append((time.monotonic(), done, pages * os.sysconf("SC_PAGE_SIZE") / 1e6))
+        samples.append((seconds, done, pages * os.sysconf("SC_PAGE_SIZE") / 1e6))
     os.kill(pid, signal.SIGTERM)
     bench.finish(pid)
-    print("| fifth of the time | resident memory, MB | steps per second |\n|---|---:|---:|")
+    print("| fifth of the time | resident memory, MB | steps per second of CPU time |")
+    print("|---|---:|---:|")
     fifth = len(samples) // 5
     for name, part in {"second": samples[fifth : 2 * fifth], "last": samples[-fifth:]}.items():
         (first, before, _), (last, after, memory) = part[0], part[-1]
@@ -298,6 +365,7 @@ def soak(bench: Bench, minutes: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--process-kills", type=int, default=10, help="of one of two processes")
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="only run for this long")
     flags = parser.parse_args()
     torch.set_num_threads(1)
@@ -309,7 +377,10 @@ def main() -> None:
         for row in faults(bench):
             print(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |", flush=True)
         outcomes = ", ".join(f"{n} {outcome}" for outcome, n in kills(bench, flags.kills).items())
-        print(f"| {flags.kills} × `kill -9` | -9 | | after `--resume`: {outcomes} |")
+        print(f"| {flags.kills} × `kill -9` | -9 | | after `--resume`: {outcomes} |", flush=True)
+        for ended, lens, waited in process_kills(bench, flags.process_kills):
+            name = f"`kill -9` of one of two processes; the other ends after {waited:.2f} s"
+            print(f"| {name} | -9 | {ended} | after `--resume`: {lens} |", flush=True)
 
 
 if __name__ == "__main__":

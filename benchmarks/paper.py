@@ -50,7 +50,7 @@ from tunedlens.evaluation.lens_specs import lens_specs
 from tunedlens.evaluation.text import load_text
 from tunedlens.files import write, write_json
 from tunedlens.report import plots
-from tunedlens.report.html.page import document, figure, table
+from tunedlens.report.html.elements import document, figure, table
 from tunedlens.report.tables import Rows, markdown, metric_rows, plus_minus, scored_text
 
 if TYPE_CHECKING:
@@ -330,7 +330,7 @@ def write_pages(sections: Sequence[Section], evaluation: Evaluation, folder: Pat
             f"<h2>{for_html(one.title)}</h2>",
             f"<p>{for_html(one.found)}</p>",
             f'<p class="note">In the paper: {for_html(one.paper)}</p>',
-            figure(one.name, drawn["svg"], one.title, is_wide=one.is_wide),
+            figure(one.title, drawn["svg"], name=one.name, is_wide=one.is_wide),
             f"<details><summary>Numbers</summary>{table(one.rows)}</details>",
         ]
         parts += [

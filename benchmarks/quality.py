@@ -20,6 +20,14 @@ from typing import Any
 
 from tunedlens import CorpusConfig, ModelConfig, TrainConfig, checkpoint, files, train
 from tunedlens.cli.guard import keep_freed_memory
+from tunedlens.report.plots.style import (
+    Ends,
+    name_lines,
+    new_figure,
+    plain_log_ticks,
+    rendered,
+    short_count,
+)
 
 HERE = Path(__file__).parent
 RATES = {
@@ -31,6 +39,9 @@ LABELS = {
     "sgd": "SGD (tuned-lens)",
     "muon": "Muon",
 }
+
+COLORS_OF = {"preconditioned": "#0072B2", "sgd": "#D55E00", "muon": "#009E73"}
+DASHES = {"preconditioned": "-", "sgd": "--", "muon": "-."}
 
 
 def run(config: TrainConfig) -> list[dict[str, Any]]:
@@ -162,35 +173,28 @@ def table(curves: dict[str, list[Any]], best: dict[str, float]) -> str:
 
 
 def draw(curves: dict[str, list[Any]], path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    styles = {"preconditioned": "-", "sgd": "--", "muon": "-."}
-    colors = {"preconditioned": "#0072B2", "sgd": "#D55E00", "muon": "#009E73"}
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained", sharey=True)
-    for panel, key, label in (
-        (axes[0], "model_tokens", "tokens through the model"),
-        (axes[1], "seconds", "seconds"),
-    ):
-        for fit, runs in curves.items():
-            for index, curve in enumerate(runs):
-                results = [result for result in curve if result["model_tokens"]]
-                panel.plot(
-                    [result[key] for result in results],
-                    [mean(result) for result in results],
-                    color=colors[fit],
-                    linestyle=styles[fit],
-                    label=LABELS[fit] if index == 0 else None,
-                )
-        panel.set_xscale("log")
-        panel.set_yscale("log")
-        panel.set_xlabel(label)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.yaxis.set_minor_formatter("{x:g}")
-    axes[0].set_ylabel("held-out KL, mean over layers, nats")
-    axes[1].legend(frameon=False)
+    """Every seed is a line; the names stand at the end of the mean curve of each fit."""
+    columns = {"model_tokens": "tokens through the model", "seconds": "seconds"}
+    with new_figure(8, 3.2) as figure:
+        panels = figure.subplots(1, 2, sharey=True)
+        ends: Ends = {}
+        for axes, (key, label) in zip(panels, columns.items(), strict=True):
+            for fit, runs in curves.items():
+                for curve in runs:
+                    results = [result for result in curve if result["model_tokens"]]
+                    x, y = [result[key] for result in results], [mean(result) for result in results]
+                    axes.plot(x, y, color=COLORS_OF[fit], linestyle=DASHES[fit])
+                last = statistics.fmean(mean(curve[-1]) for curve in runs)
+                ends[LABELS[fit]] = last, COLORS_OF[fit]
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.set_xlabel(label)
+            plain_log_ticks(axes.xaxis, short_count)
+            plain_log_ticks(axes.yaxis)
+        panels[0].set_ylabel("held-out KL, mean over layers, nats")
+        name_lines(panels[1], ends)
     for kind in ("png", "svg"):
-        figure.savefig(path.with_suffix(f".{kind}"), dpi=200)
+        files.write(path.with_suffix(f".{kind}"), rendered(figure, kind))
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ def leave_plots_blank(set_attribute):
     files = blank_files()
     for module in (plots, plots.style):
         set_attribute(module, "in_all_formats", lambda _: files)
+        set_attribute(module, "in_svg", lambda _: files["svg"])
     set_attribute(Figure, "draw_without_rendering", lambda _: None)
 
 

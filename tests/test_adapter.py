@@ -70,7 +70,7 @@ def test_lens_of_an_adapted_model_says_so_and_is_scored_on_it(tiny_folder, text_
     base = EvaluateConfig(
         lenses=(str(tmp_path / "run"),), tokens=60, model=ModelConfig(model=str(tiny_folder))
     )
-    with pytest.warns(UserWarning, match="computes otherwise"):
+    with pytest.warns(UserWarning, match="computes other outputs"):
         evaluate(base)
 
 
@@ -82,7 +82,7 @@ def test_missing_peft_is_one_clear_error(tiny_folder, tmp_path, monkeypatch):
 
 def test_a_folder_without_an_adapter_is_refused(tiny_folder):
     pytest.importorskip("peft")
-    with pytest.raises(InputError, match=r"is no PEFT adapter: expected adapter_config.json and"):
+    with pytest.raises(InputError, match=r"not a PEFT adapter: expected adapter_config.json and"):
         load_model(tiny_folder, device="cpu", adapter=tiny_folder)
 
 

@@ -123,7 +123,7 @@ def test_saved_lens_is_scored_on_a_fine_tuned_body(tiny_folder, text_file, tmp_p
     assert "which have the same values" in summary(both)[0]
     assert {total for _, total in counts} == {sum(scored for scored, _ in counts)} == {60}
     body = load_model(tmp_path / "body", device="cpu")
-    with pytest.warns(UserWarning, match="computes otherwise"):
+    with pytest.warns(UserWarning, match="computes other outputs"):
         lens = load_lens(run, body)
     alone = evaluate(
         EvaluateConfig(tokens=30, corpus=CorpusConfig(dataset=str(text_file), seq_len=16)),
@@ -156,8 +156,8 @@ def test_adapter_stands_for_the_first_model_with_it(tiny_folder, config, tmp_pat
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: make_gpt2(n_layer=2), r"another shape than tiny \(n_layers 2, not 3\)"),
-        (lambda: make_gpt2(n_embd=8), r"another shape than tiny \(d_model 8, not 16\)"),
+        (lambda: make_gpt2(n_layer=2), r"different shape than tiny \(n_layers 2, not 3\)"),
+        (lambda: make_gpt2(n_embd=8), r"different shape than tiny \(d_model 8, not 16\)"),
         (lambda: make_gpt2(n_positions=8), "--seq-len must be at most 8, the context of other"),
     ],
 )
@@ -169,7 +169,7 @@ def test_another_shape_is_refused(tiny, tokenizer, config, make, words):
 
 def test_other_tokens_are_refused(tiny, config, sentence_piece):
     other = FrozenModel(make_gpt2(), sentence_piece, name="other")
-    with pytest.raises(InputError, match="other has other tokens than tiny"):
+    with pytest.raises(InputError, match="other has a different vocabulary than tiny"):
         evaluate(config, model=tiny, beside=other, lenses={"tuned": random_lens(tiny)})
 
 

@@ -238,29 +238,44 @@ def test_lenses_of_one_kind_are_named_apart(here):
 
 
 @pytest.mark.usefixtures("lenses")
-def test_prompt_is_shown_through_the_layers_of_saved_lenses(here, capsys):
+def test_prompts_are_on_one_page_with_a_folder_of_files_each(here, capsys):
     (here / "prompts.txt").write_text("def f\\n\nx = 1\n")
-    flags = ["--lens", "steps", "--prompt", "a <b>", "--prompt-file", "prompts.txt"]
+    flags = ["--lens", "steps", "--prompt", "a <b>", "--prompt-file", "prompts.txt", "--top-k", "3"]
     for _ in range(2):
         assert evaluate_command([*flags, "--output", "out"]) == 0
-    folders = sorted(path.name for path in (here / "out").iterdir())
+    folders = sorted(path.name for path in (here / "out").iterdir() if path.is_dir())
     assert [re.sub("-[0-9a-f]{6}$", "", name) for name in folders] == ["a-b", "def-f", "x-1"]
-    drawn = {f"heatmap-{name}-1" for name in ("logit", "tuned", "rank", "kl_nats")} | {"curves"}
-    pictures = {f"{name}.{kind}" for name in drawn for kind in plots.FORMATS}
+    figures = {"heatmap.svg", "kl.svg", "curves.svg"}
+    tables = {"table.csv", "words-logit.csv", "words-tuned.csv"}
     for name in folders:
         found = {path.name for path in (here / "out" / name).iterdir()}
-        tables = {"table.csv", "words-logit.csv", "words-tuned.csv"}
-        assert found == pictures | tables | {"page.html", "report.md"}
-    assert "'def f\\n'\nbest tokens after ↵" in capsys.readouterr().out
-    report = (here / "out" / folders[0] / "report.md").read_text()
-    assert "| 0 resid_mid |" in report
-    assert "```text\na <b>\n```" in report
-    assert "the whole text" not in report
-    for path in re.findall(r"\]\(([^)]+)\)", report):
-        assert (here / "out" / folders[0] / path).exists()
+        assert found == figures | tables | {"page.html"}
+    said = capsys.readouterr().out
+    assert "'def f\\n'\nbest tokens after ↵" in said
+    address = said.rstrip().splitlines()[-1]
+    assert address == (here / "out" / "report.html").resolve().as_uri()
+    page = (here / "out" / "report.html").read_text()
+    assert page.count("<iframe") == 3
+    assert '<pre class="text">a &lt;b&gt;</pre>' in page
+    for words in ("steps", "python evaluate.py --lens steps", "The same tokens, coloured by"):
+        assert words in page
+    for path in re.findall(r'href="([^#"]+)"', page)[1:]:
+        assert (here / "out" / path).exists()
+    assert "<th><button>3</button></th></tr>" in page  # the number of best tokens
     with (here / "out" / folders[2] / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["lens"] for row in rows} == {"logit", "tuned"}
+
+
+@pytest.mark.usefixtures("lenses")
+def test_file_is_one_prompt_if_it_is_read_whole(here, capsys):
+    (here / "code.py").write_text("def f():\n    return 1\n")
+    flags = ["--lens", "logit", "--prompt-file", "code.py", "--whole-file", "--output", "out"]
+    assert evaluate_command([*flags, "--sites", "resid_mid,resid_post"]) == 0
+    said = capsys.readouterr().out
+    assert "'def f():\\n    return 1'" in said
+    assert " 0 resid_mid  " in said
+    assert len(list((here / "out").iterdir())) == 2
 
 
 @pytest.mark.usefixtures("lenses")
@@ -269,7 +284,7 @@ def test_another_prompt_leaves_the_first_ones_report_and_other_files(here):
     (here / "out" / "notes.txt").write_text("mine")
     for prompt in ("x = 1", "日本"):
         assert evaluate_command(["--lens", "steps", "--prompt", prompt, "--output", "out"]) == 0
-    assert len(list((here / "out").iterdir())) == 3
+    assert len(list((here / "out").glob("*/page.html"))) == 2
     assert (here / "out" / "notes.txt").read_text() == "mine"
 
 
@@ -287,10 +302,10 @@ def test_long_prompt_is_drawn_in_part_and_read_in_windows(here, tiny_folder):
     prompt = "a b c " * 50
     flags = ["--prompt", prompt, "--model", str(tiny_folder), "--stride", "16"]
     assert evaluate_command(flags) == 0
-    (own,) = (here / "prompts").iterdir()
-    assert len(list(own.glob("heatmap-logit-*.png"))) == 4
-    assert "The plots show the last 96 positions" in (own / "report.md").read_text()
-    rows = (own / "table.csv").read_text().splitlines()
+    page = (here / "prompts" / "report.html").read_text()
+    assert "These are the last 44 of 151 positions; the page has all." in page
+    (table,) = (here / "prompts").glob("*/table.csv")
+    rows = table.read_text().splitlines()
     assert len(rows) > 4 * 150
 
 
@@ -305,13 +320,15 @@ def test_evaluation_of_fewer_tokens_leaves_the_one_of_more(here):
 @pytest.mark.renders
 def test_prompt_without_any_lens_gives_the_logit_lens(here, tiny_folder):
     assert evaluate_command(["--prompt", "x = 1", "--model", str(tiny_folder)]) == 0
-    assert list((here / "prompts").glob("x-1-*/page.html"))
+    assert list((here / "prompts").glob("x-1-*/curves.svg"))
     assert not list((here / "prompts").glob("*/*tuned*"))
 
 
 @pytest.mark.usefixtures("lenses")
 def test_bad_prompts_are_one_line_and_leave_nothing(here, capsys):
     (here / "empty.txt").write_text("\n")
+    (here / "evaluated").mkdir()
+    (here / "evaluated" / "metrics.json").write_text("{}")
     capsys.readouterr()
     for flags, *expected in [
         (["--prompt", ""], "has no tokens"),
@@ -321,6 +338,11 @@ def test_bad_prompts_are_one_line_and_leave_nothing(here, capsys):
         (["--prompt-file", "empty.txt"], "has no prompt"),
         (["--prompt", "x", "--by-position"], "needs no --by-position"),
         (["--prompt", "x", "--lens", "unigram"], "the same for every prompt"),
+        (["--prompt", "x", "--sites", "resid_mid"], "no translators for resid_mid", "--sites"),
+        (["--prompt", "x", "--top-k", "0"], "k must be between 1 and"),
+        (["--prompt", "x", "--whole-file"], "--prompt-file"),
+        (["--top-k", "3"], "--top-k needs a text to look at: --prompt or --prompt-file"),
+        (["--prompt", "x", "--output", "evaluated"], "evaluated holds an evaluation"),
     ]:
         fails(evaluate_command, ["--lens", "steps", *flags], capsys, *expected)
     assert not (here / "steps" / "prompts").exists()
@@ -424,7 +446,7 @@ def test_bad_input_to_evaluate_is_one_line(here, asked, capsys):
         (["--lens", "unigrm"], "unigrm holds no lens"),
         (["--lens", "run", "--model", here / "runn"], "expected a folder with a model"),
         (["--lens", "run", "--beside", here / "runn"], "expected a folder with a model"),
-        (["--lens", "run", "--beside", "embedded"], "embedded has another shape than"),
+        (["--lens", "run", "--beside", "embedded"], "embedded has a different shape than"),
         (["--lens", "run", "--tokens", "0"], "--tokens must be at least 1"),
         (["--lens", "run", "--dataset", "missing.txt"], "no such file"),
         (["--lens", "run", "--output", "run/config.json/x"], "cannot write to"),

@@ -9,7 +9,7 @@ import torch
 from conftest import make_sentence_piece
 
 from tunedlens import CorpusConfig, InputError, builtin
-from tunedlens.corpus import Packer, load_splits, pieces, resolve_corpus
+from tunedlens.corpus import Packer, documents, load_splits, pieces, resolve_corpus
 from tunedlens.corpus.standard_library import standard_library
 from tunedlens.tokenizer import TokenBytes
 
@@ -46,6 +46,13 @@ def test_token_bytes_add_up_to_the_text(tokenizer):
     counts = TokenBytes.of(tokenizer, 5000)
     for text, ids in zip(TEXTS, Packer(tokenizer, 32).encode(TEXTS), strict=True):
         assert counts.next_bytes(torch.cat([ids[-1:], ids]).long()).sum() == len(text.encode())
+
+
+def test_bytes_of_a_long_document_are_counted_in_parts(tokenizer, monkeypatch):
+    monkeypatch.setattr(documents, "_TOKENS_AT_A_TIME", 7)
+    packer = Packer(tokenizer, 32)
+    for text, ids in zip(TEXTS, packer.encode(TEXTS), strict=True):
+        assert packer.count_bytes(torch.cat([ids[-1:], ids])) == len(text.encode())
 
 
 def test_blocks_are_the_documents_joined_by_eos_without_loss(tokenizer, tmp_path):
@@ -314,7 +321,7 @@ def test_bad_text_is_refused_with_a_reason(tokenizer, tmp_path, text_file):
         (bad(tmp_path, "torn.parquet", b"PAR1"), {}, "cannot read the dataset"),
         (text_file, {"validation_split": "validation"}, "for datasets on the hub"),
         (text_file, {"dataset_config": "en"}, "for datasets on the hub"),
-        ("hub/name", {"validation_split": "train"}, "another than --dataset-split"),
+        ("hub/name", {"validation_split": "train"}, "must differ from --dataset-split"),
         ("x" * 300, {}, "cannot look for files"),
         ("~nosuchuser/x.txt", {}, "cannot look for files"),
     ]

@@ -195,7 +195,7 @@ def test_lens_of_another_body_is_named(tokenizer, tmp_path):
         gpt2.transformer.h[1].mlp.c_proj.weight.mul_(2)
     tuned = FrozenModel(gpt2, tokenizer, name="fine-tuned")
     assert "its predictions have changed" in only_failure(doctor(tuned, folder))
-    with pytest.warns(UserWarning, match="computes otherwise"):
+    with pytest.warns(UserWarning, match="computes other outputs"):
         load_lens(folder, tuned)
     load_lens(folder, tuned, check=False)
 

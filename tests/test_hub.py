@@ -374,11 +374,17 @@ def test_trained_lens_is_pushed_as_it_is_and_evaluated_by_its_name(
         "other": "me/lens@main",
     }
     written = []
-    monkeypatch.setattr(report, "write_one_text", lambda *arguments: written.append(arguments))
+
+    def note(*arguments, **_):
+        written.append(arguments)
+        return Path("report.html")
+
+    monkeypatch.setattr(report, "write_texts", note)
     assert evaluate_command(["--lens", "me/lens", "--prompt", "line 1"]) == 0
-    ((read, folder, _),) = written
-    assert list(read.predictions) == ["tuned", "logit"]
-    assert folder.parent == Path("checkpoints/me--lens/prompts")
+    ((reads, folder, _, lenses),) = written
+    assert list(reads[0].predictions) == ["tuned", "logit"]
+    assert folder == Path("checkpoints/me--lens/prompts")
+    assert lenses["tuned"] == "me/lens"
     capsys.readouterr()
     doctor_command(["--lens", "me/lens"])
     assert "pass  the lens was made for this norm and unembedding" in capsys.readouterr().out

@@ -216,7 +216,7 @@ class WithoutBlocks(PreTrainedModel):
         (lambda: T5ForConditionalGeneration(T5Config(**T5)), "has an encoder and a decoder"),
         (lambda: T5EncoderModel(T5Config(**T5)), "has an encoder and a decoder|no unembedding"),
         (lambda: make_gpt2().transformer, "GPT2Model has no unembedding; expected a causal"),
-        (lambda: WithoutBlocks(PreTrainedConfig()), "found no list of any blocks.* --blocks"),
+        (lambda: WithoutBlocks(PreTrainedConfig()), "found no list of blocks.* --blocks"),
         (lambda: WithoutBlocks(PreTrainedConfig(num_hidden_layers=2)), "found no list of 2 blocks"),
     ],
     ids=["encoder", "encoder and decoder", "T5 encoder", "no head", "no stack", "no blocks"],

@@ -73,6 +73,53 @@ def test_heading_sorts_by_number_and_back(opened):
         assert found == sorted(found, reverse=is_falling)
 
 
+def overview(page):
+    """The panels of the overview and what the tooltip says."""
+    return page.locator("#overview .panel"), page.locator("#tip")
+
+
+def test_curve_says_its_values_to_a_pointer(opened):
+    page, heard = opened
+    panels, tip = overview(page)
+    box = panels.nth(0).bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.06, box["y"] + box["height"] / 2)
+    assert tip.inner_text().splitlines() == [
+        "KL(model ‖ lens), nats, layer 0",
+        "logit 16.00 ± 0.10",
+        "tuned 8.00 ± 0.10",
+    ]
+    assert page.locator("#overview .dot").count() == 2
+    page.mouse.move(5, 5)
+    assert not tip.is_visible()
+    assert len(heard) == 1
+
+
+def test_curve_says_its_values_to_a_keyboard(opened):
+    page, _ = opened
+    panels, tip = overview(page)
+    while not panels.nth(1).evaluate("panel => panel === document.activeElement"):
+        page.keyboard.press("Tab")
+    page.keyboard.press("End")
+    page.keyboard.press("ArrowLeft")
+    assert tip.inner_text().startswith("perplexity, layer 6\nlogit 160.0 ± 2.0")
+    assert "model 9.50 ± 0.50" in panels.nth(1).get_attribute("aria-valuetext")
+    page.keyboard.press("Escape")
+    assert not tip.is_visible()
+
+
+def test_curve_says_its_values_to_a_finger(browser, written_report):
+    context = browser.new_context(has_touch=True, viewport={"width": 390, "height": 800})
+    page = context.new_page()
+    page.goto((written_report / "report.html").as_uri())
+    panels, tip = overview(page)
+    panels.nth(0).tap()
+    assert "tuned" in tip.inner_text()
+    assert tip.bounding_box()["x"] + tip.bounding_box()["width"] <= 390
+    page.locator("h1").tap()
+    assert not tip.is_visible()
+    context.close()
+
+
 @pytest.mark.parametrize("width", [1280, 375])
 def test_page_is_no_wider_than_the_screen(opened, width):
     page, _ = opened

@@ -408,7 +408,7 @@ def test_dollars_are_not_read_as_mathematics(read):
         ({"metric": "js_nats"}, "metric must be one of probability"),
         ({"width": 0}, "width must be more than 0"),
         ({"width": 1}, r"width must be at least 1\.9 inches"),
-        ({"limits": (1, 1)}, "limits must be two rising numbers"),
+        ({"limits": (1, 1)}, "limits must be two increasing numbers"),
         ({"cmap": "puce"}, "cmap must be a colour map of matplotlib, got 'puce'"),
         ({"ax": Figure().subplots(), "width": 7}, "ax takes one lens"),
     ],

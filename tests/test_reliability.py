@@ -1,5 +1,6 @@
 """What a run survives: bad numbers, damaged states, other runs, signals, a full disk."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -15,10 +16,11 @@ import safetensors.torch
 import torch
 from conftest import in_two_processes, make_gpt2, short_run, write_text
 
-from tunedlens import InputError, TrainConfig, checkpoint, files
+from tunedlens import InputError, TrainConfig, checkpoint, files, report
 from tunedlens.checkpoint import saved_config
 from tunedlens.cli import train_command
 from tunedlens.corpus import PackedCorpus
+from tunedlens.engine import accumulate_gradient
 from tunedlens.fit import LeastSquares, PreconditionedMuon
 from tunedlens.model import FrozenModel
 from tunedlens.training import Interrupted, bad_blocks, checkpointing, loop, resolving, train
@@ -239,6 +241,17 @@ def test_run_that_ended_early_is_extended(clean, tmp_path):
     assert (found["tokens"], found["bad_blocks"], found["ended_early"]) == (640, 17, None)
 
 
+def test_card_says_what_went_wrong(clean):
+    manifest = json.loads((clean.folder / "config.json").read_text())
+    card = report.card("run", manifest)
+    assert "ended early" not in card
+    assert "left out" not in card
+    manifest["progress"] |= {"bad_blocks": 17, "ended_early": "17 blocks had bad numbers"}
+    lines = report.card("run", manifest).splitlines()
+    assert "- The steps ended early: 17 blocks had bad numbers." in lines
+    assert "- Blocks with numbers that are not finite, left out: 17." in lines
+
+
 def _count_bad_blocks(config, folder):
     """The bad blocks that a process knows of, if process 0 reads two in the first pass."""
     read, finish, calls, counts = FrozenModel.states_at, loop.finish, [], []
@@ -260,6 +273,63 @@ def _count_bad_blocks(config, folder):
 
 def test_processes_know_of_each_others_bad_blocks(config, tmp_path):
     assert in_two_processes(_count_bad_blocks, config, tmp_path / "run") == [[2], [2]]
+
+
+def _train_with_faults(config, folder, bad_state, bad_loss):
+    """Train with a block whose states are NaN and one whose gradient at layer 1 is."""
+    read, step, in_step = FrozenModel.states_at, loop._accumulate, []
+
+    def states_at(self, points, input_ids, attention_mask=None):
+        states = read(self, points, input_ids, attention_mask)
+        if len(input_ids) == 1:  # one block at a time, in the search
+            in_step[:] = input_ids.tolist()
+        for row, ids in enumerate(input_ids.tolist()):
+            for point, state in zip(points, states, strict=True):
+                if ids == bad_state and point.layer >= 2:
+                    state[row] = torch.nan
+        return states
+
+    def accumulate(run, state, input_ids, active):
+        in_step[:] = input_ids.tolist()
+        kl = step(run, state, input_ids, active)
+        ruin(state.optimizer.lens)
+        return kl
+
+    def accumulate_one(lens, *args, **settings):
+        kl = accumulate_gradient(lens, *args, **settings)
+        ruin(lens)
+        return kl
+
+    def ruin(lens):
+        if bad_loss in in_step and 1 in lens.layers:
+            lens.translator(1).weight.grad[2, 3] = torch.inf
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FrozenModel, "states_at", states_at)
+        patch.setattr(loop, "_accumulate", accumulate)
+        patch.setattr(bad_blocks, "accumulate_gradient", accumulate_one)
+        return [result.value for result in train(config, folder).results]
+
+
+def test_bad_blocks_of_divided_layers_are_those_of_one_process(clean, tmp_path):
+    blocks = [block for step in clean.blocks for block in step]
+    bad_state, bad_loss = (
+        next(block for block in clean.blocks[step] if blocks.count(block) == 1) for step in (4, 2)
+    )
+    bad = bad_state, bad_loss
+    divided = dataclasses.replace(clean.config, shard_layers=True)
+    alone = _train_with_faults(clean.config, tmp_path / "one", *bad)
+    for values in in_two_processes(_train_with_faults, divided, tmp_path / "two", *bad):
+        assert values == pytest.approx(alone, rel=1e-5, abs=1e-7)
+    kept = [
+        {file.name: file.read_text() for file in (tmp_path / name / "bad-blocks").iterdir()}
+        for name in ("one", "two")
+    ]
+    assert kept[0] == kept[1]
+    assert [json.loads(text)["cause"] for _, text in sorted(kept[0].items())] == [
+        "the loss or its gradient at layer 1 is not finite",
+        "the state at layer 2 is not finite",
+    ]
 
 
 def test_steps_that_blow_up_leave_the_closed_form(config, tmp_path):
@@ -494,3 +564,31 @@ def test_step_whose_states_do_not_fit_into_memory_is_refused(config, tmp_path, m
     config = dataclasses.replace(config, batch_size=2**20, vocab_sample=400)
     with pytest.raises(InputError, match=r"holds .* GB .* give a smaller --batch-size"):
         train(config, tmp_path / "run")
+
+
+# Other processes
+
+
+def _lose_a_process(flags):
+    """What a command prints and returns when the other process leaves in the third step."""
+    is_lost, errors = os.environ["RANK"] == "1", io.StringIO()
+
+    def leave():
+        torch.distributed.destroy_process_group()
+        raise SystemExit
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
+        if is_lost:
+            at_step(patch, 3, leave)
+        with contextlib.suppress(SystemExit):
+            return train_command(flags), errors.getvalue()
+
+
+def test_process_ends_in_one_line_when_another_one_is_lost(config, tmp_path):
+    flags = ["--model", config.model.model, "--dataset", config.corpus.dataset, "--device", "cpu"]
+    flags += ["--seq-len", "16", "--tokens", "512", "--init-tokens", "128", "--batch-size", "4"]
+    flags += ["--precision", "fp32", "--kernel", "products", "--evaluate-tokens", "60"]
+    found = in_two_processes(_lose_a_process, [*flags, "--output", str(tmp_path / "run")])
+    ((status, message),) = (result for result in found if result is not None)
+    assert status == 1
+    assert "error: another process has ended or does not answer (" in message.splitlines()[-1]

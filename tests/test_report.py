@@ -1,6 +1,7 @@
 import csv
 import html
 import json
+import math
 import re
 import shutil
 from html.parser import HTMLParser
@@ -11,6 +12,8 @@ from conftest import make_evaluation
 from tunedlens import InputError, report
 from tunedlens.evaluation import Estimate
 from tunedlens.metrics import METRICS
+from tunedlens.report import plots
+from tunedlens.report.html import values
 from tunedlens.report.html.page import page
 
 
@@ -106,7 +109,7 @@ def test_page_needs_no_other_file(evaluation, folder):
 
 
 def test_page_explains_every_metric_that_it_shows(evaluation):
-    text = page(evaluation, {})
+    text = page(evaluation, {}, {})
     for metric in evaluation.metrics:
         assert html.escape(METRICS[metric].meaning) in text
 
@@ -114,9 +117,40 @@ def test_page_explains_every_metric_that_it_shows(evaluation):
 def test_page_escapes_what_it_is_told():
     evaluation = make_evaluation()
     evaluation.provenance.update(model="<script>alert(1)</script>", command="a && b < c")
-    text = page(evaluation, {})
+    text = page(evaluation, {}, {})
     assert "<script>alert" not in text
     assert "a &amp;&amp; b &lt; c" in text
+
+
+@pytest.mark.parametrize("lens", ["logit", "tuned"])
+def test_every_value_of_a_curve_is_where_it_is_drawn(evaluation, lens):
+    drawing = plots.DRAWINGS["overview"]
+    figure = drawing.draw(evaluation)
+    width, height = figure.bbox.size
+    for axes, metric, panel in zip(
+        figure.axes[:3],
+        drawing.metrics[:3],
+        values.panels(figure, evaluation, drawing.metrics),
+        strict=False,
+    ):
+        column = evaluation.by_layer(lens, metric)
+        drawn = [line for line in axes.lines if len(line.get_xdata()) == 8]
+        line = drawn[evaluation.lenses.index(lens)]
+        places = axes.transData.transform(line.get_xydata()) / (width, height)
+        for layer, (left, bottom) in enumerate(places):
+            found = panel["layers"][layer]["values"][evaluation.lenses.index(lens)]
+            assert found["text"] == report.tables.plus_minus(column[layer])
+            if not math.isnan(bottom):
+                assert (found["x"], 1 - found["y"]) == pytest.approx((left, bottom), abs=2e-4)
+
+
+def test_depths_have_their_fractions_and_the_model_its_value(evaluation):
+    drawing = plots.DRAWINGS["overview"]
+    panels = values.panels(drawing.draw(evaluation), evaluation, drawing.metrics)
+    last = panels[3]["layers"][-1]
+    assert last["name"] == "depth 8"
+    assert [value["text"] for value in last["values"]] == ["0.200 ± 0.010"] * 2
+    assert panels[1]["layers"][0]["values"][-1]["text"] == "9.50 ± 0.50"
 
 
 def test_folder_with_something_else_is_not_overwritten(folder, tmp_path):

@@ -62,6 +62,32 @@ def test_layers_divide_what_translators_take(llama):
     assert half.memory.device["table"][part] == whole.memory.device["table"][part] / 2
 
 
+def test_divided_layers_agree_with_a_calculation_by_hand(llama):
+    config = config_of(llama, "bfloat16", batch_size=9, shard_layers=True)
+    size, layer = size_run(config, gpus=3), 64 * 65
+    table, step = size.memory.device["table"], size.memory.device["a step"]
+    assert table["translators and optimizer"] == 7 * 4 * 2 * layer  # 2, 1 and 1 of 4 layers
+    assert table["lens of all layers"] == 4 * 4 * layer
+    assert step["gradients"] == 4 * 2 * layer
+    # States of 3 blocks at 5 points, their mean rows, and 9 blocks at the 3 points that it needs.
+    assert step["states"] == 4 * 128 * 64 * (3 * 5 + 3 + 9 * 3)
+
+
+def test_layers_are_divided_if_memory_asks_for_it(llama):
+    translators = 4 * 8 * 4 * 64**2
+    sizes = {
+        share: size_run(config_of(llama), gpus=4, memory_gb=translators / share / 1e9)
+        for share in (0.4, 0.6)
+    }
+    assert [size.plan.shard_layers for size in sizes.values()] == [False, True]
+    one = size_run(config_of(llama), memory_gb=1e-6)
+    assert not one.plan.shard_layers
+    with pytest.raises(InputError, match="cannot divide 4 layers among 5 processes; start fewer"):
+        size_run(config_of(llama, shard_layers=True), gpus=5)
+    with pytest.raises(InputError, match="--shard-layers works with --fit preconditioned"):
+        size_run(config_of(llama, shard_layers=True, fit="sgd"), gpus=2)
+
+
 def test_flags_that_make_a_run_fit_do_so(llama):
     config = config_of(llama)
     peak = size_run(config).memory.peak

@@ -21,6 +21,7 @@ from tunedlens import (
     load_model,
 )
 from tunedlens.checkpoint import saved_config
+from tunedlens.cli import train_command
 from tunedlens.corpus import load_splits, resolve_corpus
 from tunedlens.distributed import join_processes
 from tunedlens.engine.backend import Backend
@@ -219,6 +220,20 @@ def test_resumed_run_keeps_the_backend_that_was_measured(config, tmp_path, monke
     saved = saved_config(tmp_path / "run")
     assert (saved.tokens, saved.precision, saved.kernel) == (1280, "bf16", "products")
     assert saved.init_tokens == 160
+
+
+def test_command_that_resumes_on_another_device_chooses_the_micro_batch_anew(config, tmp_path):
+    run = str(tmp_path / "run")
+    train(dataclasses.replace(config, micro_batch_size=1), run)
+    sizes = []
+    for more in (
+        ["--tokens", "1280"],
+        ["--tokens", "1600", "--device", "cpu:0"],
+        ["--tokens", "1920", "--device", "cpu", "--micro-batch-size", "2"],
+    ):
+        assert train_command(["--resume", run, *more]) == 0
+        sizes.append(saved_config(tmp_path / "run").micro_batch_size)
+    assert sizes == [1, 2048 // 16, 2]
 
 
 def test_run_of_an_earlier_version_is_not_resumed(config, tmp_path):

@@ -2,13 +2,17 @@
 
 import atexit
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, get_int_from_env, parse_flag_from_env
 from torch import Tensor
 
-from tunedlens.errors import InputError
+from tunedlens.errors import InputError, first_line
+
+T = TypeVar("T")
 
 _WORLD_SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
 """Where torchrun and MPI say how many processes they have started."""
@@ -54,8 +58,66 @@ def _disconnect() -> None:
         torch.distributed.destroy_process_group()
 
 
+def lost_process(error: RuntimeError) -> str | None:
+    """Why the processes cannot communicate any more; None if the error has another cause."""
+    text, kinds = str(error), getattr(torch.distributed, "DistError", ())
+    if "/gloo/" not in text and not isinstance(error, kinds):
+        return None
+    # gloo puts its source line before the reason, and advice after it.
+    return text.split("] ", 1)[-1].split(". ")[0]
+
+
 def reduce_sums(accelerator: Accelerator, *sums: Tensor) -> None:
     """Add up the sums of all processes, in each of them and in place."""
     if accelerator.num_processes > 1:
         for part in sums:
             part.copy_(accelerator.reduce(part.to(accelerator.device), "sum"))
+
+
+def rank_and_count() -> tuple[int, int]:
+    """The number of this process, counted from 0, and the number of processes that are joined."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def gather(compute: Callable[[], T]) -> list[T]:
+    """What a function returns in each process, in all of them.
+
+    If it fails in one process, it fails in all, so that none waits for another.
+
+    Args:
+        compute: takes part in no exchange itself. Its value can be pickled.
+
+    Raises:
+        InputError: the function fails in another process.
+    """
+    _, count = rank_and_count()
+    if count == 1:
+        return [compute()]
+    values: list[T] = []
+    failure = None
+    try:
+        values.append(compute())
+    except Exception as error:
+        failure = error
+    results: list[tuple[list[T], str | None]] = [([], None)] * count
+    own = (values, None if failure is None else first_line(failure))
+    torch.distributed.all_gather_object(results, own)
+    if failure is not None:
+        raise failure
+    for rank, (_, message) in enumerate(results):
+        if message is not None:
+            raise InputError(f"process {rank}: {message}")
+    return [value for values, _ in results for value in values]
+
+
+def together(compute: Callable[[], T]) -> T:
+    """What a function returns in this process, unless it fails in any process.
+
+    Raises:
+        InputError: the function fails in another process.
+    """
+    values: list[T] = []
+    gather(lambda: values.append(compute()))
+    return values[0]

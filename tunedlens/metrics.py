@@ -18,6 +18,8 @@ class Metric(NamedTuple):
     """A line in the glossary of a report."""
     is_log: bool = False
     """Whether plots use a log scale."""
+    heading: str | None = None
+    """Over a panel of a figure; by default the title without its unit."""
     for_model: bool = False
     """Whether the model by itself has a value, without a lens to compare."""
     where_lens_is_model: float | None = None
@@ -31,6 +33,7 @@ METRICS = {
     "kl_nats": Metric(
         "KL(model ‖ lens), nats",
         "divergence of the lens's distribution from the model's final one",
+        heading="KL to the model's output",
         is_log=True,
         where_lens_is_model=0,
         per_token="standard",
@@ -42,7 +45,11 @@ METRICS = {
         per_token="standard",
     ),
     "perplexity": Metric(
-        "perplexity", "exp of the mean cross-entropy", is_log=True, for_model=True
+        "perplexity",
+        "exp of the mean cross-entropy",
+        heading="perplexity of the true next token",
+        is_log=True,
+        for_model=True,
     ),
     "bits_per_byte": Metric(
         "bits per byte",
@@ -56,12 +63,14 @@ METRICS = {
     "top1_agreement": Metric(
         "top-1 agreement",
         "fraction of tokens where lens and model have the same most probable token",
+        heading="same best token as the model",
         where_lens_is_model=1,
         per_token="standard",
     ),
     "top10_agreement": Metric(
         "top-10 agreement",
         "fraction of tokens where the model's most probable token is among the lens's top ten",
+        heading="model's best token in the top ten",
         where_lens_is_model=1,
         per_token="standard",
     ),
@@ -124,6 +133,7 @@ METRICS = {
         "fraction of tokens",
         "fraction of tokens whose prediction depth is this layer: the first layer from which the "
         "most probable token no longer changes",
+        heading="prediction depth",
     ),
     "mean_prediction_depth": Metric(
         "mean prediction depth, layers",

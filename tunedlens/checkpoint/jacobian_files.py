@@ -55,8 +55,8 @@ def read_jacobian_file(path: Path, model: FrozenModel) -> JacobianLens:
     }
     if not found or max(found) > n_layers - 2:
         raise InputError(
-            f"{path} has Jacobians for the outputs of blocks {_short(found)}; {model.name} takes "
-            f"some of blocks 0 to {n_layers - 2}"
+            f"{path} has Jacobians for the outputs of blocks {_short(found)} of {model.name}: "
+            f"expected blocks between 0 and {n_layers - 2}"
         )
     target = _about(payload).get("target_layer", n_layers - 1)
     if target != n_layers - 1:

@@ -96,8 +96,8 @@ def read_lens(folder: Path, model: FrozenModel, *, check: bool = True) -> Affine
     ):
         warnings.warn(
             f"the lens in {folder} was made for a model with the same norm and unembedding, but "
-            f"{model.identity.name} computes otherwise (KL {kl:.3g} nats on a short text): its "
-            "blocks are others, or another version of transformers computes them otherwise",
+            f"{model.identity.name} computes other outputs (KL {kl:.3g} nats on a short text): "
+            "its blocks differ, or another version of transformers computes them differently",
             stacklevel=3,
         )
     bos = manifest.get("config", {}).get("corpus", {}).get("bos")

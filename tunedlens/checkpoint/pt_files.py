@@ -28,8 +28,8 @@ def read_pt(path: Path) -> object:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise any kind of exception
         raise InputError(
-            f"{path} cannot be read: it is damaged, or it holds more than tensors and plain "
-            "values, which could run code and is never read"
+            f"{path} cannot be read: it is damaged, or it holds objects other than tensors and "
+            "plain values, which could run code and are never loaded"
         ) from error
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from tunedlens import checkpoint, files, report
 from tunedlens.cli.flags import add_wandb_flag, configured, make_parser, parse
 from tunedlens.cli.guard import Arguments, command
-from tunedlens.cli.prompt import show_prompts
+from tunedlens.cli.prompt import add_prompt_flags, require_prompt, show_prompts
 from tunedlens.config import EvaluateConfig, ModelConfig
 from tunedlens.distributed import join_processes
 from tunedlens.errors import InputError
@@ -41,13 +41,12 @@ Without flags it evaluates the newest lens under checkpoints/ on the text it was
 def evaluate_command(arguments: Arguments = None) -> int:
     """`python evaluate.py` and `tunedlens evaluate`. Returns the exit status."""
     flags = parse(_parser(), arguments)
+    command = ["python", "evaluate.py", *(sys.argv[1:] if arguments is None else arguments)]
     if "redraw" in flags:
         return _redraw(flags.pop("redraw"), others=list(flags))
     if "prompt" in flags or "prompt_file" in flags:
-        return show_prompts(flags)
-    if "stride" in flags:
-        raise InputError("--stride applies to a long --prompt; a corpus needs none")
-    command = ["python", "evaluate.py", *(sys.argv[1:] if arguments is None else arguments)]
+        return show_prompts(flags, command)
+    require_prompt(flags)
     lenses, output = flags.pop("lens", None), flags.pop("output", None)
     wandb = flags.pop("wandb", "disabled")
     if lenses is None:
@@ -112,25 +111,11 @@ def _parser() -> argparse.ArgumentParser:
         "output": "folder for the results (default: evaluation/ beside the lens, or under "
         "checkpoints/ for a lens from the hub)",
         "redraw": "write tables and plots again from the results saved in this folder",
-        "prompt-file": r"file with one prompt per line; \n in a line stands for a line break",
     }
     for name, text in texts.items():
         group.add_argument(f"--{name}", type=Path, metavar="PATH", help=text)
-    group.add_argument(
-        "--prompt",
-        action="append",
-        metavar="TEXT",
-        help="instead of scoring a corpus, show one text through the layers; give it several times "
-        "for several texts",
-    )
-    group.add_argument(
-        "--stride",
-        type=int,
-        metavar="TOKENS",
-        help="split a prompt that is longer than the context into windows that start this many "
-        "tokens apart",
-    )
     add_wandb_flag(group)
+    add_prompt_flags(parser)
     return parser
 
 

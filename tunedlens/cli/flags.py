@@ -129,7 +129,7 @@ def _arguments(parser: argparse.ArgumentParser, name: str, value: object) -> lis
     values = value if isinstance(value, list) else [value]
     is_plain = (isinstance(one, str | int | float | datetime.date) for one in values)
     if isinstance(value, bool) or not all(is_plain):
-        raise InputError(f"{name} must be text, a number or a list of such, got {value!r:.40}")
+        raise InputError(f"{name} must be text, a number or a list of these; got {value!r:.40}")
     return [f"{flag}={one}" for one in values]
 
 

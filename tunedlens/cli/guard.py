@@ -12,6 +12,7 @@ from contextlib import suppress
 import huggingface_hub
 import transformers
 
+from tunedlens.distributed import lost_process
 from tunedlens.errors import InputError
 from tunedlens.escaping import printable
 
@@ -84,6 +85,14 @@ def command(run: Callable[[Arguments], int]) -> Callable[[Arguments], int]:
         except InputError as error:
             _complain(f"error: {printable(str(error))}")
             return 2
+        except RuntimeError as error:
+            if (reason := lost_process(error)) is None:
+                raise
+            _complain(
+                f"error: another process has ended or does not answer ({printable(reason)}); "
+                "an interrupted training continues from its last state with --resume"
+            )
+            return 1
         except KeyboardInterrupt:
             _complain("interrupted")
             return INTERRUPTED

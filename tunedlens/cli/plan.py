@@ -54,6 +54,7 @@ def _lines(size: RunSize) -> list[str]:
     device = {"cpu": "CPU", "cuda": "GPU"}[size.device]
     share = f"one {device} each" if size.processes == size.devices else f"{size.devices} GPUs"
     processes = f"{size.processes} process{'es' if size.processes > 1 else ''}, {share}"
+    processes += ", layers divided" if plan.shard_layers and size.processes > 1 else ""
     sampled = f"a sample of {plan.vocab_sample:,}" if plan.vocab_sample else "the whole vocabulary"
     points = len(plan.points(shape.n_layers))
     tokens = plan.init_tokens if plan.init_tokens and plan.budget == 0 else plan.budget

@@ -1,11 +1,9 @@
-"""`evaluate.py --prompt`: tables, heatmaps and an interactive page for every text."""
+"""`evaluate.py --prompt`: texts through the layers, in the terminal and on one page."""
 
+import argparse
 import dataclasses
-import hashlib
-import re
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +13,85 @@ from tunedlens.config import ModelConfig
 from tunedlens.errors import InputError
 from tunedlens.evaluation.lens_specs import BASELINES, LensSpec, lens_specs, saved_lenses
 from tunedlens.lenses import LogitLens, ResidualLens
-from tunedlens.model import FrozenModel, load_configured
+from tunedlens.model import load_configured
+from tunedlens.provenance import describe_run
 from tunedlens.tokenizer import chat_text
 from tunedlens.tracking import say
 from tunedlens.trajectories import Trajectory, trajectory
 
+_K = 5
+_LEAST_KEPT = 10
+"""The number of tokens per cell that the interactive page shows at least."""
+_OWN_FLAGS = ("whole_file", "stride", "top_k", "sites")
+"""Flags that mean something only with `--prompt` or `--prompt-file`."""
 
-def show_prompts(flags: dict[str, Any]) -> int:
+
+def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of this command."""
+    group = parser.add_argument_group("texts to look at instead of a corpus to score")
+    group.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="show one text through the layers; give it several times for several texts",
+    )
+    group.add_argument(
+        "--prompt-file",
+        type=Path,
+        metavar="PATH",
+        help=r"file with one prompt in each line; \n in a line stands for a line break",
+    )
+    group.add_argument(
+        "--whole-file",
+        action="store_true",
+        help="read all lines of --prompt-file as one prompt, without the last line break",
+    )
+    group.add_argument(
+        "--stride",
+        type=int,
+        metavar="TOKENS",
+        help="split a prompt that is longer than the context into windows that start this many "
+        "tokens apart",
+    )
+    group.add_argument(
+        "--top-k",
+        type=int,
+        metavar="N",
+        help=f"number of best tokens that the tables show for each layer (default: {_K})",
+    )
+    group.add_argument(
+        "--sites",
+        metavar="SITES",
+        help="where the lenses read, separated by commas: resid_pre (default), attn_out, "
+        "resid_mid, mlp_out, resid_post",
+    )
+
+
+def require_prompt(flags: Collection[str]) -> None:
+    """Check that a command which scores a corpus has no flag of this one.
+
+    Raises:
+        InputError: it has.
+    """
+    for name in _OWN_FLAGS:
+        if name in flags:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} needs a text to look at: --prompt or --prompt-file")
+
+
+def show_prompts(flags: dict[str, Any], command: Sequence[str]) -> int:
     """Show texts through the layers of the logit lens and of saved lenses.
 
-    Returns the exit status.
+    Args:
+        flags: as they were given.
+        command: what the page names as its origin.
+
+    Returns:
+        The exit status.
     """
     prompts = flags.pop("prompt", [])
-    if "prompt_file" in flags:
-        prompts = prompts + _read_file(flags.pop("prompt_file"))
+    prompts += _in_file(flags.pop("prompt_file", None), flags.pop("whole_file", False))
+    k, sites = flags.pop("top_k", _K), flags.pop("sites", "resid_pre").split(",")
     asked, output = flags.pop("lens", None), flags.pop("output", None)
     stride, bos = flags.pop("stride", None), flags.pop("bos", None)
     is_chat = flags.pop("chat", False)
@@ -40,11 +103,11 @@ def show_prompts(flags: dict[str, Any]) -> int:
     saved = saved_lenses(specs)
     if any(spec.kind in BASELINES for spec in specs):
         raise InputError("unigram and mean are the same for every prompt; leave them out")
-    base = saved[0].trained.model if saved and "model" not in flags else ModelConfig()
-    config = configured(base.on_any_device(), flags)
     output = output or (saved[0].results_folder if saved else Path()) / "prompts"
+    report.require_no_evaluation(output)
     files.require_writable(output)
-    model = load_configured(config, None)
+    base = saved[0].trained.model if saved and "model" not in flags else ModelConfig()
+    model = load_configured(configured(base.on_any_device(), flags), None)
     if bos is None and saved:
         bos = saved[0].trained.corpus.bos
     if bos is not None:
@@ -56,7 +119,15 @@ def show_prompts(flags: dict[str, Any]) -> int:
     if is_chat:
         turns = [{"role": "user", "content": prompt} for prompt in prompts]
         prompts = [chat_text(model.tokenizer, [turn], for_reply=True) for turn in turns]
-    _write_prompts(model, lenses, prompts, stride, output)
+    # A bad prompt is noticed before anything is written.
+    kept = max(k, _LEAST_KEPT) if k > 0 else k
+    read = trajectory(model, lenses, prompts, sites=sites, k=kept, stride=stride)
+    for prompt, one in zip(prompts, read, strict=True):
+        _print(prompt, one, k)
+    about = {spec.name: spec.source for spec in saved} | {"logit": "final norm and unembedding"}
+    path = report.write_texts(read, output, describe_run(model, command), about, k=k)
+    say(f"\nheatmaps, curves and tables of all prompts are in {output}; to look at them, open")
+    say(path.resolve().as_uri())
     return 0
 
 
@@ -74,43 +145,32 @@ def _newest(model: str | None) -> list[LensSpec]:
     return lens_specs([])
 
 
-def _read_file(path: Path) -> list[str]:
-    r"""The prompts of a file, one per line; `\n` in a line stands for a line break."""
-    lines = files.read_text(path, f"there is no --prompt-file {path}").splitlines()
-    prompts = [line.replace("\\n", "\n") for line in lines if line]
-    if not prompts:
-        raise InputError(f"--prompt-file {path} has no prompt: expected one in each line")
-    return prompts
+def _in_file(path: Path | None, is_whole: bool) -> list[str]:
+    r"""The prompts of a file, if there is one.
+
+    It has one per line, and `\n` in a line stands for a line break, or is one as a whole.
+    """
+    if path is None:
+        if is_whole:
+            raise InputError("--whole-file reads a file as one prompt; name it with --prompt-file")
+        return []
+    text = files.read_text(path, f"there is no --prompt-file {path}")
+    if is_whole:
+        found = [text.removesuffix("\n").removesuffix("\r")]
+    else:
+        found = [line.replace("\\n", "\n") for line in text.splitlines()]
+    found = [prompt for prompt in found if prompt]
+    if not found:
+        expected = "some text" if is_whole else "one in each line"
+        raise InputError(f"--prompt-file {path} has no prompt: expected {expected}")
+    return found
 
 
-def _folder_name(prompt: str) -> str:
-    """The first words of the prompt and a hash."""
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:24].strip("-")
-    digest = hashlib.sha256(prompt.encode()).hexdigest()[:6]
-    return f"{words}-{digest}" if words else digest
-
-
-def _write_prompts(
-    model: FrozenModel,
-    lenses: Mapping[str, ResidualLens],
-    prompts: Sequence[str],
-    stride: int | None,
-    folder: Path,
-) -> None:
-    """Read every prompt, write its report and print the best tokens at its end."""
-    # A bad prompt is noticed before anything is written.
-    found = trajectory(model, lenses, list(prompts), stride=stride)
-    within: list[Trajectory] = []
-    with suppress(InputError):  # attention and MLP of a block may run in parallel
-        sites = ["resid_mid", "resid_post"]
-        within = trajectory(model, None, list(prompts), sites=sites, stride=stride)
-    for index, (prompt, read) in enumerate(zip(prompts, found, strict=True)):
-        written = folder / _folder_name(prompt)
-        report.write_one_text(read, written, within[index] if within else None)
-        last = read.vocabulary[int(read.input_ids[-1])].shown
-        say(f"\n{prompt!r}\nbest tokens after {last}, with probabilities")
-        for lens in lenses:
-            table = report.top_k(read, lens=lens, k=3).to_text(is_coloured=sys.stdout.isatty())
-            say(f"\n{lens} lens")
-            say(table, has_colors=True)
-        say(f"\nreport.md, with heatmaps, curves, tables and a page to explore, is in {written}")
+def _print(prompt: str, read: Trajectory, k: int) -> None:
+    """The best tokens at the end of a prompt."""
+    last = read.vocabulary[int(read.input_ids[-1])].shown
+    say(f"\n{prompt!r}\nbest tokens after {last}, with probabilities")
+    for lens in read.predictions:
+        table = report.top_k(read, lens=lens, k=k).to_text(is_coloured=sys.stdout.isatty())
+        say(f"\n{lens} lens")
+        say(table, has_colors=True)

@@ -1,5 +1,6 @@
 """`train.py`: trains a lens as the flags say."""
 
+import dataclasses
 from pathlib import Path
 
 from tunedlens import checkpoint, report
@@ -65,7 +66,9 @@ def train_command(arguments: Arguments = None) -> int:
         config = configured(TrainConfig(), flags)
     else:
         output = checkpoint.newest_state(checkpoint.ROOT) if resume == checkpoint.ROOT else resume
-        config = configured(saved_config(output), flags)
+        # On another device these are chosen anew, unless there are flags for them.
+        saved = dataclasses.replace(saved_config(output), kernel=None, micro_batch_size=None)
+        config = configured(saved, flags)
     main = join_processes(config.model.device).is_main_process
     output = output or new_folder(config)
     try:

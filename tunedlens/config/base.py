@@ -55,6 +55,7 @@ _ACCEPTED = {
     "lr": _ABOVE_0,
     "momentum": _Range("in [0, 1)", lambda value: 0 <= value < 1),
     "weight_decay": _0_OR_MORE,
+    "shuffle_window": _Range(f"from 0 to {_MAX_BLOCKS:,}", lambda value: 0 <= value <= _MAX_BLOCKS),
     "seed": _Range("in [0, 2^32)", lambda value: 0 <= value < 2**32),
 }
 """The values that a field of this name accepts, in any config."""

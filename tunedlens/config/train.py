@@ -117,6 +117,11 @@ class TrainConfig(Config):
         None, "weight decay towards the initial lens (default: depends on the fit)"
     )
     seed: int = option(0, "seed of the order of the blocks and of the vocabulary samples")
+    shuffle_window: int = option(
+        0,
+        "blocks of a stream that are put in random order together, as --seed says; 0 keeps the "
+        "order of the text",
+    )
     validation_tokens: int | None = option(
         None,
         "held-out positions of each validation, in whole blocks (default: 8,192, or fewer if "

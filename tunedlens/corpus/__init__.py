@@ -19,6 +19,7 @@ from tunedlens.corpus.sources import (
 )
 from tunedlens.corpus.splits import CorpusSplits, split_by_hash
 from tunedlens.corpus.streamed import StreamedCorpus
+from tunedlens.distributed import together
 from tunedlens.errors import InputError
 
 __all__ = [
@@ -93,7 +94,7 @@ def load_splits(config: ResolvedCorpus, tokenizer: PreTrainedTokenizerBase) -> C
         InputError: there is no such text, it is empty or too short, has no such column,
             or the hub cannot be reached.
     """
-    _require_consistent(config)
+    together(lambda: _require_consistent(config))
     assert config.dataset != SELF, "only the model can sample its text"
     packer = Packer(tokenizer, config.seq_len, has_bos=config.bos, is_chat=config.chat)
     name = config.dataset
@@ -101,22 +102,23 @@ def load_splits(config: ResolvedCorpus, tokenizer: PreTrainedTokenizerBase) -> C
     def corpus(documents: Any, held_out: bool | None = None) -> Corpus:
         if is_stream(documents):
             return StreamedCorpus(documents, packer, name, held_out)
-        return PackedCorpus.pack(encoded(documents, packer), packer, name)
+        return PackedCorpus.pack(encoded(documents, packer, name), packer, name)
 
     if name == builtin.NAME:
         return CorpusSplits(
-            lambda: corpus(embedded_documents("train")),
-            lambda: corpus(embedded_documents("validation")),
+            lambda: corpus(together(lambda: embedded_documents("train"))),
+            lambda: corpus(together(lambda: embedded_documents("validation"))),
         )
-    train = read_documents(config, config.dataset_split, tokenizer)
-    if config.validation_split is not None:
-        validation = read_documents(config, config.validation_split, tokenizer)
+    train = together(lambda: read_documents(config, config.dataset_split, tokenizer))
+    held_out = config.validation_split
+    if held_out is not None:
+        validation = together(lambda: read_documents(config, held_out, tokenizer))
         return CorpusSplits(lambda: corpus(train), lambda: corpus(validation))
     if is_stream(train):
         return CorpusSplits(
             lambda: corpus(train, held_out=False), lambda: corpus(train, held_out=True)
         )
-    return split_by_hash(encoded(train, packer), packer, name)
+    return split_by_hash(encoded(train, packer, name), packer, name)
 
 
 def split_ids(
@@ -136,7 +138,7 @@ def split_ids(
 def _require_consistent(config: ResolvedCorpus) -> None:
     if config.validation_split == config.dataset_split:
         raise InputError(
-            f"--validation-split must be another than --dataset-split, both are "
+            f"--validation-split must differ from --dataset-split; both are "
             f"{config.dataset_split!r}"
         )
     if not is_on_hub(config.dataset):

@@ -29,9 +29,18 @@ class Corpus(Protocol):
     """What the text consists of, as far as it is known. It can be written as JSON."""
 
     def batches(
-        self, batch_size: int, seed: int, position: JsonObject | None = None
+        self,
+        batch_size: int,
+        seed: int,
+        position: JsonObject | None = None,
+        shuffle_window: int = 0,
     ) -> Iterator[Batch]:
         """Batches to train on, from the start or from the position after a batch.
+
+        Args:
+            shuffle_window: the number of blocks of a stream that are put in random order together,
+                rounded up to whole batches; 0 keeps the order of the text. A text in memory is
+                always in random order.
 
         Raises:
             TextRanOutError: a stream has no further batch.

@@ -1,6 +1,8 @@
 """Documents as tokens, and the fraction of them that is held out."""
 
 import warnings
+from collections.abc import Iterator
+from itertools import chain, islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -10,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tunedlens.corpus.pieces import token_ids
 from tunedlens.corpus.standard_library import HELD_OUT_FRACTION, hash_fraction
+from tunedlens.distributed import gather, rank_and_count
 from tunedlens.errors import InputError
 from tunedlens.tokenizer import TokenBytes, required_bos
 
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 DOCUMENTS_AT_A_TIME = 16
+_TOKENS_AT_A_TIME = 2**20
+"""Of which the bytes are counted."""
 
 
 class Packer:
@@ -56,19 +61,24 @@ class Packer:
     def encode(self, texts: list[str]) -> list[Int[Tensor, " tokens"]]:
         """Token ids of each text, with EOS at the end."""
         eos, documents = torch.tensor([self.eos_id], dtype=torch.int32), []
+        starts = ends = False
         for text, ids in zip(texts, token_ids(self._tokenizer, texts, self._is_chat), strict=True):
-            self._compare_bytes(text, torch.cat([eos, ids]).long())
+            document = torch.cat([eos, ids, eos])
+            self._compare_bytes(text, document[:-1])
             if self._is_chat:
-                starts, ends = ids[:1].tolist() == [self._bos_id], ids[-1:].tolist() == eos.tolist()
-                ids = ids[starts : len(ids) - ends]
-            documents.append(torch.cat([ids, eos]))
+                starts = ids[:1].tolist() == [self._bos_id]
+                ends = ids[starts:][-1:].tolist() == eos.tolist()
+            documents.append(document[1 + starts : len(document) - ends])
         return documents
 
     def count_bytes(self, ids: Int[Tensor, " tokens"]) -> int:
         """The bytes of text that the tokens after the first stand for."""
-        if self._token_bytes is None:
+        counts = self._token_bytes
+        if counts is None:
             return len(str(self._tokenizer.decode(ids[1:], skip_special_tokens=True)).encode())
-        return int(self._token_bytes.next_bytes(ids).sum())
+        firsts = range(0, len(ids) - 1, _TOKENS_AT_A_TIME)
+        parts = (ids[first : first + _TOKENS_AT_A_TIME + 1] for first in firsts)
+        return sum(int(counts.next_bytes(part.long()).sum()) for part in parts)
 
     def to_blocks(self, stream: Int[Tensor, " tokens"]) -> Int[Tensor, "blocks seq"]:
         """Cut a stream of tokens into blocks; what fills no block at its end is left out."""
@@ -82,7 +92,7 @@ class Packer:
         """Warn once if the tokens do not represent the text byte for byte."""
         if self._token_bytes is None or self._has_warned:
             return
-        expected, actual = len(text.encode()), int(self._token_bytes.next_bytes(ids).sum())
+        expected, actual = len(text.encode()), self.count_bytes(ids)
         if self._is_chat:
             special = ids[1:][self._token_bytes.is_special[ids[1:]]].tolist()
             names = self._tokenizer.convert_ids_to_tokens(special)
@@ -106,19 +116,56 @@ class Document(NamedTuple):
     """`hash_fraction` of the text or the token ids."""
 
 
-def encoded(documents: "Dataset", packer: Packer) -> list[Document]:
+class _Share(NamedTuple):
+    """What one process knows of the next texts."""
+
+    runs: int
+    fractions: list[float]
+    """`hash_fraction` of every text."""
+    ids: list[Int[Tensor, " tokens"]]
+    """The tokens of the texts that this process tokenises."""
+
+
+def tokenised(runs: Iterator[list[str]], packer: Packer, name: str) -> Iterator[list[Document]]:
+    """The documents of a text, some at a time.
+
+    Several processes share the work: each reads all texts and tokenises every n-th of them.
+
+    Args:
+        runs: the texts, a few at a time.
+        name: the name of the text in messages.
+
+    Raises:
+        InputError: reading fails in a process, or the processes read different texts.
+    """
+    rank, count = rank_and_count()
+    texts: list[str] = []
+
+    def read_share() -> _Share:
+        read = list(islice(runs, count))
+        texts[:] = chain.from_iterable(read)
+        own = texts[rank::count]
+        return _Share(len(read), list(map(hash_fraction, texts)), packer.encode(own))
+
+    while True:
+        shares = gather(read_share)
+        first = shares[0]
+        if any(share[:2] != first[:2] for share in shares):
+            raise InputError(f"the text {name} is not the same in all processes")
+        if not first.runs:
+            return
+        ids = [shares[index % count].ids[index // count] for index in range(len(texts))]
+        yield [
+            Document(tokens, len(text.encode()), fraction)
+            for tokens, text, fraction in zip(ids, texts, first.fractions, strict=True)
+        ]
+
+
+def encoded(documents: "Dataset", packer: Packer, name: str) -> list[Document]:
     """Every document with a text, in order."""
-    runs = (row["text"] for row in documents.iter(DOCUMENTS_AT_A_TIME))
-    return [document for run in runs for document in encode_texts([t for t in run if t], packer)]
-
-
-def encode_texts(texts: list[str], packer: Packer) -> list[Document]:
-    """Texts as documents."""
-    ids = packer.encode(texts) if texts else []
-    return [
-        Document(document, len(text.encode()), hash_fraction(text))
-        for text, document in zip(texts, ids, strict=True)
-    ]
+    rows = (run["text"] for run in documents.iter(DOCUMENTS_AT_A_TIME))
+    runs = ([text for text in run if text] for run in rows)
+    return list(chain.from_iterable(tokenised(runs, packer, name)))
 
 
 def from_ids(documents: list[list[int]], packer: Packer) -> list[Document]:

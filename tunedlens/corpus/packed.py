@@ -53,7 +53,7 @@ class PackedCorpus:
             "bytes": sum(document.text_bytes for document in documents),
             "tokens": len(stream),
             "dropped_tokens": len(stream) % packer.text_tokens,
-            "tokens_sha256": hashlib.sha256(stream.numpy().tobytes()).hexdigest(),
+            "tokens_sha256": hashlib.sha256(stream.numpy().data).hexdigest(),
         }
         return cls(blocks, about)
 
@@ -78,7 +78,11 @@ class PackedCorpus:
         )
 
     def batches(
-        self, batch_size: int, seed: int, position: JsonObject | None = None
+        self,
+        batch_size: int,
+        seed: int,
+        position: JsonObject | None = None,
+        shuffle_window: int = 0,  # noqa: ARG002 - the order of all blocks is random
     ) -> Iterator[Batch]:
         count = len(self._blocks)
         order, shuffled_epoch = torch.arange(0), -1

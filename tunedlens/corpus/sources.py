@@ -38,7 +38,7 @@ def embedded_documents(split: Literal["train", "validation"]) -> "Dataset":
     try:
         files = standard_library(split)
     except FileNotFoundError as error:
-        raise InputError(f"{error}; pass --dataset with a text of yours") from error
+        raise InputError(f"{error}; pass --dataset with a text of your own") from error
     return _in_memory([file.text for file in files])
 
 

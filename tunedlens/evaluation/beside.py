@@ -68,8 +68,8 @@ def require_comparable(model: FrozenModel, other: FrozenModel, seq_len: int | No
         own, others = getattr(model.identity, size), getattr(other.identity, size)
         if own != others:
             raise InputError(
-                f"{other.name} has another shape than {model.name} ({size} {others}, not {own}), "
-                "so the same lens cannot be applied to both"
+                f"{other.name} has a different shape than {model.name} ({size} {others}, "
+                f"not {own}), so the same lens cannot be applied to both"
             )
     if seq_len and other.context and seq_len > other.context:
         raise InputError(
@@ -79,8 +79,8 @@ def require_comparable(model: FrozenModel, other: FrozenModel, seq_len: int | No
     for token, number in model.tokenizer.get_vocab().items():
         if theirs.get(token) != number:
             raise InputError(
-                f"{other.name} has other tokens than {model.name} (such as {token!r}), so they "
-                "cannot be scored on the same text"
+                f"{other.name} has a different vocabulary than {model.name} (such as {token!r}), "
+                "so they cannot be scored on the same text"
             )
 
 

@@ -59,7 +59,7 @@ def read_bytes(path: Path, if_missing: str | None = None, max_bytes: int | None 
     with _opened(path, if_missing) as file:
         content = file.read() if max_bytes is None else file.read(max_bytes + 1)
     if max_bytes is not None and len(content) > max_bytes:
-        raise InputError(f"{path} is larger than {max_bytes:,} bytes, the most that is read")
+        raise InputError(f"{path} is larger than {max_bytes:,} bytes, the limit")
     return content
 
 
@@ -160,7 +160,7 @@ def parse_yaml(text: str, what: str) -> Any:
         InputError: it is no such YAML, or it is nested more than `MAX_DEPTH` deep.
     """
     if len(text) > MAX_YAML_BYTES:
-        raise InputError(f"{what} is larger than {MAX_YAML_BYTES:,} bytes, the most that is read")
+        raise InputError(f"{what} is larger than {MAX_YAML_BYTES:,} bytes, the limit")
     try:
         data = yaml.load(text, _PlainLoader)  # a SafeLoader
         _require_plain(data)

@@ -87,11 +87,11 @@ def _build_object(kind: Any, value: Mapping[str, object], where: str) -> object:
         optional = {f.name for f in fields if f.default is not f.default_factory}
         hints = {field.name: hints[field.name] for field in fields}
         if unknown := value.keys() - hints.keys():
-            raise InputError(f"{min(unknown)!r:.40} in {_title(where)} is not known")
+            raise InputError(f"{min(unknown)!r:.40} in {_title(where)} is unknown")
     else:
         optional = kind.__optional_keys__
     if missing := hints.keys() - value.keys() - optional:
-        raise InputError(f"{min(missing)} is missing in {_title(where)}")
+        raise InputError(f"{min(missing)} is missing from {_title(where)}")
     built = {
         key: _build(hints[key], one, f"{where}.{key}") if key in hints else one
         for key, one in value.items()

@@ -54,8 +54,8 @@ def require_lens_name(name: str) -> None:
     is_right = name.isprintable() and 0 < len(name.encode()) <= _LONGEST_NAME
     if not is_right or "/" in name or name.startswith("."):
         raise InputError(
-            f"expected a name of a lens of 1 to {_LONGEST_NAME} bytes, without a slash and without "
-            f"a dot in front; got {name!r:.40}"
+            f"the name of a lens must have 1 to {_LONGEST_NAME} bytes, no slash and no dot "
+            f"in front; got {name!r:.40}"
         )
 
 

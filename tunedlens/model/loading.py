@@ -172,7 +172,7 @@ def _with_adapter(
     expected = ("adapter_config.json", "adapter_model.safetensors")
     if folder.is_dir() or adapter.startswith((".", "/", "~")):
         if not all((folder / file).is_file() for file in expected):
-            raise InputError(f"{adapter} is no PEFT adapter: expected {' and '.join(expected)}")
+            raise InputError(f"{adapter} is not a PEFT adapter: expected {' and '.join(expected)}")
         adapter = str(folder)
     try:
         with warnings.catch_warnings():

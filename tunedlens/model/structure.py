@@ -135,9 +135,10 @@ def _find_blocks(
         for stack in children:
             if isinstance(stack, nn.ModuleList) and len(stack) == n_layers:
                 return stack, [child for child in children if child is not stack]
+    count = f"{n_layers} " if n_layers else ""
     raise InputError(
-        f"{type(model).__name__}: found no list of {n_layers or 'any'} blocks; if there is one, "
-        "give its path, as in --blocks model.layers"
+        f"{type(model).__name__}: found no list of {count}blocks; if there is one, give its path, "
+        "as in --blocks model.layers"
     )
 
 

@@ -5,12 +5,12 @@ from tunedlens.report.files import (
     pictures,
     read_evaluation,
     require_own,
-    write_one_text,
     write_report,
 )
 from tunedlens.report.html.explorer import explorer
 from tunedlens.report.quality_card import write_card
 from tunedlens.report.tables import kl_table, scored_text, terminal_table, top_k
+from tunedlens.report.texts import require_no_evaluation, write_texts
 
 __all__ = [
     "card",
@@ -18,11 +18,12 @@ __all__ = [
     "kl_table",
     "pictures",
     "read_evaluation",
+    "require_no_evaluation",
     "require_own",
     "scored_text",
     "terminal_table",
     "top_k",
     "write_card",
-    "write_one_text",
     "write_report",
+    "write_texts",
 ]

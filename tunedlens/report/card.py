@@ -80,17 +80,24 @@ def _training(manifest: JsonObject) -> list[str]:
     used = f"{first_pass:,} tokens"
     if config["fit"] not in ONE_PASS:
         used += f" for the closed form and {steps:,} for the steps"
-    seconds = manifest["progress"]["seconds"]
     shape = []
     if config.get("layers") is not None:
         shape.append(f"- Layers: {config['layers'].replace(',', ', ')}.")
     if config.get("low_rank") is not None:
         shape.append(f"- Rank of the translators: at most {config['low_rank']}.")
+    progress, ended = manifest["progress"], []
+    if progress.get("ended_early"):
+        ended.append(f"- The steps ended early: {for_markdown(progress['ended_early'])}.")
+    if progress.get("bad_blocks"):
+        ended.append(
+            f"- Blocks with numbers that are not finite, left out: {progress['bad_blocks']}."
+        )
     return [
         *shape,
         f"- Text: {for_markdown(text)}, blocks of {config['corpus']['seq_len']} tokens.",
-        f"- Fit: {config['fit']}, with {used}, in {seconds:.0f} s on {run['device']} "
+        f"- Fit: {config['fit']}, with {used}, in {progress['seconds']:.0f} s on {run['device']} "
         f"({config['precision']}), seed {config['seed']}.",
+        *ended,
         f"- Version: tunedlens {run['versions']['tunedlens']}.",
     ]
 

@@ -1,19 +1,18 @@
-"""Reports on disk: of an evaluation and of one text."""
+"""The report of an evaluation on disk."""
 
 import csv
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
-from urllib.parse import quote
 
 from tunedlens.errors import InputError
-from tunedlens.escaping import code, code_block, for_csv, for_markdown
+from tunedlens.escaping import code_block, for_csv, for_markdown
 from tunedlens.evaluation import Evaluation
 from tunedlens.evaluation.results import Grids
 from tunedlens.files import read_json, write, write_json
 from tunedlens.report import plots
-from tunedlens.report.html.explorer import explorer
+from tunedlens.report.html import values
 from tunedlens.report.html.page import page
 from tunedlens.report.tables import (
     difference_rows,
@@ -22,10 +21,7 @@ from tunedlens.report.tables import (
     metric_rows,
     scored_text,
     summary,
-    top_k,
 )
-from tunedlens.trajectories import Trajectory
-from tunedlens.trajectories.frames import to_dataframe, words
 
 METRICS_JSON = "metrics.json"
 _GRIDS = {"by_position.csv": ("layer", "position"), "transfer.csv": ("translator", "layer")}
@@ -35,9 +31,6 @@ _NAMES = {
     *(f"{name}.{kind}" for name in plots.DRAWINGS for kind in plots.FORMATS),
 }
 """All files that the report of an evaluation can have."""
-_PER_PAGE = 24
-_MAX_PAGES = 4
-"""The heatmaps of a long text are of its end; `page.html` has all of it."""
 
 
 def write_report(evaluation: Evaluation, folder: str | Path) -> None:
@@ -59,14 +52,17 @@ def write_report(evaluation: Evaluation, folder: str | Path) -> None:
     for (name, axes), measured in zip(_GRIDS.items(), grids, strict=True):
         if measured:
             contents[name] = _csv(("lens", *axes), _grid_rows(measured, evaluation))
-    svgs = {}
+    svgs, panels = {}, {}
     for name, drawing in plots.DRAWINGS.items():
         if drawing.has_data(evaluation):
-            drawn = plots.in_all_formats(drawing.draw(evaluation))
+            figure = drawing.draw(evaluation)
+            drawn = plots.in_all_formats(figure)
             contents |= {f"{name}.{kind}": content for kind, content in drawn.items()}
             svgs[name] = drawn["svg"]
+            if drawing.metrics:
+                panels[name] = values.panels(figure, evaluation, drawing.metrics)
     contents["report.md"] = _markdown_report(evaluation)
-    contents["report.html"] = page(evaluation, svgs)
+    contents["report.html"] = page(evaluation, svgs, panels)
     for name in _NAMES - {METRICS_JSON} - contents.keys():
         (folder / name).unlink(missing_ok=True)
     for name, content in contents.items():
@@ -163,70 +159,3 @@ def require_own(folder: Path) -> None:
 def _is_abandoned(name: str) -> bool:
     """Whether a file is a temporary form of one of a report's, which a killed process left."""
     return name.startswith(".") and any(name.endswith(f".{own}") for own in _NAMES)
-
-
-def write_one_text(
-    trajectory: Trajectory, folder: str | Path, within_blocks: Trajectory | None = None
-) -> None:
-    """Write `report.md` of a text, and its `page.html`, tables, heatmaps and curves.
-
-    Args:
-        trajectory: the trajectory of a whole text.
-        folder: created if needed; an earlier report in it is replaced.
-        within_blocks: the same text read after attention and after the MLP, for its table.
-
-    Raises:
-        InputError: the folder cannot be written.
-    """
-    folder, lenses = Path(folder), list(trajectory.predictions)
-    end = trajectory[:, -_MAX_PAGES * _PER_PAGE :]
-    drawn = {lens: plots.heatmap_pages(end, lens=lens, per_page=_PER_PAGE) for lens in lenses}
-    for metric in ("rank", "kl_nats"):
-        drawn[metric] = plots.heatmap_pages(end, metric, lenses, token="final", per_page=_PER_PAGE)
-    heatmaps = {
-        f"heatmap-{name}-{number}": page
-        for name, pages in drawn.items()
-        for number, page in enumerate(pages, 1)
-    }
-    figures = heatmaps | {"curves": plots.curves(trajectory)}
-    for earlier in (*folder.glob("heatmap-*"), *folder.glob("words-*")):
-        earlier.unlink()
-    for name, figure in figures.items():
-        plots.save(figure, folder / name)
-    write(folder / "page.html", explorer(trajectory))
-    write(folder / "table.csv", to_dataframe(trajectory).map(for_csv).to_csv(index=False))
-    for lens in lenses:
-        table = words(trajectory, lens).rename(for_csv, axis=1).map(for_csv)
-        write(folder / f"words-{lens}.csv", table.to_csv())
-    write(folder / "report.md", _markdown_of_text(trajectory, within_blocks, list(heatmaps)))
-
-
-def _markdown_of_text(
-    trajectory: Trajectory, within_blocks: Trajectory | None, heatmaps: Sequence[str]
-) -> str:
-    lenses = list(trajectory.predictions)
-    tables = {f"{lens} lens": top_k(trajectory, lens=lens) for lens in lenses}
-    if within_blocks is not None:
-        title = "logit lens, after attention (resid_mid) and after the MLP (resid_post)"
-        tables[title] = top_k(within_blocks)
-    last = code(trajectory.vocabulary[int(trajectory.input_ids[-1])].shown)
-    shown = _MAX_PAGES * _PER_PAGE
-    is_cut = len(trajectory.positions) > shown
-    parts = [
-        "# One text through the layers",
-        code_block(trajectory.text),
-        "[An interactive page](page.html), [all metrics as a table](table.csv), the best tokens of "
-        + ", ".join(
-            f"[the {for_markdown(lens)} lens]({quote(f'words-{lens}.csv')})" for lens in lenses
-        )
-        + ".",
-        *([f"The plots show the last {shown} positions; the page has all."] if is_cut else []),
-        *(f"![{for_markdown(name)}]({quote(name)}.png)" for name in heatmaps),
-        f"## After {last}, the last token",
-        "![The tracked tokens that the model finds most probable, through the layers](curves.png)",
-        *(
-            f"Best tokens: {for_markdown(title)}\n\n{table.to_markdown()}"
-            for title, table in tables.items()
-        ),
-    ]
-    return "\n\n".join(parts) + "\n"

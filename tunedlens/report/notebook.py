@@ -10,14 +10,10 @@ from tunedlens.files import write
 from tunedlens.lenses import AffineLens, Lens
 from tunedlens.model import FrozenModel
 from tunedlens.report import plots
-from tunedlens.report.html.explorer import explorer
+from tunedlens.report.html.explorer import explorer, explorer_height
 from tunedlens.report.html.frame import framed
 from tunedlens.report.tables import Rows, TopK, kl_rows, scored_text, summary
 from tunedlens.trajectories import Trajectory
-
-_ROW_PIXELS = 24
-_AROUND_PIXELS = 560
-"""The height of the explorer without its rows."""
 
 
 class Page(str):
@@ -45,7 +41,7 @@ def to_html(trajectory: Trajectory, *others: Trajectory | str | Path) -> Page:
     """
     texts = [trajectory, *(one for one in others if isinstance(one, Trajectory))]
     page = Page(explorer(*texts))
-    page.height = _AROUND_PIXELS + _ROW_PIXELS * len(trajectory.rows)
+    page.height = explorer_height(trajectory)
     for path in others:
         if not isinstance(path, Trajectory):
             write(Path(path), page)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -56,10 +55,13 @@ def leave_out(
     Raises:
         StepsEnded: all losses are bad though the states are not, or too many blocks are bad.
     """
-    state.optimizer.lens.zero_grad()
-    causes = [_cause(run, state.optimizer.lens, row, active) for row in input_ids]
-    broadcast_object_list(causes)
-    step = state.progress.step + 1
+    lens, places, step = state.optimizer.lens, _places(run), state.progress.step + 1
+    lens.zero_grad()
+    own_faults = [_first_fault(run, lens, row, active) for row in input_ids]
+    # Each process knows the losses of its own layers; the first fault of any process counts.
+    gathered = run.accelerator.gather(torch.tensor(own_faults, device=run.model.device))
+    faults: list[int] = gathered.view(-1, len(input_ids)).amin(0).tolist()
+    causes = [places[fault] if fault < len(places) else None for fault in faults]
     if all(cause is not None and LOSS in cause for cause in causes):
         raise StepsEnded(
             f"at step {step}, {causes[0]} is not finite for any block, so the steps are too "
@@ -85,30 +87,43 @@ def record(output: Path, name: str, cause: str, row: Int[Tensor, " seq"]) -> Non
         say(str(error))
 
 
-def _cause(
+def _first_fault(
     run: Run, lens: AffineLens, row: Int[Tensor, " seq"], active: Sequence[bool]
-) -> str | None:
-    """What is not finite in a block, from the first layer on; None if nothing is."""
+) -> int:
+    """The first of `_places` where a block has a number that is not finite; their number if none.
+
+    The losses are those of the layers of this process.
+    """
     # Every process reads the block, so each gets a copy of it.
     copies = row.expand(run.accelerator.num_processes, -1)
     (states,) = run.reader.read(copies)
-    points = sorted(range(len(run.reader.points)), key=lambda i: run.reader.points[i].layer)
-    for index in [*points, len(points)]:
+    points, own = _by_layer(run), run.shards.own
+    for place, index in enumerate([*points, len(points)]):
         if not states[index].isfinite().all():
-            return f"the state at {_name(run, index)}"
-    layers = [layer for layer, learns in enumerate(active) if learns]
-    kl = accumulate_gradient(lens, states, run.objective, layers=layers)
+            return place
+    layers = [layer for layer, index in enumerate(own) if active[index]]
+    own_states = [*(states[index] for index in own), states[-1]]
+    kl = accumulate_gradient(lens, own_states, run.objective, layers=layers)
     gradients = [
         [part.grad for part in translator.parameters() if part.grad is not None]
         for translator in lens.all_translators()
     ]
     lens.zero_grad()
-    for index in points:
-        if not all(part.isfinite().all() for part in (kl[index], *gradients[index])):
-            return f"the {LOSS} at {_name(run, index)}"
-    return None
+    numbers = {index: (kl[i], *gradients[i]) for i, index in enumerate(own)}
+    for place, index in enumerate(points, len(points) + 1):
+        if not all(part.isfinite().all() for part in numbers.get(index, ())):
+            return place
+    return 2 * len(points) + 1
 
 
-def _name(run: Run, index: int) -> str:
+def _places(run: Run) -> list[str]:
+    """Where a number may not be finite, in the order in which they are looked at."""
+    labels = [f"layer {run.reader.points[index].label}" for index in _by_layer(run)]
+    states = [f"the state at {label}" for label in [*labels, "the end"]]
+    return [*states, *(f"the {LOSS} at {label}" for label in labels)]
+
+
+def _by_layer(run: Run) -> list[int]:
+    """The indices of the points, from the first layer on."""
     points = run.reader.points
-    return f"layer {points[index].label}" if index < len(points) else "the end"
+    return sorted(range(len(points)), key=lambda index: points[index].layer)

@@ -51,7 +51,7 @@ def require_usable(output: Path, *, resume: bool) -> None:
 def continued(config: TrainConfig, output: Path) -> TrainConfig:
     """The config of a resumed run: settings that `config` leaves open keep their saved values.
 
-    On another device, the kernel and the micro-batch are chosen anew.
+    On another device, a kernel and a micro-batch that `config` leaves open are chosen anew.
 
     Raises:
         InputError: there is no run to resume, or an earlier version saved it.
@@ -65,8 +65,6 @@ def continued(config: TrainConfig, output: Path) -> TrainConfig:
     ours, theirs = config.model, saved.model
     if (ours.device, ours.device_map) != (theirs.device, theirs.device_map):
         saved = dataclasses.replace(saved, kernel=None, micro_batch_size=None)
-        if config.kernel == "attention":
-            config = dataclasses.replace(config, kernel=None)
     given = {name: value for name, value in vars(config).items() if value is not None}
     return dataclasses.replace(saved, **given)
 

@@ -114,7 +114,7 @@ def _first_batches(
         KeyboardInterrupt: `stop` is set in any process.
     """
     plan, progress.init_tokens, earlier = run.plan, 0, progress.bad_blocks
-    batches = run.splits.train.batches(plan.batch_size, plan.seed)
+    batches = run.batches()
     with progress_bar(plan.init_tokens, description, show=run.is_main) as bar:
         while progress.init_tokens < plan.init_tokens:
             batch, before = next(batches), progress.bad_blocks

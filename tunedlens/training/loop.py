@@ -138,7 +138,7 @@ def _take_steps(run: Run, state: TrainState, tracker: Tracker, stop: threading.E
     history, time_left, saved = progress.history, messages.TimeLeft(run), time.monotonic()
     if not history:
         _validate(run, state, tracker)
-    batches = run.splits.train.batches(plan.batch_size, plan.seed, progress.position)
+    batches = run.batches(progress.position)
     with progress_bar(plan.budget, plan.fit, progress.tokens, run.is_main) as bar:
         while progress.tokens < plan.budget:
             active = [plan.tokens is not None or not done for done in converged_layers(history)]
@@ -228,8 +228,6 @@ def _accumulate_finite(
     run: Run, state: TrainState, input_ids: Int[Tensor, "batch seq"], active: list[bool]
 ) -> Float[Tensor, " layers"]:
     """The same without the blocks whose numbers are not finite, summed over processes."""
-    if run.shards.is_divided:
-        raise StepsEnded(f"the gradient of step {state.progress.step + 1} is not finite")
     kept = leave_out(run, state, input_ids, active)
     if not len(kept):
         return torch.zeros(len(active), device=run.model.device)

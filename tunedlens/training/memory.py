@@ -15,6 +15,7 @@ from tunedlens.engine.decoding import chunk_tokens, max_chunk_tokens
 from tunedlens.evaluation.estimates import GROUPS
 from tunedlens.model import ModelShape
 from tunedlens.training.plan import Costs, TrainPlan
+from tunedlens.training.sharding import divide
 from tunedlens.training.validation import BLOCKS_AT_A_TIME
 
 FIRST_PASS, STEP, TABLE = "first pass", "a step", "table"
@@ -59,7 +60,7 @@ class Memory:
 
 
 class MemoryModel:
-    """Counts the memory of a process.
+    """Counts the memory of a process, the first one if layers are divided.
 
     Args:
         plan: of the run.
@@ -84,9 +85,15 @@ class MemoryModel:
         self._processes, self._spread, self._limit = processes, spread, limit
         self._model_bytes = 4 if plan.model.dtype == "float32" else 2
         self._product_bytes = DTYPES[plan.precision].itemsize
-        self._points = len(plan.points(shape.n_layers))
-        self._elements = self._points * shape.d_model * (shape.d_model + 1)
-        """Numbers of all translators."""
+        points = plan.points(shape.n_layers)
+        self._points = len(points)
+        self._is_divided = bool(plan.shard_layers) and processes > 1
+        layers = sorted({point.layer for point in points})
+        own = divide(layers, processes)[0] if self._is_divided else layers
+        self._own = sum(point.layer in own for point in points)
+        """Points whose translators the process trains."""
+        self._elements = self._own * shape.d_model * (shape.d_model + 1)
+        """Numbers of their translators."""
         self._blocks = -(-plan.batch_size // processes)
         self._micro_blocks = min(plan.micro_batch_size or self._blocks, self._blocks)
 
@@ -127,6 +134,16 @@ class MemoryModel:
         computed = tokens * captured * shape.d_model * self._model_bytes
         return states, max(states, computed) if self._model_bytes == 4 else states + computed
 
+    def _exchanged(self, blocks: int) -> tuple[float, float]:
+        """Bytes that come to the owner of layers from all processes, and while they are sent."""
+        if not self._is_divided:
+            return 0.0, 0.0
+        n, d_model = self._processes, self._shape.d_model
+        numbers = 4 * blocks * self._plan.corpus.seq_len * d_model
+        sent = numbers * (self._points + n)  # every owner also gets the model's side
+        received = numbers * n * (self._own + 1)
+        return received, sent + 2 * received
+
     def _block(self, blocks: int) -> float:
         """Bytes of what one block of the model computes."""
         tokens = blocks * self._plan.corpus.seq_len
@@ -148,8 +165,10 @@ class MemoryModel:
         if not on_device:
             host = max(summing - 2 * pending, solving - pending)
             summing, solving = 2 * pending, pending + 4 * n
-        at_sum = {"states": states + computed, "work of a block": block, "sums": summing}
-        at_solution = {"states": states, "work of a block": 0.0, "sums": solving}
+        received, exchanging = self._exchanged(min(self._micro_blocks, BLOCKS_AT_A_TIME))
+        held = states + received + max(computed, exchanging)
+        at_sum = {"states": held, "work of a block": block, "sums": summing}
+        at_solution = {"states": states + received, "work of a block": 0.0, "sums": solving}
         largest = max(at_sum, at_solution, key=lambda parts: sum(parts.values()))
         name = "sums of least squares and their solution"
         return {
@@ -176,17 +195,23 @@ class MemoryModel:
         states, _ = self._states(blocks)
         micro, computed = self._states(self._micro_blocks)
         block = self._block(self._micro_blocks)
-        tokens = self._micro_blocks * plan.corpus.seq_len
+        received, exchanging = self._exchanged(self._micro_blocks)
+        tokens = (
+            self._micro_blocks * plan.corpus.seq_len * (self._processes if self._is_divided else 1)
+        )
         model_sides = 4 * blocks * plan.corpus.seq_len * d_model
-        together = max(tokens, min(max_chunk_tokens(self._device), self._points * tokens))
-        gradients = 4.0 * self._elements * (3 if self._processes > 1 else 1)
+        together = max(tokens, min(max_chunk_tokens(self._device), self._own * tokens))
+        # Gradients that are added up over processes are copied twice.
+        is_reduced = self._processes > 1 and not self._is_divided
+        gradients = 4.0 * self._elements * (3 if is_reduced else 1)
         copies = _STEP_COPIES if plan.low_rank is None else _LOW_RANK_STEP_COPIES
         if plan.fit in BASELINES:
             copies = 3
         logits = self._logits(self._product_bytes)
         moments = [
             {"states": states - micro + computed, "work of a block": block},
-            {"states": states + model_sides, "gradients": gradients}
+            {"states": states + model_sides + exchanging},
+            {"states": states + model_sides + received, "gradients": gradients}
             | {"work of a layer": 4.0 * _LAYER_ARRAYS * together * d_model},
             {"states": 0.0, "gradients": 4.0 * copies * self._elements},
         ]
@@ -208,7 +233,8 @@ class MemoryModel:
         tokens = blocks * plan.corpus.seq_len
         chunk = min(tokens, chunk_tokens(shape.vocab_size, self._device))
         logits = 4 * chunk * shape.vocab_size * _TABLE_ARRAYS[self._device.type]
-        return {
+        whole = 4.0 * self._points * shape.d_model * (shape.d_model + 1)
+        return ({"lens of all layers": whole} if self._is_divided else {}) | {
             "states": computed + states * self._model_bytes / 4,
             "logits": self._logits(self._product_bytes) + logits,
             "unembedding of the table": 4 * shape.vocab_size * shape.d_model,

@@ -26,7 +26,9 @@ def describe(run: Run) -> None:
     run.say(f"text      {text['dataset']}{remarks.get(plan.corpus.dataset, '')}")
     blocks = f"blocks of {plan.corpus.seq_len} tokens"
     if text.get("streamed"):
-        run.say(f"          streamed, in {blocks}")
+        window = plan.shuffle_window
+        order = f", in random order within windows of {window:,} blocks" if window else ""
+        run.say(f"          streamed, in {blocks}{order}")
     else:
         run.say(
             f"          {text['bytes']:,} bytes, {text['tokens']:,} tokens; {blocks}: "

@@ -44,7 +44,8 @@ def resolve(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -
     plan = _completed(config, corpus, shape, defaults | _backend(config, model, accelerator))
     _require_memory(plan, model, processes)
     if config.shard_layers is None:
-        plan = dataclasses.replace(plan, shard_layers=_needs_shards(plan, model, processes))
+        shards = needs_shards(plan, shape, processes, _memory_bytes(model.device))
+        plan = dataclasses.replace(plan, shard_layers=shards)
     if corpus.dataset == SELF and corpus.self_tokens is None:
         held_out = plan.validation_tokens + Costs(plan, shape).table_tokens(plan.budget)
         blocks = -(-(plan.init_tokens + plan.budget + held_out) // plan.positions)
@@ -75,6 +76,10 @@ def _completed(
     config: TrainConfig, corpus: ResolvedCorpus, shape: ModelShape, defaults: dict[str, object]
 ) -> TrainPlan:
     """The config with the defaults in place, and as much validation as the run affords."""
+    if config.shard_layers and config.fit in (*BASELINES, "jacobian"):
+        raise InputError(
+            f"--shard-layers works with --fit preconditioned and closed-form, not {config.fit}"
+        )
     settings = vars(config) | {"corpus": corpus, "layers": _layers(config, shape)}
     settings |= {name: value for name, value in defaults.items() if settings[name] is None}
     if settings["vocab_sample"] >= shape.vocab_size:
@@ -126,6 +131,11 @@ def _require_possible(
         raise InputError(
             f"--skip-first must be less than --seq-len ({corpus.seq_len}), got {config.skip_first}"
         )
+    if config.shuffle_window and not corpus.streaming:
+        raise InputError(
+            "--shuffle-window is for --streaming; the order of a text in memory is random as a "
+            "whole, so leave it out"
+        )
     if processes > 1 and config.model.device not in (None, "cpu", model.device.type):
         raise InputError(
             f"--device {config.model.device} cannot be given with {processes} processes, because "
@@ -135,10 +145,6 @@ def _require_possible(
         raise InputError(
             f"--device-map cannot be given with {processes} processes, because each has its own "
             "device; leave it out"
-        )
-    if config.shard_layers and config.fit in (*BASELINES, "jacobian"):
-        raise InputError(
-            f"--shard-layers works with --fit preconditioned and closed-form, not {config.fit}"
         )
     exact = {"--precision bf16": config.precision == "bf16", "--vocab-sample": config.vocab_sample}
     for flag, is_given in exact.items():
@@ -165,12 +171,16 @@ def _require_memory(plan: TrainPlan, model: FrozenModel, processes: int) -> None
         )
 
 
-def _needs_shards(plan: TrainPlan, model: FrozenModel, processes: int) -> bool:
+def needs_shards(plan: TrainPlan, shape: ModelShape, processes: int, memory: float) -> bool:
     """Whether the lens, its gradient and the optimizer take more than half of a device's memory."""
-    points, d_model = plan.points(model.identity.n_layers), model.identity.d_model
-    needed = 4 * _COPIES * len(points) * d_model**2
-    can_divide = plan.fit not in (*BASELINES, "jacobian") and len(points) >= processes
-    return processes > 1 and can_divide and needed > _memory_bytes(model.device) / 2
+    needed = 4 * _COPIES * len(plan.points(shape.n_layers)) * shape.d_model**2
+    return needed > memory / 2 and can_divide(plan, shape, processes)
+
+
+def can_divide(plan: TrainPlan, shape: ModelShape, processes: int) -> bool:
+    """Whether the layers of a fit can be divided among several processes, at least one for each."""
+    layers = {point.layer for point in plan.points(shape.n_layers)}
+    return plan.fit not in (*BASELINES, "jacobian") and 1 < processes <= len(layers)
 
 
 def _memory_bytes(device: torch.device) -> float:

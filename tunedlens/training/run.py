@@ -1,7 +1,7 @@
 """What a run consists of: parts that stay the same, and the state that a step changes."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from tunedlens import checkpoint
 from tunedlens.config import BASELINES
-from tunedlens.corpus import SELF
+from tunedlens.corpus import SELF, Batch
 from tunedlens.engine.backend import DTYPES
 from tunedlens.engine.capped import make_objective
 from tunedlens.files import JsonObject, as_type
@@ -88,6 +88,11 @@ class Run:
             return lens
         shape = (lens.sites, self.plan.chosen_layers, lens.rank)
         return self.shards.collect_lens(lens, type(lens)(lens.unembedding, lens.identity, *shape))
+
+    def batches(self, position: JsonObject | None = None) -> Iterator[Batch]:
+        """The batches to train on, from the start or from the position after a batch."""
+        plan = self.plan
+        return self.splits.train.batches(plan.batch_size, plan.seed, position, plan.shuffle_window)
 
     def say(self, message: str) -> None:
         """Print a line, in the main process only."""

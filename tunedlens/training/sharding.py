@@ -23,6 +23,20 @@ Shared = Sequence[Tensor]
 """Further values of the same tokens, which the owners of all layers need."""
 
 
+def divide(layers: list[int], processes: int) -> list[list[int]]:
+    """The layers of each process.
+
+    Raises:
+        InputError: there are more processes than layers.
+    """
+    if processes > len(layers):
+        raise InputError(
+            f"--shard-layers cannot divide {len(layers)} layers among {processes} processes; "
+            "start fewer"
+        )
+    return [layers[process::processes] for process in range(processes)]
+
+
 class LayerShards:
     """Which layers each process has: every n-th of n processes, or all of them.
 
@@ -46,15 +60,7 @@ class LayerShards:
         self.is_divided = is_divided and accelerator.num_processes > 1
         self._accelerator, self._count, self._d_model = accelerator, len(points), d_model
         layers, processes = sorted({point.layer for point in points}), accelerator.num_processes
-        if not self.is_divided:
-            by_process = [layers] * processes
-        elif processes > len(layers):
-            raise InputError(
-                f"--shard-layers cannot divide {len(layers)} layers among {processes} processes; "
-                "start fewer"
-            )
-        else:
-            by_process = [layers[process::processes] for process in range(processes)]
+        by_process = divide(layers, processes) if self.is_divided else [layers] * processes
         self._owned = [
             [index for index, point in enumerate(points) if point.layer in layers]
             for layers in by_process

@@ -10,7 +10,7 @@ from tunedlens.errors import InputError
 from tunedlens.model import ModelShape, load_shape
 from tunedlens.training.memory import Memory, MemoryModel
 from tunedlens.training.plan import Costs, TrainPlan
-from tunedlens.training.resolving import resolve_without_model
+from tunedlens.training.resolving import can_divide, needs_shards, resolve_without_model
 
 TFLOPS = {"cpu": 0.5, "cuda": 100.0}
 """Operations that a device is assumed to do, in 10^12 per second, as `Costs` counts them.
@@ -55,14 +55,16 @@ class RunSize:
     @property
     def seconds(self) -> float:
         """Of the longest run that the plan allows."""
-        # Every process takes the optimizer's steps and solves the least squares itself.
+        # Every process takes the optimizer's steps and solves the least squares for its layers.
         costs, tokens = self.costs, self.plan.budget
+        dividing = self.processes if self.plan.shard_layers else 1
         repeated = tokens * costs.optimizer
         shared = (costs.run(tokens) - repeated) / self.processes
+        repeated /= dividing
         solution = 0.0
         if self.plan.fit not in ("jacobian", *BASELINES):
             points = len(self.plan.points(self.shape.n_layers))
-            solution = _SOLUTION_FLOPS * points * self.shape.d_model**3
+            solution = _SOLUTION_FLOPS * points * self.shape.d_model**3 / dividing
         return (shared + repeated + _FLOAT64_COST[self.device] * solution) / self.flops_per_second
 
 
@@ -102,6 +104,9 @@ def size_run(
     shape = load_shape(config.model) if shape is None else shape
     plan = resolve_without_model(config, shape, device)
     limit = None if memory_gb is None else 1e9 * memory_gb
+    if plan.shard_layers is None:
+        shards = needs_shards(plan, shape, processes, limit or float("inf"))
+        plan = dataclasses.replace(plan, shard_layers=shards)
     memory = MemoryModel(
         plan,
         shape,
@@ -128,7 +133,10 @@ def ways_to_fit(config: TrainConfig, size: RunSize) -> list[tuple[str, RunSize]]
         changes.append(_with_model(config, dtype="bfloat16"))
         smaller = _with_model(smaller, dtype="bfloat16")
     if size.devices > 1 and model.device_map is None:
-        changes += [_with_model(changed, device_map="auto") for changed in (config, *changes)]
+        spread = [_with_model(changed, device_map="auto") for changed in (config, *changes)]
+        if can_divide(size.plan, size.shape, size.processes) and not size.plan.shard_layers:
+            changes += [dataclasses.replace(c, shard_layers=True) for c in (config, *changes)]
+        changes += spread
         smaller = _with_model(smaller, device_map="auto")
     gpus = 0 if size.device == "cpu" else size.devices
     limit = None if size.limit is None else size.limit / 1e9
@@ -169,4 +177,7 @@ def _flags(before: TrainConfig, after: TrainConfig) -> str:
         for field in dataclasses.fields(old)
         if "help" in field.metadata and getattr(old, field.name) != getattr(new, field.name)
     ]
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changes)
+    return " ".join(
+        f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+        for name, value in changes
+    )

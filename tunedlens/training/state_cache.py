@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +38,8 @@ class CachedStateReader(StateReader):
     """Reads states that an earlier run has written, and writes those that it has to compute.
 
     There is one safetensors file per block, named by the hash of the block's tokens, with the
-    states at every position as the model gives them. What else the states depend on (the model,
+    states at every position as the model gives them and a checksum of each. A damaged file counts
+    as missing and is written anew. What else the states depend on (the model,
     its dtype, the precision, the device) is in a manifest and is the same for all files. So runs
     find each other's blocks whatever their fit, seed and batch size are.
 
@@ -99,10 +101,15 @@ class CachedStateReader(StateReader):
         try:
             with safetensors.safe_open(self._path(block), "pt") as file:
                 states = [file.get_tensor(name) for name in self._names]
+                checksums = file.metadata() or {}
         except (OSError, safetensors.SafetensorError):
             return None
         shape = (len(block), self.model.identity.d_model)
-        return states if all(state.shape == shape for state in states) else None
+        is_whole = all(
+            state.shape == shape and checksums.get(name) == _checksum(state)
+            for name, state in zip(self._names, states, strict=True)
+        )
+        return states if is_whole else None
 
     def _save(self, block: Int[Tensor, " seq"], states: Sequence[Tensor]) -> None:
         size = sum(state.nbytes for state in states)
@@ -111,8 +118,12 @@ class CachedStateReader(StateReader):
         if size > self._bytes_left:
             limit = f"has reached its limit of {self._max_gb:g} GB (--cache-gb)"
             return self._stop(f"the cache {self._folder} {limit}")
-        values = [state.detach().cpu().clone() for state in states]
-        content = safetensors.torch.save(dict(zip(self._names, values, strict=True)))
+        values = {
+            name: state.detach().cpu().clone()
+            for name, state in zip(self._names, states, strict=True)
+        }
+        checksums = {name: _checksum(value) for name, value in values.items()}
+        content = safetensors.torch.save(values, checksums)
         try:
             write(self._path(block), content)
         except InputError as error:
@@ -167,3 +178,7 @@ class CachedStateReader(StateReader):
             "states": self._names,
             "check_sha256": digest.hexdigest(),
         }
+
+
+def _checksum(state: Float[Tensor, "seq d_model"]) -> str:
+    return f"{zlib.crc32(state.view(torch.uint8).numpy()):08x}"

@@ -98,7 +98,10 @@ class ValidationSet:
     def least_squares(self) -> LeastSquares:
         """The sums of the regression on held-out text, on which the ridge is chosen."""
         sums = self._least_squares()
-        if not sums.sums().squares.isfinite().all() and self._leave_out_bad_blocks():
+        # A process has the sums of its own layers, but all leave out the same blocks.
+        is_bad = (~sums.sums().squares.isfinite()).any().int()
+        reduce_sums(self._reader.accelerator, is_bad)
+        if is_bad and self._leave_out_bad_blocks():
             sums = self._least_squares()
         return sums
 
@@ -152,7 +155,9 @@ class ValidationSet:
             return bool(states[-1].isfinite().all())
 
         count, validated = len(self._blocks), len(self._validation_blocks)
-        self._blocks = [block for block in self._blocks if is_finite(block)]
+        is_bad = torch.tensor([int(not is_finite(block)) for block in self._blocks])
+        reduce_sums(self._reader.accelerator, is_bad)
+        self._blocks = [b for b, bad in zip(self._blocks, is_bad.tolist(), strict=True) if not bad]
         self._validation_blocks = self._blocks[:validated]
         self._model_sides.clear()
         bad = f"{count - len(self._blocks)} of {count} held-out blocks"

@@ -18,6 +18,9 @@ from tunedlens.report.plots.style import Style, styles
 from tunedlens.trajectories import TOKENS, Comparison, Trajectory
 
 Json = dict[str, object]
+_ROW_PIXELS = 24
+_AROUND_PIXELS = 560
+"""The height of the page without its rows."""
 _BYTES = re.compile("⟨((?:[0-9a-f]{2} ?)+)⟩")
 """A token that forms no whole character, as `tokenizer.shown` writes it."""
 
@@ -68,6 +71,11 @@ def explorer(*trajectories: Trajectory) -> str:
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     template = resources.files(__package__).joinpath("explorer.html").read_text(encoding="utf-8")
     return template.replace("__DATA__", text.replace("<", "\\u003c"))
+
+
+def explorer_height(trajectory: Trajectory) -> int:
+    """The height in pixels of a frame in which the page of one text has room."""
+    return _AROUND_PIXELS + _ROW_PIXELS * len(trajectory.rows)
 
 
 def _length(trajectory: Trajectory) -> int:

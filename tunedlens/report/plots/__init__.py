@@ -4,7 +4,7 @@ from tunedlens.report.plots.by_layer import DRAWINGS, by_layer, by_position, tra
 from tunedlens.report.plots.causal import alignment_by_layer, effects_scatter, influences
 from tunedlens.report.plots.curves import curves, draw_learning_curve, learning_curve
 from tunedlens.report.plots.heatmaps import heatmap, heatmap_pages
-from tunedlens.report.plots.style import FORMATS, in_all_formats, rendered, save
+from tunedlens.report.plots.style import FORMATS, in_all_formats, in_svg, rendered, save
 
 __all__ = [
     "DRAWINGS",
@@ -18,6 +18,7 @@ __all__ = [
     "heatmap",
     "heatmap_pages",
     "in_all_formats",
+    "in_svg",
     "influences",
     "learning_curve",
     "rendered",

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 _HATCHES = ("", "///", "...", "xxx", "\\\\\\")
 _MAX_BARS = 40
 """With more layers and lenses, lines are easier to follow than bars beside each other."""
+_LINE_POINTS = 11
+_PANEL_POINTS = 160
+"""The height of a line of text, and of the lowest panels, in points."""
 _MAX_ANNOTATED_LAYERS = 16
 """With more layers, the cells of a transfer matrix are too small for numbers."""
 
@@ -62,8 +65,7 @@ def by_layer(
             axes.set_ylabel(METRICS[metric].title)
             if len(metrics) > 1:
                 letter = "abcdefghij"[len(ends) - 1]
-                title = f"({letter}) {metric.removesuffix('_nats').replace('_', ' ')}"
-                axes.set_title(title, loc="left", fontsize=9)
+                axes.set_title(f"({letter}) {_heading(metric)}", loc="left", fontsize=9)
         if limits is not None:
             panels[0].set_ylim(limits)
         for axes, named in zip(panels, ends, strict=True):
@@ -123,9 +125,15 @@ def by_position(evaluation: Evaluation) -> "Figure":
             axes.set_xlabel("position in the block")
         panels[0].set_ylabel(METRICS["kl_nats"].title)
         for axes in panels:
-            plain_log_ticks(axes)
+            plain_log_ticks(axes.yaxis)
         name_lines(panels[-1], ends)
     return figure
+
+
+def _heading(metric: str) -> str:
+    """What a metric is in words, without a unit."""
+    shown = METRICS[metric]
+    return shown.heading or shown.title.partition(",")[0]
 
 
 class Drawing(NamedTuple):
@@ -134,6 +142,8 @@ class Drawing(NamedTuple):
     caption: str
     draw: Callable[[Evaluation], "Figure"]
     has_data: Callable[[Evaluation], bool]
+    metrics: Sequence[str] = ()
+    """Those of its panels, if they are drawn by layer."""
 
 
 def _of_metrics(
@@ -145,7 +155,7 @@ def _of_metrics(
 ) -> Drawing:
     """A drawing by `by_layer`, of an evaluation that has all the metrics."""
     draw = partial(by_layer, metrics=metrics, rows=rows, size=size, limits=limits)
-    return Drawing(caption, draw, lambda evaluation: {*metrics} <= {*evaluation.metrics})
+    return Drawing(caption, draw, lambda evaluation: {*metrics} <= {*evaluation.metrics}, metrics)
 
 
 _BAND = "The bands are two standard errors wide on either side."
@@ -233,7 +243,7 @@ def _draw_lines(axes: "Axes", evaluation: Evaluation, metric: str) -> Ends:
     axes.set_xlabel("layer (0 is the embeddings)")
     axes.set_xticks(ticks_of(evaluation.n_layers))
     if is_log:
-        plain_log_ticks(axes)
+        plain_log_ticks(axes.yaxis)
     return ends
 
 
@@ -270,9 +280,11 @@ def _draw_depths(axes: "Axes", evaluation: Evaluation, metric: str) -> Ends:
             edgecolor="white",
             linewidth=0,
         )
-        axes.annotate(name, (0, 1), (8, -4 - 11 * index), color=color, va="top", fontsize=8.5,
-                      xycoords="axes fraction", textcoords="offset points")  # fmt: skip
-    axes.set_ylim(bottom=0)
+        axes.annotate(name, (0, 1), (8, -4 - _LINE_POINTS * index), xycoords="axes fraction",
+                      textcoords="offset points", va="top", color=color, fontsize=8.5)  # fmt: skip
+    # The names stand above all bars.
+    names = 0.0 if ends else min((_LINE_POINTS * len(lenses) + 8) / _PANEL_POINTS, 0.6)
+    axes.set_ylim(0, axes.get_ylim()[1] / (1 - names))
     return ends
 
 

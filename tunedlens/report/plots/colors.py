@@ -76,7 +76,7 @@ class ColorScale:
         low, high = (self.low, self.high) if limits is None else limits
         if not low < high or (self.scale == "log" and low <= 0):
             above = " above 0" if self.scale == "log" else ""
-            raise InputError(f"limits must be two rising numbers{above}, got {low} and {high}")
+            raise InputError(f"limits must be two increasing numbers{above}, got {low} and {high}")
         if color_map is not None and color_map not in colormaps:
             raise InputError(f"cmap must be a colour map of matplotlib, got {color_map!r}")
         return replace(self, low=low, high=high, color_map=color_map or self.color_map)
@@ -123,7 +123,7 @@ def color_table(color_map: str) -> list[tuple[str, str]]:
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
-    colors = [colormaps[color_map](i) for i in range(colormaps[color_map].N)]
+    colors = colormaps[color_map](range(colormaps[color_map].N)).tolist()
     return [(to_hex(color), ink(color)) for color in colors]
 
 

@@ -17,6 +17,7 @@ from tunedlens.report.plots.style import (
     new_figure,
     plain_log_ticks,
     save,
+    short_count,
     ticks_of,
 )
 from tunedlens.trajectories import Trajectory
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _MAX_TOKENS = 5
 _DASHES = {"solid": "-", "dashed": "--", "dotted": ":", "dash-dotted": "-."}
+MAX_LENSES = len(_DASHES)
 
 
 def learning_curve(
@@ -73,7 +75,7 @@ def learning_curve(
             if len(sites) > 1:
                 axes.set_title(site, fontsize=9)
             axes.set_xlabel(f"tokens in steps ({history[-1].seconds:.0f} s in all)")
-            axes.set_xticks(ticks, [_short(count) for count in ticks])
+            axes.set_xticks(ticks, [short_count(count) for count in ticks])
             axes.set_xticks([], minor=True)
             named.append((axes, ends))
         for unused in grid.flat[len(sites) :]:
@@ -81,17 +83,9 @@ def learning_curve(
         for axes in grid[:, 0]:
             axes.set_ylabel("held-out KL(model ‖ lens), nats")
         for axes, ends in named:
-            plain_log_ticks(axes)
+            plain_log_ticks(axes.yaxis)
             name_lines(axes, ends, size=8)
     return figure
-
-
-def _short(count: int) -> str:
-    """A number of tokens as on an axis: 512, 16k, 1.2M."""
-    for unit, size in (("M", 10**6), ("k", 10**3)):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return str(count)
 
 
 def draw_learning_curve(
@@ -125,11 +119,11 @@ def curves(
     if metric not in ("probability", "rank"):
         raise InputError(f"metric must be probability or rank; got {metric!r}")
     index, lenses = trajectory.position_index(position), list(trajectory.predictions)
-    ids = _most_probable(trajectory, index) if tokens is None else trajectory.token_ids(tokens)
-    if len(lenses) > len(_DASHES):
+    ids = most_probable(trajectory, index) if tokens is None else trajectory.token_ids(tokens)
+    if len(lenses) > MAX_LENSES:
         raise InputError(
             f"{len(lenses)} lenses are too many to tell apart by their dashes; read the text "
-            f"with at most {len(_DASHES)}"
+            f"with at most {MAX_LENSES}"
         )
     with new_figure(5.2, 3.2, has_tokens=True) as figure:
         axes = figure.subplots()
@@ -154,7 +148,7 @@ def curves(
         axes.set_ylabel(f"{metric} after {after} (position {trajectory.positions[index]})")
         if metric == "rank":
             axes.set_yscale("log")
-            plain_log_ticks(axes)
+            plain_log_ticks(axes.yaxis)
             axes.invert_yaxis()
         else:
             axes.set_ylim(0, None)
@@ -162,8 +156,8 @@ def curves(
     return figure
 
 
-def _most_probable(trajectory: Trajectory, index: int) -> list[int]:
-    """The tracked tokens that the model finds most probable."""
+def most_probable(trajectory: Trajectory, index: int) -> list[int]:
+    """The at most 5 tracked tokens that the model finds most probable."""
     model = next(iter(trajectory.predictions.values()))
     log_probs = model.tracked_log_probs[-1, index].tolist()
     pairs = zip(log_probs, trajectory.tracked_ids[index].tolist(), strict=True)

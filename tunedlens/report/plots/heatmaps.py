@@ -238,10 +238,11 @@ def _write_cells(axes: "Axes", trajectory: Trajectory, lens: str, image: "AxesIm
     for y, line in enumerate(best):
         for x, word in enumerate(_words(trajectory, line)):
             color = ink(colors[y, x])
-            axes.text(x, y, word, ha="center", va="center", fontsize=6.5, color=color)
+            cell = axes.text(x, y, word, ha="center", va="center", fontsize=6.5, color=color)
+            cell.set_in_layout(False)  # it is inside the axes, and to measure it takes long
             if line[x] == best[-1, x] and y < len(best) - 1:
                 frame = Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, edgecolor=color)
-                frame.set(fill=False, linewidth=0.8, zorder=3)
+                frame.set(fill=False, linewidth=0.8, zorder=3, in_layout=False)
                 axes.add_patch(frame)
     dividers = [len(best) - 1.5]  # below the model
     if trajectory.rows[0] == ("resid_pre", 0):

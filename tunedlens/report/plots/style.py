@@ -2,7 +2,7 @@
 
 import io
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -12,6 +12,7 @@ from tunedlens.files import write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 Style = dict[str, Any]
@@ -196,6 +197,11 @@ def in_all_formats(figure: "Figure") -> dict[str, bytes]:
         figure.set_layout_engine(layout)
 
 
+def in_svg(figure: "Figure") -> bytes:
+    """A figure as the bytes of an SVG."""
+    return rendered(figure, "svg")
+
+
 def save(figure: "Figure", path: str | Path) -> None:
     """Write a figure as PNG, SVG and PDF beside each other: `<path>.png` and so on.
 
@@ -213,14 +219,22 @@ def ticks_of(count: int) -> range:
     return range(0, count, next(step for step in steps if count <= 9 * step))
 
 
-def plain_log_ticks(axes: "Axes") -> None:
-    """Plain numbers as ticks of a logarithmic y-axis: 1, 2, 5 if it spans few decades."""
+def plain_log_ticks(axis: "Axis", shown: Callable[[float], str] = "{:g}".format) -> None:
+    """Plain numbers as ticks of a logarithmic axis: 1, 2, 5 if it spans few decades."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1000 else (1,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1000 else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: shown(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def short_count(count: float) -> str:
+    """A number of tokens as on an axis: 512, 16k, 1.2M."""
+    for unit, size in (("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:g}"
 
 
 def name_lines(axes: "Axes", ends: Ends, size: float = 8.5) -> None:
