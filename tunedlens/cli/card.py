@@ -1,5 +1,6 @@
 """`tunedlens card`: measures a lens and writes its card."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -27,35 +28,7 @@ The card is README.md in the folder of the lens, with pictures in card/.
 @command
 def card_command(arguments: Arguments = None) -> int:
     """`tunedlens card`. Returns the exit status."""
-    parser = make_parser("tunedlens card", CARD, ModelConfig)
-    parser.add_argument(
-        "lens",
-        nargs="?",
-        metavar="LENS",
-        help="path of a lens, or name on the hub (default: the newest saved lens)",
-    )
-    group = parser.add_argument_group("what is measured")
-    group.add_argument(
-        "--dataset",
-        metavar="NAME",
-        help="text to score (default: the text of the lens's training, where it was held out)",
-    )
-    group.add_argument(
-        "--also",
-        action="append",
-        metavar="NAME",
-        help="another text to score the lens on; give it several times for several texts",
-    )
-    group.add_argument(
-        "--tokens",
-        type=count,
-        metavar="N",
-        help="positions of each text to score (default: 65,536, or all if a text has fewer)",
-    )
-    group.add_argument(
-        "--output", type=Path, metavar="DIR", help="folder for the card (default: the lens's own)"
-    )
-    flags = parse(parser, arguments)
+    flags = parse(_parser(), arguments)
     command = ["tunedlens", "card", *(sys.argv[2:] if arguments is None else arguments)]
     source = flags.pop("lens", None) or str(checkpoint.newest_lens(checkpoint.ROOT))
     saved = SavedLens.read("", source)
@@ -90,3 +63,35 @@ def card_command(arguments: Arguments = None) -> int:
         say(f"warning: {warning.message}")
     say(f"the card is {path}")
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser("tunedlens card", CARD, ModelConfig)
+    parser.add_argument(
+        "lens",
+        nargs="?",
+        metavar="LENS",
+        help="path of a lens, or name on the hub (default: the newest saved lens)",
+    )
+    group = parser.add_argument_group("what is measured")
+    group.add_argument(
+        "--dataset",
+        metavar="NAME",
+        help="text to score (default: the text of the lens's training, where it was held out)",
+    )
+    group.add_argument(
+        "--also",
+        action="append",
+        metavar="NAME",
+        help="another text to score the lens on; give it several times for several texts",
+    )
+    group.add_argument(
+        "--tokens",
+        type=count,
+        metavar="N",
+        help="positions of each text to score (default: 65,536, or all if a text has fewer)",
+    )
+    group.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder for the card (default: the lens's own)"
+    )
+    return parser

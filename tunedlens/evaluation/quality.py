@@ -181,8 +181,9 @@ def measure_quality(
     given = ModelConfig() if model is None or isinstance(model, FrozenModel) else model
     config = model_as_trained(given, saved)
     accelerator = accelerator or join_processes(config.device)
-    is_loaded = isinstance(model, FrozenModel)
-    loaded = model if is_loaded else load_configured(config, accelerator.device)
+    loaded = (
+        model if isinstance(model, FrozenModel) else load_configured(config, accelerator.device)
+    )
 
     def score(text: CorpusConfig, count: int | None, transfer: bool = False) -> Evaluation:
         asked = EvaluateConfig(

@@ -108,7 +108,7 @@ def _transfer(quality: Quality) -> str:
     column = _from_layer_before(quality)
     if not column:
         return "- *Transfer*: not measured, because there is one translator."
-    own = dict(_by_layer(quality.transfer, quality.lens, "kl_nats"))
+    own: dict[int | None, Estimate] = dict(_by_layer(quality.transfer, quality.lens, "kl_nats"))
     factors = sorted(column[layer].value / own[layer].value for layer in column)
     return (
         "- *Transfer*: the translator of the layer before in place of a layer's own multiplies its "

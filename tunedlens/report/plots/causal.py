@@ -72,7 +72,7 @@ def influences(bases: Mapping[str, CausalBasis]) -> "Figure":
             ends[name] = estimates[-1].value, style["color"]
         axes.set_xlabel("direction")
         axes.set_ylabel("KL(lens ‖ lens under ablation), nats")
-        plain_log_ticks(axes)
+        plain_log_ticks(axes.yaxis)
         name_lines(axes, ends)
     return figure
 
