@@ -33,9 +33,6 @@ from tunedlens.engine.distributions import log_probs
 from tunedlens.report.plots import alignment_by_layer, effects_scatter, influences, rendered
 from tunedlens.report.plots.style import new_figure, styles
 
-INVERTED = 8
-"""Positions whose distribution is inverted at every layer."""
-
 
 def held_out(model: FrozenModel, options: argparse.Namespace) -> Int[Tensor, "batch seq"]:
     """The starts of held-out blocks."""
@@ -65,19 +62,18 @@ def heads(model: FrozenModel, lens: ResidualLens, ids: Tensor, layers: range, sa
 
 
 def bases(model: FrozenModel, lens: ResidualLens, ids: Tensor, options, save) -> None:
-    """Causal bases of the tuned and the logit lens, and the effects of the tuned lens's."""
-    logit = LogitLens.from_model(model)
+    """Causal bases of some lenses, and the effects of their directions."""
+    lenses = {"tuned": lens, "logit": LogitLens.from_model(model)}
     found = {
-        name: causal_basis(model, one, ids, options.layer, options.k, skip_first=1)
-        for name, one in (("tuned", lens), ("logit", logit))
+        name: causal_basis(model, lenses[name], ids, options.layer, options.k, skip_first=1)
+        for name in options.bases
     }
     for name, basis in found.items():
         print(name, basis.influence_nats.tolist(), basis.standard_errors.tolist())
         print("steps", basis.steps.tolist(), "tokens", basis.tokens)
     save("influence", influences(found))
-    for name, one in (("tuned", lens), ("logit", logit)):
-        targets = found[name].directions()
-        effects = causal_effects(model, one, ids, targets, skip_first=1)
+    for name, basis in found.items():
+        effects = causal_effects(model, lenses[name], ids, basis.directions(), skip_first=1)
         print(name, effects.to_dataframe().to_string(), effects.spearman())
         if name == "tuned":
             save("effects", effects_scatter(effects))
@@ -97,7 +93,7 @@ def alignment(model: FrozenModel, lens: ResidualLens, ids: Tensor, options, save
 
 def inversion(model: FrozenModel, lens: ResidualLens, ids: Tensor, options, save) -> None:
     """KL of the best state of every layer for the model's own distributions at some positions."""
-    final = model.residual_stream(ids[:1])[-1][0, -INVERTED:]
+    final = model.residual_stream(ids[:1])[-1][0, -options.inverted :]
     wanted = log_probs(model.unembedding(final))
     lenses = {"tuned": lens, "logit": LogitLens.from_model(model)}
     shown = styles(list(lenses), {})
@@ -112,7 +108,7 @@ def inversion(model: FrozenModel, lens: ResidualLens, ids: Tensor, options, save
                 means.append(found.kl_nats.mean().item())
             axes.plot(options.layers, means, label=name, **shown[name])
         axes.set_xlabel("layer")
-        axes.set_ylabel("KL(wanted ‖ lens of the state found), nats")
+        axes.set_ylabel("KL(wanted ‖ lens), nats")
         axes.legend(frameon=False)
     save("inversion", figure)
 
@@ -129,7 +125,9 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=4)
     parser.add_argument("--layers", type=int, nargs="+", default=list(range(8)))
     parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--bases", nargs="+", default=["tuned", "logit"])
     parser.add_argument("--span", type=int, default=10)
+    parser.add_argument("--inverted", type=int, default=8, help="positions that are inverted")
     parser.add_argument("--max-steps", type=int, default=500)
     parser.add_argument("--parts", nargs="+", default=["heads", "bases", "alignment", "inversion"])
     parser.add_argument("--output", type=Path, required=True)

@@ -11,7 +11,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("looking", "notebooks", "other-libraries")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("causal", "looking", "notebooks", "other-libraries")
+    ),
 ]
 
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tunedlens.causal.targets import Edit, Target
+from tunedlens.causal.targets import Edit, Place, Target
 from tunedlens.errors import InputError
 from tunedlens.model import FrozenModel
 
@@ -53,13 +53,14 @@ def ablated(
     if skip_first < 0:
         raise InputError(f"skip_first must be 0 or more, got {skip_first}")
     targets = [targets] if not isinstance(targets, Sequence) else targets
-    pools: list[Tensor | None] = [None] * len(targets)
+    places = [target.find(model) for target in targets]  # some run the model, so before any hook
+    pools: list[Tensor | None] = [None] * len(places)
     if reference is not None and mode != "zero":
-        pools = list(_read(model, targets, reference, skip_first))
+        pools = list(_read(model, places, reference, skip_first))
     generator = torch.Generator().manual_seed(seed)
     with ExitStack() as hooks:
-        for target, pool in zip(targets, pools, strict=True):
-            hooks.enter_context(target.attach(model, _Ablation(mode, pool, generator, skip_first)))
+        for place, pool in zip(places, pools, strict=True):
+            hooks.enter_context(place(_Ablation(mode, pool, generator, skip_first)))
         yield model
 
 
@@ -141,7 +142,7 @@ def _counted(values: Tensor, skip_first: int) -> Tensor:
 
 def _read(
     model: FrozenModel,
-    targets: Sequence[Target],
+    places: Sequence[Place],
     reference: Int[Tensor, "batch seq"],
     skip_first: int,
 ) -> list[Float[Tensor, "positions values"]]:
@@ -155,7 +156,7 @@ def _read(
         return keep
 
     with ExitStack() as hooks:
-        for index, target in enumerate(targets):
-            hooks.enter_context(target.attach(model, keep_as(index)))
+        for index, place in enumerate(places):
+            hooks.enter_context(place(keep_as(index)))
         model.residual_stream(reference)
-    return [found[index] for index in range(len(targets))]
+    return [found[index] for index in range(len(places))]

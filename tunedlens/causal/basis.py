@@ -16,7 +16,7 @@ from tunedlens.causal.interventions import mean_over_positions, require_some_cou
 from tunedlens.causal.targets import Directions
 from tunedlens.engine import chunk_tokens, make_objective
 from tunedlens.errors import InputError
-from tunedlens.files import parse_json, read_tensors, write
+from tunedlens.files import JsonObject, parse_json, read_tensors, write
 from tunedlens.lenses import ResidualLens, require_made_for
 from tunedlens.model import FrozenModel, HookPoint
 
@@ -73,8 +73,9 @@ class CausalBasis:
             record = parse_json(file.metadata.get("tunedlens", "{}"), "it")
             if (record.pop("kind", None), record.pop("format", None)) != ("causal basis", FORMAT):
                 raise ValueError(f"expected a basis of format {FORMAT}")
-            typed = {name: kind(record.pop(name)) for name, kind in _FIELDS.items()}
-            basis = CausalBasis(**{name: file.tensors[name] for name in _TENSORS}, **typed)
+            fields: JsonObject = {name: file.tensors[name] for name in _TENSORS}
+            fields |= {name: kind(record.pop(name)) for name, kind in _FIELDS.items()}
+            basis = CausalBasis(**fields)
             require_mode(basis.mode)
             count = len(basis.directions().rows())
             shapes = {tuple(getattr(basis, name).shape) for name in _TENSORS[1:]}

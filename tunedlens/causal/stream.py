@@ -1,6 +1,8 @@
 """Hooks at every site of the residual stream that may replace its states."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +20,10 @@ from tunedlens.model.sites import (
 from tunedlens.model.state_hooks import See, on_state
 
 
-def on_stream(model: FrozenModel, point: HookPoint, see: See) -> AbstractContextManager[object]:
-    """Call a function with the states at a point, which it may replace.
+def find_stream(
+    model: FrozenModel, point: HookPoint
+) -> Callable[[See], AbstractContextManager[object]]:
+    """What calls a function with the states at a point, which the function may replace.
 
     Raises:
         InputError: no module of the block writes what is to be replaced.
@@ -28,14 +32,15 @@ def on_stream(model: FrozenModel, point: HookPoint, see: See) -> AbstractContext
     if site == "resid_post":
         site, layer = "resid_pre", layer + 1
     if site == "resid_pre":
-        return on_state(model.parts, layer, see)
-    return _on_term(model, layer, site, see)
+        return partial(on_state, model.parts, layer)
+    term = "attn_out" if site == "resid_mid" else site
+    return partial(_on_term, model.blocks[layer], _writer(model, layer, term), site == "resid_mid")
 
 
-def _on_term(model: FrozenModel, layer: int, site: str, see: See) -> AbstractContextManager[object]:
-    """The stream between attention and MLP is replaced by way of what attention adds to it."""
-    is_middle = site == "resid_mid"
-    writer = _writer(model, layer, "attn_out" if is_middle else site)
+def _on_term(
+    block: nn.Module, writer: nn.Module, is_middle: bool, see: See
+) -> AbstractContextManager[object]:
+    """See a term, or the stream after attention, which is replaced by way of attention's term."""
     start: list[Tensor] = []
 
     def enter(_block: nn.Module, args: Args, kwargs: Kwargs) -> None:
@@ -48,7 +53,7 @@ def _on_term(model: FrozenModel, layer: int, site: str, see: See) -> AbstractCon
         return None if replacement is None else replace_output_state(output, replacement - before)
 
     hooks = ExitStack()
-    hooks.enter_context(model.blocks[layer].register_forward_pre_hook(enter, with_kwargs=True))
+    hooks.enter_context(block.register_forward_pre_hook(enter, with_kwargs=True))
     hooks.enter_context(writer.register_forward_hook(write))
     return hooks
 

@@ -3,14 +3,16 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tunedlens.causal.stream import on_stream
+from tunedlens.causal.stream import find_stream
 from tunedlens.errors import InputError
 from tunedlens.model import SITES, FrozenModel, HookPoint
+from tunedlens.model.self_check import check_ids
 from tunedlens.model.sites import (
     Args,
     Kwargs,
@@ -23,6 +25,8 @@ from tunedlens.model.structure import find_attention_and_mlp, find_output_projec
 Edit = Callable[[Float[Tensor, "batch seq values"]], Float[Tensor, "batch seq values"] | None]
 """Called with the values of a target; what it returns, if anything, takes their place."""
 Hooks = AbstractContextManager[object]
+Place = Callable[[Edit], Hooks]
+"""Edits the values in every run of the model, until the hooks are closed."""
 _TOLERANCE = 1e-4
 
 
@@ -73,8 +77,12 @@ class Directions:
         count = len(model.blocks) + (self.site == "resid_pre")
         return HookPoint(self.site, _index("layer", self.layer, count, model.name))
 
-    def attach(self, model: FrozenModel, edit: Edit) -> Hooks:
-        """Edit the coordinates in every run of the model, until the hooks are closed."""
+    def find(self, model: FrozenModel) -> Place:
+        """Where the coordinates are in a model.
+
+        Raises:
+            InputError: there is no such state, or its width is another one.
+        """
         rows, width = self.rows(), model.identity.d_model
         if rows.shape[1] != width:
             raise InputError(
@@ -82,15 +90,20 @@ class Directions:
                 f"{rows.shape[1]}"
             )
 
-        def see(hidden: Tensor) -> Tensor | None:
-            basis = rows.to(hidden.device)
-            coordinates = hidden.float() @ basis.mT
-            edited = edit(coordinates)
-            if edited is None:
-                return None
-            return (hidden + (edited - coordinates) @ basis).to(hidden.dtype)
+        stream = find_stream(model, self.read_at(model))
 
-        return on_stream(model, self.read_at(model), see)
+        def attach(edit: Edit) -> Hooks:
+            def see(hidden: Tensor) -> Tensor | None:
+                basis = rows.to(hidden.device)
+                coordinates = hidden.float() @ basis.mT
+                edited = edit(coordinates)
+                if edited is None:
+                    return None
+                return (hidden + (edited - coordinates) @ basis).to(hidden.dtype)
+
+            return stream(see)
+
+        return attach
 
 
 @dataclass(frozen=True)
@@ -103,24 +116,9 @@ class Block:
         """The first state between blocks that is changed."""
         return _after_block(model, self.layer)
 
-    def attach(self, model: FrozenModel, edit: Edit) -> Hooks:
-        """Edit what the block adds in every run of the model, until the hooks are closed."""
-        block = model.blocks[_block_index(model, self.layer)]
-        start: list[Tensor] = []
-
-        def enter(_block: nn.Module, args: Args, kwargs: Kwargs) -> None:
-            start[:] = [input_state(args, kwargs).clone()]  # some blocks add in place
-
-        def leave(_block: nn.Module, _args: Args, output: object) -> object:
-            end = output_state(output)
-            before = start.pop().to(end.device)
-            edited = edit(end - before)
-            return None if edited is None else replace_output_state(output, before + edited)
-
-        hooks = ExitStack()
-        hooks.enter_context(block.register_forward_pre_hook(enter, with_kwargs=True))
-        hooks.enter_context(block.register_forward_hook(leave))
-        return hooks
+    def find(self, model: FrozenModel) -> Place:
+        """Where the block is in a model."""
+        return partial(_on_addition, model.blocks[_block_index(model, self.layer)])
 
 
 @dataclass(frozen=True)
@@ -134,8 +132,8 @@ class Head:
         """The first state between blocks that is changed."""
         return _after_block(model, self.layer)
 
-    def attach(self, model: FrozenModel, edit: Edit) -> Hooks:
-        """Edit the output of the head in every run of the model, until the hooks are closed.
+    def find(self, model: FrozenModel) -> Place:
+        """Where the head is in a model.
 
         Raises:
             InputError: there is no such head, or the heads of this architecture are not found.
@@ -155,7 +153,7 @@ class Head:
             )
         size = width // count
         first = size * _index("head", self.head, count, model.name)
-        return _on_input_columns(projection, slice(first, first + size), edit)
+        return partial(_on_input_columns, projection, slice(first, first + size))
 
 
 @dataclass(frozen=True)
@@ -169,22 +167,42 @@ class Neuron:
         """The first state between blocks that is changed."""
         return _after_block(model, self.layer)
 
-    def attach(self, model: FrozenModel, edit: Edit) -> Hooks:
-        """Edit the coefficient in every run of the model, until the hooks are closed.
+    def find(self, model: FrozenModel) -> Place:
+        """Where the coefficient is in a model.
 
         Raises:
             InputError: there is no such neuron, or the MLP is not a sum over neurons.
         """
         layer = _block_index(model, self.layer)
-        _, vectors = model.mlp_neurons(torch.zeros(1, 1, dtype=torch.long), layer)
+        ids = check_ids(model.identity.vocab_size, model.context)
+        _, vectors = model.mlp_neurons(ids, layer)
         _, mlp = find_attention_and_mlp(model.blocks[layer])
         projection = find_output_projection(mlp, model.identity.d_model)
         assert projection is not None, "`mlp_neurons` requires one"
         neuron = _index("neuron", self.neuron, len(vectors), model.name)
-        return _on_input_columns(projection, slice(neuron, neuron + 1), edit)
+        return partial(_on_input_columns, projection, slice(neuron, neuron + 1))
 
 
 Target = Directions | Block | Head | Neuron
+
+
+def _on_addition(block: nn.Module, edit: Edit) -> Hooks:
+    """Edit what a block adds to the stream."""
+    start: list[Tensor] = []
+
+    def enter(_block: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        start[:] = [input_state(args, kwargs).clone()]  # some blocks add in place
+
+    def leave(_block: nn.Module, _args: Args, output: object) -> object:
+        end = output_state(output)
+        before = start.pop().to(end.device)
+        edited = edit(end - before)
+        return None if edited is None else replace_output_state(output, before + edited)
+
+    hooks = ExitStack()
+    hooks.enter_context(block.register_forward_pre_hook(enter, with_kwargs=True))
+    hooks.enter_context(block.register_forward_hook(leave))
+    return hooks
 
 
 def _on_input_columns(module: nn.Module, columns: slice, edit: Edit) -> Hooks:

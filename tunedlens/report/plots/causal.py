@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 def effects_scatter(effects: CausalEffects) -> "Figure":
     """The effect of every target on the model against that on the lens, on log scales.
 
-    Bars are two standard errors on either side. The title says Spearman's correlation and its
-    95 % interval. Targets without any effect are left out, as a log scale has no 0.
+    Bars are two standard errors of the logarithm on either side. The title says Spearman's
+    correlation and its 95 % interval. Targets without any effect are left out.
     """
     pairs = [
         pair
@@ -40,8 +40,8 @@ def effects_scatter(effects: CausalEffects) -> "Figure":
             axes.errorbar(
                 lens.value,
                 model.value,
-                xerr=_reach(lens),
-                yerr=_reach(model),
+                xerr=_log_bar(lens),
+                yerr=_log_bar(model),
                 marker="o",
                 markersize=3.5,
                 color=COLORS[0],
@@ -58,7 +58,7 @@ def effects_scatter(effects: CausalEffects) -> "Figure":
 def influences(bases: Mapping[str, CausalBasis]) -> "Figure":
     """The influence of every direction of some bases, by name, on a log scale.
 
-    Bands are two standard errors on either side.
+    Bands are two standard errors of the logarithm on either side.
     """
     with new_figure(4.6, 3.0) as figure:
         axes = figure.subplots()
@@ -68,7 +68,7 @@ def influences(bases: Mapping[str, CausalBasis]) -> "Figure":
             basis = bases[name]
             pairs = zip(basis.influence_nats, basis.standard_errors, strict=True)
             estimates = [Estimate(float(value), float(error)) for value, error in pairs]
-            _line(axes, list(range(1, len(estimates) + 1)), estimates, style)
+            _line(axes, list(range(1, len(estimates) + 1)), estimates, style, is_log=True)
             ends[name] = estimates[-1].value, style["color"]
         axes.set_xlabel("direction")
         axes.set_ylabel("KL(lens ‖ lens under ablation), nats")
@@ -100,15 +100,31 @@ def _styles(names: Mapping[str, object]) -> dict[str, Style]:
     return {name: found[name] for name in names}
 
 
-def _line(axes: "Axes", x: Sequence[int], estimates: Sequence[Estimate], style: Style) -> None:
-    values = [estimate.value for estimate in estimates]
-    reaches = [_reach(estimate) or 0.0 for estimate in estimates]
-    axes.plot(x, values, **style)
-    low, high = ([v + sign * r for v, r in zip(values, reaches, strict=True)] for sign in (-1, 1))
+def _line(
+    axes: "Axes",
+    x: Sequence[int],
+    estimates: Sequence[Estimate],
+    style: Style,
+    *,
+    is_log: bool = False,
+) -> None:
+    ranges = [_range(estimate, is_log) for estimate in estimates]
+    low, high = zip(*ranges, strict=True)
+    axes.plot(x, [estimate.value for estimate in estimates], **style)
     axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 
-def _reach(estimate: Estimate) -> float | None:
-    """Two standard errors, if they are known."""
-    error = estimate.standard_error
-    return None if error is None or math.isnan(error) else 2 * error
+def _log_bar(estimate: Estimate) -> list[list[float]]:
+    """How far a bar reaches down and up on a log scale."""
+    low, high = _range(estimate, is_log=True)
+    return [[estimate.value - low], [high - estimate.value]]
+
+
+def _range(estimate: Estimate, is_log: bool) -> tuple[float, float]:
+    """Two standard errors on either side, or the value alone if they are not known."""
+    value, error = estimate
+    reach = 0.0 if error is None or math.isnan(error) else 2 * error
+    if is_log:
+        factor = math.exp(reach / value)
+        return value / factor, value * factor
+    return value - reach, value + reach
