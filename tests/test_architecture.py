@@ -11,6 +11,8 @@ PACKAGE = Path(tunedlens.__file__).parent
 ORDER = (
     "errors",
     "escaping",
+    "hub",
+    "progress",
     "files",
     "config",
     "devices",
@@ -38,6 +40,7 @@ ORDER = (
     "sharing",
     "training",
     "cli",
+    "__main__",
 )
 """The rooms of the package. A module imports from its own room and from those before it.
 `tunedlens/__init__.py` imports everything and is imported by nothing inside."""

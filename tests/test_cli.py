@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,7 @@ from tunedlens import (
     evaluate,
     load_model,
 )
-from tunedlens.cli import doctor_command, evaluate_command, train_command
+from tunedlens.cli import doctor_command, evaluate_command, main, train_command
 from tunedlens.report import plots
 
 ROOT = Path(__file__).parents[1]
@@ -480,7 +480,33 @@ def test_wrong_flags_are_refused_by_the_parser(capsys):
     fails(train_command, ["--tokens", "many"], capsys, "--tokens: expected a whole number")
     fails(train_command, ["--dtype", "int8"], capsys, "--dtype: invalid choice: 'int8'")
     fails(evaluate_command, ["--colour"], capsys, "unrecognized arguments: --colour")
-    fails(doctor_command, ["--modle", "gpt2"], capsys, "unrecognized arguments: --modle")
+    fails(doctor_command, ["--modle", "gpt2"], capsys, "--modle gpt2; did you mean --model?")
+    fails(train_command, ["--tokns=5"], capsys, "--tokns=5; did you mean --tokens?")
+
+
+def test_wrong_command_names_the_nearest_one(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tunedlens", "evalute"])
+    assert main() == 2
+    assert "no command evalute; did you mean evaluate?" in capsys.readouterr().err
+
+
+def test_version_is_that_of_the_package(capsys, monkeypatch):
+    expected = f"tunedlens {version('residual-lens')}\n"
+    monkeypatch.setattr(sys, "argv", ["tunedlens", "--version"])
+    assert main() == 0
+    assert capsys.readouterr().out == expected
+    with pytest.raises(SystemExit):
+        evaluate_command(["--version"])
+    assert capsys.readouterr().out == expected
+
+
+def test_missing_lens_names_those_that_are_there(tmp_path, monkeypatch, capsys):
+    for name in ("one", "two"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        shutil.copy(ROOT / "checkpoints/embedded/config.json", tmp_path / "checkpoints" / name)
+    monkeypatch.chdir(tmp_path)
+    those = "saved lenses: checkpoints/one, checkpoints/two"
+    fails(evaluate_command, ["--lens", "onne"], capsys, "onne holds no lens", those)
 
 
 @pytest.mark.parametrize(

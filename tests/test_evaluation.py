@@ -456,6 +456,5 @@ def test_lens_in_memory_needs_a_free_name(tiny, corpus, name):
         evaluate(EvaluateConfig(corpus=corpus), model=tiny, lenses={name: random_lens(tiny)})
 
 
-def test_lenses_of_a_config_are_a_tuple():
-    with pytest.raises(InputError, match="lenses must be a tuple, got 'checkpoints/embedded'"):
-        EvaluateConfig(lenses="checkpoints/embedded")
+def test_one_lens_of_a_config_needs_no_tuple():
+    assert EvaluateConfig(lenses="checkpoints/embedded").lenses == ("checkpoints/embedded",)

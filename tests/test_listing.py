@@ -106,7 +106,7 @@ def test_damaged_lens_is_one_line_and_the_others_are_shown(
 def test_interrupted_run_is_shown_with_how_to_continue(tmp_path, capsys):
     checkpoint.save_state(tmp_path / "run", checkpoint.State({}, {}))
     assert listed(capsys, tmp_path) == [
-        f"{tmp_path}/run  interrupted; continue with: python train.py --resume {tmp_path}/run"
+        f"{tmp_path}/run  interrupted; continue with: tunedlens train --resume {tmp_path}/run"
     ]
 
 

@@ -245,7 +245,7 @@ def test_path_that_the_system_refuses_is_refused(tiny):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("streming: false", "streming is not a setting"),
+        ("streming: false", "streming is not a setting; did you mean streaming"),
         ("streming: null", "streming is not a setting"),
         ("help: true", "help is not a setting"),
         ("config: other.yaml", "config is not a setting"),

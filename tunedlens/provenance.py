@@ -14,7 +14,10 @@ import torch
 from tunedlens.files import now
 from tunedlens.model import FrozenModel
 
-_VERSIONED = ("tunedlens", "torch", "transformers", "tokenizers", "accelerate")
+DISTRIBUTION = "residual-lens"
+"""The name of this package on the package index."""
+
+_VERSIONED = ("torch", "transformers", "tokenizers", "accelerate")
 
 
 class Provenance(TypedDict, total=False):
@@ -41,9 +44,11 @@ def describe_run(model: FrozenModel, command: Sequence[str] | None = None) -> Pr
         model: the model that was used.
         command: the command that was run; by default this process's own.
     """
-    command = command or ["python", Path(sys.argv[0]).name, *sys.argv[1:]]
+    program = Path(sys.argv[0]).name
+    command = command or [*(["python"] if program.endswith(".py") else []), program, *sys.argv[1:]]
     identity = model.identity
     versions = {name: _version(name) for name in _VERSIONED}
+    versions["tunedlens"] = own_version()
     return {
         "created": now(),
         "command": shlex.join(command),
@@ -56,6 +61,11 @@ def describe_run(model: FrozenModel, command: Sequence[str] | None = None) -> Pr
         "versions": {"python": platform.python_version(), **versions},
         "commit": _commit(),
     }
+
+
+def own_version() -> str:
+    """The version of this package."""
+    return _version(DISTRIBUTION)
 
 
 def _version(package: str) -> str:

@@ -1,54 +1,18 @@
-"""Messages, a progress bar and Weights & Biases."""
+"""Weights & Biases."""
 
-import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from tqdm import tqdm
-
 from tunedlens.config import WandbMode
 from tunedlens.errors import first_line
-from tunedlens.escaping import for_terminal
 from tunedlens.evaluation import Evaluation
+from tunedlens.progress import say
 
 if TYPE_CHECKING:
     from wandb import Run
 
 WANDB_PATIENCE_SECONDS = 5
-
-
-def say(message: str, *, has_colors: bool = False) -> None:
-    """Print lines, above the progress bar if there is one.
-
-    A run is worth more than its messages: letters that the terminal's encoding lacks are escaped,
-    and if nobody reads any more (`| head`, a closed terminal), nothing is printed.
-
-    Args:
-        has_colors: whether the message is ours and may move a terminal's colours.
-    """
-    message = message if has_colors else for_terminal(message)
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    message = message.encode(encoding, "backslashreplace").decode(encoding)
-    with suppress(OSError, ValueError):  # ValueError: the file is closed
-        tqdm.write(message, file=sys.stdout)
-        sys.stdout.flush()
-
-
-def progress_bar(total_tokens: int, description: str, done: int = 0, show: bool = True) -> tqdm:
-    """A bar that counts tokens and shows their rate and the remaining time."""
-    return tqdm(
-        total=total_tokens,
-        initial=done,
-        desc=description,
-        unit="tok",
-        unit_scale=True,
-        smoothing=0.1,
-        disable=not show or not sys.stderr.isatty(),
-        dynamic_ncols=True,
-        leave=False,
-    )
 
 
 class Tracker:

@@ -13,7 +13,7 @@ from tunedlens.checkpoint.jacobian_files import (
     read_jacobian_file,
     write_jacobian_file,
 )
-from tunedlens.checkpoint.lens_files import kind_of, read_lens
+from tunedlens.checkpoint.lens_files import ROOT, kind_of, read_lens, those_under
 from tunedlens.checkpoint.manifest import MANIFEST, WEIGHTS, read_manifest
 from tunedlens.checkpoint.tuned_lens_folders import (
     CONFIG,
@@ -35,9 +35,19 @@ Kind = TypeVar("Kind", bound=AffineLens)
 def find_lens(
     source: str | Path, subfolder: str | None = None, revision: str | None = None
 ) -> Path:
-    """The folder or file of a lens; a lens on the hub is downloaded. See `hub.local_path`."""
+    """The folder or file of a lens; a lens on the hub is downloaded. See `hub.local_path`.
+
+    Raises:
+        InputError: there is none; the message names those that are in the folder of lenses.
+    """
     formats = ((MANIFEST, WEIGHTS), (CONFIG, PARAMS))
-    return local_path(source, formats, subfolder=subfolder, revision=revision)
+    try:
+        path = local_path(source, formats, subfolder=subfolder, revision=revision)
+    except InputError as error:
+        raise InputError(f"{error}{those_under(ROOT)}") from error
+    if not os.path.exists(path):
+        raise InputError(f"{path} holds no lens: there is no such path{those_under(ROOT)}")
+    return path
 
 
 def load_lens(

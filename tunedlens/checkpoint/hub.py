@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from tunedlens.errors import InputError, first_line
+from tunedlens.hub import hub_or_cache
 
 _NAME = re.compile(r"(?:(space|dataset):)?(\w[\w.-]*/\w[\w.-]*)(?:@([^:]+))?(?::([^:]+))?")
 
@@ -67,12 +68,13 @@ def local_path(
     is_file = inner.endswith(".pt")
     wanted = [inner] if is_file else [str(Path(inner, file)) for file in chain(*formats)]
     try:
-        copy = snapshot_download(
-            name.repo_id,
-            repo_type=name.kind,
-            revision=revision,
-            allow_patterns=[glob.escape(file) for file in wanted],
-        )
+        with hub_or_cache():
+            copy = snapshot_download(
+                name.repo_id,
+                repo_type=name.kind,
+                revision=revision,
+                allow_patterns=[glob.escape(file) for file in wanted],
+            )
     except RevisionNotFoundError as error:
         raise InputError(f"{name.repo_id} on the hub has no revision {revision}") from error
     except RepositoryNotFoundError as error:
@@ -81,7 +83,7 @@ def local_path(
             "or gated one needs `hf auth login`)"
         ) from error
     except Exception as error:  # huggingface_hub raises many kinds of exception
-        cause = first_line(error.__cause__ or error)
+        cause = error if isinstance(error, InputError) else first_line(error.__cause__ or error)
         raise InputError(
             f"there is no folder {source}, and the hub cannot be read: {cause}"
         ) from error

@@ -177,8 +177,16 @@ def newest_lens(root: Path) -> Path:
     folders = [path.parent for path in root.glob(f"*/{MANIFEST}")]
     found = newest_folder(folders, lambda folder: read_manifest(folder)["created"])
     if found is None:
-        raise InputError(f"there is no lens under {root}; train one (train.py) or give --lens")
+        raise InputError(
+            f"there is no lens under {root}; tunedlens train makes one, or give --lens"
+        )
     return found
+
+
+def those_under(root: Path) -> str:
+    """The end of a message about a missing lens: the lenses in a folder, if there are any."""
+    folders = [str(path.parent) for path in sorted(root.glob(f"*/{MANIFEST}"))]
+    return f"; saved lenses: {', '.join(folders)}" if folders else ""
 
 
 def saved_points(folder: Path) -> list[HookPoint]:

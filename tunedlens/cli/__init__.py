@@ -8,6 +8,8 @@ from tunedlens.cli.evaluate import evaluate_command
 from tunedlens.cli.listing import list_command
 from tunedlens.cli.plan import plan_command
 from tunedlens.cli.train import train_command
+from tunedlens.errors import did_you_mean
+from tunedlens.provenance import own_version
 
 __all__ = [
     "card_command",
@@ -32,5 +34,12 @@ def main() -> int:
     }
     if len(sys.argv) > 1 and sys.argv[1] in commands:
         return commands[sys.argv[1]](sys.argv[2:])
-    print(f"usage: tunedlens {{{','.join(commands)}}} [--help | flags]", file=sys.stderr)
+    if sys.argv[1:] == ["--version"]:
+        print(f"tunedlens {own_version()}")
+        return 0
+    names = ",".join(commands)
+    if sys.argv[1:] and (hint := did_you_mean(sys.argv[1], commands)):
+        print(f"error: there is no command {sys.argv[1]}{hint}", file=sys.stderr)
+        return 2
+    print(f"usage: tunedlens {{{names}}} [--help | --version | flags]", file=sys.stderr)
     return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2

@@ -5,15 +5,15 @@ import sys
 from pathlib import Path
 
 from tunedlens import checkpoint, files
-from tunedlens.cli.flags import configured, count, make_parser, parse
+from tunedlens.cli.flags import count, make_parser, parse
 from tunedlens.cli.guard import Arguments, command
-from tunedlens.config import ModelConfig
+from tunedlens.config import ModelConfig, configured
 from tunedlens.distributed import join_processes
 from tunedlens.evaluation import measure_quality
 from tunedlens.evaluation.lens_specs import SavedLens, model_as_trained
 from tunedlens.report import write_card
 from tunedlens.report.tables import plus_minus
-from tunedlens.tracking import progress_bar, say
+from tunedlens.progress import say
 
 CARD = """Measure a lens and write its card: KL by layer, bias, transfer, convergence, warnings.
 
@@ -38,23 +38,10 @@ def card_command(arguments: Arguments = None) -> int:
     files.require_writable(folder)
 
     accelerator = join_processes(config.device)
-    is_main = accelerator.is_main_process
-    with progress_bar(0, "measuring", show=is_main) as bar:
-
-        def advance(scored: int, total: int) -> None:
-            if bar.n >= (bar.total or 0):  # the next text
-                bar.reset(total)
-            bar.update(scored)
-
-        quality = measure_quality(
-            source,
-            **measured,
-            model=config,
-            accelerator=accelerator,
-            progress=advance,
-            command=command,
-        )
-    if not is_main:
+    quality = measure_quality(
+        source, **measured, model=config, accelerator=accelerator, command=command
+    )
+    if not accelerator.is_main_process:
         return 0
     path = write_card(quality, folder)
     kl = plus_minus(quality.own.of_lens(quality.lens, "kl_nats"))

@@ -1,13 +1,13 @@
 """`tunedlens doctor`: examines a model, and a lens on it."""
 
 from tunedlens import checkpoint
-from tunedlens.cli.flags import configured, make_parser, parse
+from tunedlens.cli.flags import make_parser, parse
 from tunedlens.cli.guard import Arguments, command
-from tunedlens.config import ModelConfig
+from tunedlens.config import ModelConfig, configured
 from tunedlens.doctor import doctor
 from tunedlens.evaluation.lens_specs import SavedLens
 from tunedlens.model import load_configured
-from tunedlens.tracking import say
+from tunedlens.progress import say
 
 DOCTOR = """Examine a model, and a lens on it: which parts were found, and whether they are right.
 

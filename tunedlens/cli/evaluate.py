@@ -7,10 +7,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from tunedlens import checkpoint, files, report
-from tunedlens.cli.flags import add_wandb_flag, configured, make_parser, parse
+from tunedlens.cli.flags import add_wandb_flag, make_parser, parse
 from tunedlens.cli.guard import Arguments, command
 from tunedlens.cli.prompt import add_prompt_flags, require_prompt, show_prompts
-from tunedlens.config import EvaluateConfig, ModelConfig
+from tunedlens.config import EvaluateConfig, ModelConfig, configured
 from tunedlens.distributed import join_processes
 from tunedlens.errors import InputError
 from tunedlens.evaluation import evaluate
@@ -22,18 +22,19 @@ from tunedlens.evaluation.lens_specs import (
     trained_on,
 )
 from tunedlens.evaluation.text import require_as_trained
-from tunedlens.tracking import Tracker, progress_bar, say
+from tunedlens.progress import say
+from tunedlens.tracking import Tracker
 
 EVALUATE = """Evaluate lenses side by side on held-out text, always including the logit lens.
 
 Without flags it evaluates the newest lens under checkpoints/ on the text it was trained on.
 
-  python evaluate.py --lens checkpoints/RUN --tokens 1e6
-  python evaluate.py --lens unigram --lens mean --lens checkpoints/A --lens mine=checkpoints/B
-  python evaluate.py --dataset other.txt        all of it, since no lens was trained on it
-  python evaluate.py --lens checkpoints/RUN --beside MODEL   the same lens on a fine-tuned model
-  python evaluate.py --prompt "The Eiffel Tower is in the city of"
-  python evaluate.py --redraw DIR               write all tables and plots again, without a model
+  tunedlens evaluate --lens checkpoints/RUN --tokens 1e6
+  tunedlens evaluate --lens unigram --lens mean --lens checkpoints/A --lens mine=checkpoints/B
+  tunedlens evaluate --dataset other.txt        all of it, since no lens was trained on it
+  tunedlens evaluate --lens checkpoints/RUN --beside MODEL   the same lens on a fine-tuned model
+  tunedlens evaluate --prompt "The Eiffel Tower is in the city of"
+  tunedlens evaluate --redraw DIR               write all tables and plots again, without a model
 """
 
 
@@ -66,20 +67,7 @@ def evaluate_command(arguments: Arguments = None) -> int:
     is_main = accelerator.is_main_process
     if is_main and same_text and config.split in ("train", "all"):
         say(f"note: --split {config.split} scores what {same_text[0].source} was trained on")
-    with progress_bar(0, "evaluating", show=is_main) as bar:
-
-        def sample(tokens: int, total: int) -> None:
-            bar.total = total
-            bar.update(tokens)
-
-        def advance(scored: int, total: int) -> None:
-            if bar.total != total:
-                bar.reset(total)
-            bar.update(scored)
-
-        evaluation = evaluate(
-            config, accelerator=accelerator, progress=advance, sampled=sample, command=command
-        )
+    evaluation = evaluate(config, accelerator=accelerator, command=command)
     if not is_main:
         return 0
     report.write_report(evaluation, output)

@@ -1,26 +1,28 @@
-"""Flags made from the fields of a config, and a config made from flags."""
+"""Flags made from the fields of a config, and their values."""
 
 import argparse
 import dataclasses
 import datetime
+import re
 import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn
 
 from tunedlens import files
-from tunedlens.config import CorpusConfig, EvaluateConfig, ModelConfig, TrainConfig, WandbMode
-from tunedlens.errors import InputError
-
-Config = TypeVar("Config", bound=TrainConfig | EvaluateConfig | ModelConfig | CorpusConfig)
+from tunedlens.config import EvaluateConfig, ModelConfig, TrainConfig, WandbMode
+from tunedlens.errors import InputError, did_you_mean
+from tunedlens.provenance import own_version
 
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are raised."""
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (--help lists the flags)")
+        unknown = re.match("unrecognized arguments: (--[^ =]+)", message)
+        hint = did_you_mean(unknown[1], self._option_string_actions) if unknown else ""
+        raise InputError(f"{message}{hint} (--help lists the flags)")
 
 
 def make_parser(name: str, description: str, config: type) -> argparse.ArgumentParser:
@@ -34,6 +36,7 @@ def make_parser(name: str, description: str, config: type) -> argparse.ArgumentP
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
+    parser.add_argument("--version", action="version", version=f"tunedlens {own_version()}")
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="YAML file with any of these; flags override it"
     )
@@ -118,8 +121,9 @@ def _arguments(parser: argparse.ArgumentParser, name: str, value: object) -> lis
     """
     flag, negative = f"--{name}", f"--no-{name}"
     known = parser._option_string_actions
-    if flag not in known or name in ("help", "config"):
-        raise InputError(f"{name} is not a setting (--help lists the flags)")
+    if flag not in known or name in ("help", "config", "version"):
+        hint = did_you_mean(name, (one.removeprefix("--") for one in known))
+        raise InputError(f"{name} is not a setting{hint} (--help lists the flags)")
     if isinstance(value, bool) and negative in known:
         return [flag if value else negative]
     if value is None or (value is False and known[flag].nargs == "?"):
@@ -131,15 +135,3 @@ def _arguments(parser: argparse.ArgumentParser, name: str, value: object) -> lis
     if isinstance(value, bool) or not all(is_plain):
         raise InputError(f"{name} must be text, a number or a list of these; got {value!r:.40}")
     return [f"{flag}={one}" for one in values]
-
-
-def configured(base: Config, flags: dict[str, Any]) -> Config:
-    """The base, and its parts, with the flags in place, validated."""
-    changes: dict[str, Any] = {}
-    for field in dataclasses.fields(base):
-        value = getattr(base, field.name)
-        if isinstance(value, (ModelConfig, CorpusConfig)):
-            changes[field.name] = configured(value, flags)
-        elif field.name in flags:
-            changes[field.name] = flags[field.name]
-    return dataclasses.replace(base, **changes)

@@ -11,8 +11,8 @@ from tunedlens.evaluation import Estimate
 from tunedlens.evaluation.lens_specs import SavedLens
 from tunedlens.files import JsonObject
 from tunedlens.model import TRANSLATED_SITES
+from tunedlens.progress import say
 from tunedlens.report.tables import plus_minus
-from tunedlens.tracking import say
 
 LIST = """Show the lenses in a folder: model, kind, sites, layers, tokens, held-out KL and date."""
 
@@ -55,7 +55,7 @@ def _is_run(folder: Path) -> bool:
 def _line(folder: Path) -> list[str]:
     """A row of the table; or the folder and what is wrong with it, or that it is interrupted."""
     if checkpoint.has_state(folder) and not (folder / checkpoint.MANIFEST).exists():
-        return [str(folder), f"interrupted; continue with: python train.py --resume {folder}"]
+        return [str(folder), f"interrupted; continue with: tunedlens train --resume {folder}"]
     try:
         saved = SavedLens.read("", str(folder))
         manifest = saved.manifest

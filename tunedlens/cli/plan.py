@@ -1,9 +1,9 @@
 """`tunedlens plan`: what a run needs, before it is started."""
 
-from tunedlens.cli.flags import configured, make_parser, parse
+from tunedlens.cli.flags import make_parser, parse
 from tunedlens.cli.guard import Arguments, command
-from tunedlens.config import TrainConfig
-from tunedlens.tracking import say
+from tunedlens.config import TrainConfig, configured
+from tunedlens.progress import say
 from tunedlens.training.sizing import RunSize, size_run, ways_to_fit
 
 PLAN = """Show what training a lens needs: memory by part, operations, tokens and hours.

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from tunedlens import checkpoint, files, report
-from tunedlens.cli.flags import configured
-from tunedlens.config import ModelConfig
+from tunedlens.config import ModelConfig, configured
 from tunedlens.errors import InputError
 from tunedlens.evaluation.lens_specs import BASELINES, LensSpec, lens_specs, saved_lenses
 from tunedlens.lenses import LogitLens, ResidualLens
 from tunedlens.model import load_configured
+from tunedlens.progress import say
 from tunedlens.provenance import describe_run
 from tunedlens.tokenizer import chat_text
-from tunedlens.tracking import say
 from tunedlens.trajectories import Trajectory, trajectory
 
 _K = 5

@@ -5,21 +5,21 @@ from pathlib import Path
 
 from tunedlens import checkpoint, report
 from tunedlens.checkpoint import saved_config
-from tunedlens.cli.flags import add_wandb_flag, configured, make_parser, parse
+from tunedlens.cli.flags import add_wandb_flag, make_parser, parse
 from tunedlens.cli.guard import INTERRUPTED, Arguments, command
-from tunedlens.config import TrainConfig
+from tunedlens.config import TrainConfig, configured
 from tunedlens.distributed import join_processes
 from tunedlens.errors import InputError
-from tunedlens.tracking import say
+from tunedlens.progress import say
 from tunedlens.training import CacheSettings, Interrupted, new_folder, train
 
 TRAIN = """Train a tuned lens: one affine translator per layer of a frozen language model.
 
 Without flags it trains on the GPT-2 and the text that ship with the package.
 
-  python train.py --model gpt2 --dataset my-texts/ --tokens 5e6
-  python train.py --resume                      continue the last interrupted run
-  python train.py --resume RUN --tokens 2e6     extend a finished run
+  tunedlens train --model gpt2 --dataset my-texts/ --tokens 5e6
+  tunedlens train --resume                      continue the last interrupted run
+  tunedlens train --resume RUN --tokens 2e6     extend a finished run
 """
 
 
@@ -75,10 +75,10 @@ def train_command(arguments: Arguments = None) -> int:
         evaluation = train(config, output, resume=resume is not None, wandb=wandb, cache=cache)
     except Interrupted as interrupted:
         if main:
-            say(f"{interrupted}; continue with: python train.py --resume {output}")
+            say(f"{interrupted}; continue with: tunedlens train --resume {output}")
         return INTERRUPTED
     if main:
         say(f"\nheld-out KL(model ‖ lens) on {evaluation.tokens:,} tokens, ± one standard error\n")
         say(report.kl_table(evaluation))
-        say(f"\nsaved to {output}; look closer with: python evaluate.py --lens {output}")
+        say(f"\nsaved to {output}; look closer with: tunedlens evaluate --lens {output}")
     return 0

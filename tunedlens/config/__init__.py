@@ -18,6 +18,13 @@ from tunedlens.config.base import (
 )
 from tunedlens.config.evaluate import EvaluateConfig, ScoringConfig
 from tunedlens.config.inputs import CorpusConfig, ModelConfig
+from tunedlens.config.settings import (
+    EvaluateSettings,
+    TrainSettings,
+    configured,
+    lists_settings,
+    with_settings,
+)
 from tunedlens.config.train import TrainConfig
 
 __all__ = [
@@ -26,6 +33,7 @@ __all__ = [
     "CorpusConfig",
     "Dtype",
     "EvaluateConfig",
+    "EvaluateSettings",
     "FitName",
     "JacobianTargets",
     "Kernel",
@@ -35,5 +43,9 @@ __all__ = [
     "ScoringConfig",
     "Split",
     "TrainConfig",
+    "TrainSettings",
     "WandbMode",
+    "configured",
+    "lists_settings",
+    "with_settings",
 ]

@@ -4,8 +4,10 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import NoneType
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from numbers import Real
+from pathlib import PurePath
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from tunedlens.errors import InputError
 
@@ -69,12 +71,40 @@ class Config:
         hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):
             flag, value = "--" + field.name.replace("_", "-"), getattr(self, field.name)
-            types = (hints[field.name], *get_args(hints[field.name]))
-            if value is None and NoneType in types:
+            hint = hints[field.name]
+            kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+            if value is None and NoneType in kinds:
                 continue
-            choices = next((get_args(part) for part in types if get_origin(part) is Literal), ())
-            if choices and value not in choices:
-                raise InputError(f"{flag} must be one of {', '.join(choices)}; got {value!r}")
+            if get_origin(kinds[0]) is Literal:
+                choices = get_args(kinds[0])
+                if value not in choices:
+                    raise InputError(f"{flag} must be one of {', '.join(choices)}; got {value!r}")
+            elif isinstance(kinds[0], type):
+                value = _converted(value, kinds[0], flag)
+                object.__setattr__(self, field.name, value)
             accepted = _ACCEPTED.get(field.name)
             if accepted and not accepted.contains(value):
                 raise InputError(f"{flag} must be {accepted.description}, got {value}")
+
+
+_DESCRIPTIONS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def _converted(value: object, kind: type, flag: str) -> object:
+    """The value as the type of its field: a path as text, 1e6 as a whole number.
+
+    A name stands for the part of a config that begins with it, as in `TrainConfig(model="gpt2")`.
+
+    Raises:
+        InputError: the value has another type.
+    """
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    if isinstance(value, str | PurePath) and issubclass(kind, str | Config):
+        return kind(str(value))  # type: ignore[call-arg]  # the first field is the name
+    if isinstance(value, Real) and not isinstance(value, bool):
+        number = float(value)
+        if kind is float or (kind is int and number.is_integer()):
+            return kind(number)
+    expected = _DESCRIPTIONS.get(kind, f"a {kind.__name__}")
+    raise InputError(f"{flag} must be {expected}, got {value!r:.40}")

@@ -6,7 +6,6 @@ from pathlib import PurePath
 
 from tunedlens.config.base import Config, MetricSet, Split, option
 from tunedlens.config.inputs import CorpusConfig, ModelConfig
-from tunedlens.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,5 @@ class EvaluateConfig(ScoringConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.lenses, (str, PurePath)):
-            raise InputError(f"lenses must be a tuple, got {self.lenses!r}")
-        object.__setattr__(self, "lenses", tuple(map(str, self.lenses)))
+        lenses = [self.lenses] if isinstance(self.lenses, str | PurePath) else self.lenses
+        object.__setattr__(self, "lenses", tuple(map(str, lenses)))

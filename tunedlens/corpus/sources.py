@@ -5,6 +5,7 @@ All of it comes out as a dataset with one column, `text`, a document a row.
 
 import glob
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,7 @@ from tunedlens.corpus.soundness import require_sound
 from tunedlens.corpus.standard_library import standard_library
 from tunedlens.errors import InputError, first_line
 from tunedlens.files import read_text
+from tunedlens.hub import hub_or_cache
 from tunedlens.tokenizer import chat_text
 
 if TYPE_CHECKING:
@@ -85,7 +87,7 @@ def _local_files(name: str) -> list[Path] | None:
         raise InputError("--dataset is empty: expected a file, folder, glob or name on the hub")
     try:
         path = Path(name).expanduser()
-        looks_local = name.startswith((".", "/", "~")) or _is_readable(path)
+        looks_local = name.startswith((".", "/", "~")) or is_readable(path)
         if path.is_file():
             found = [path]
         elif path.is_dir():
@@ -99,13 +101,14 @@ def _local_files(name: str) -> list[Path] | None:
             return None
     except (OSError, RuntimeError) as error:
         raise InputError(f"{name}: cannot look for files: {first_line(error)}") from error
-    files = [file for file in found if _is_readable(file)]
+    files = [file for file in found if is_readable(file)]
     if not files:
         raise InputError(f"{name}: expected a file of a kind that can be read ({_SUFFIXES})")
     return files
 
 
-def _is_readable(path: Path) -> bool:
+def is_readable(path: Path) -> bool:
+    """Whether its name is that of a kind of file that can be read."""
     return path.suffix.lower() in _TEXT_SUFFIXES | _BUILDERS.keys()
 
 
@@ -147,12 +150,15 @@ def _load(
         options["keep_default_na"] = False
     where = file or path
     try:
-        rows = datasets.load_dataset(path, **options)
-        features = rows.features or rows._resolve_features().features
+        with nullcontext() if file else hub_or_cache():
+            rows = datasets.load_dataset(path, **options)
+            features = rows.features or rows._resolve_features().features
     except Exception as error:  # datasets raises whatever its many readers meet
-        cause = first_line(error.__cause__ or error)
-        hint = "" if file else " (a dataset on the hub needs a network)"
-        raise InputError(f"cannot read the dataset {where}: {cause}{hint}") from error
+        cause = str(error)
+        if not isinstance(error, InputError):
+            hint = "" if file else " (a dataset on the hub needs a network)"
+            cause = first_line(error.__cause__ or error) + hint
+        raise InputError(f"cannot read the dataset {where}: {cause}") from error
     choose = _chat_column if config.chat else _text_column
     column = choose(dict(features or {}), config.text_column, where)
     rows = rows.select_columns([column])

@@ -1,7 +1,8 @@
 """Metrics of every lens at every layer, over a corpus."""
 
+from tunedlens.evaluation.calls import evaluate
 from tunedlens.evaluation.estimates import Estimate, RatioSums
-from tunedlens.evaluation.pipeline import evaluate, score_lenses
+from tunedlens.evaluation.pipeline import score_lenses
 from tunedlens.evaluation.quality import Quality, QualityWarning, measure_quality
 from tunedlens.evaluation.results import MODEL, Difference, Evaluation, Grid, Result
 

@@ -55,25 +55,7 @@ def evaluate(
     sampled: Callable[[int, int], None] | None = None,
     command: Sequence[str] | None = None,
 ) -> Evaluation:
-    """Evaluate lenses as `evaluate.py` does; `tunedlens.write_report` writes the results.
-
-    A text that a lens was trained on is scored where it was held out, unless `config.split` says
-    otherwise. In several processes, each one scores its part and all return the whole.
-
-    Args:
-        model: a loaded model, instead of `config.model`.
-        beside: a second one, instead of `config.beside`.
-        lenses: lenses in memory by name, besides those of the config. If there are any, the newest
-            saved lens is not the default.
-        accelerator: the processes and the device.
-        progress: called with the positions that were just scored and the positions to score.
-        sampled: the same for the tokens that are sampled from the model, for the text `self`.
-        command: recorded as the command that was run; by default this process's own.
-
-    Raises:
-        InputError: a lens, the model or the text is missing, damaged or does not fit the others,
-            or there is too little text.
-    """
+    """See `calls.evaluate`; lenses are in memory, by name, and a loaded model replaces a name."""
     accelerator = accelerator or join_processes(config.model.device)
     if not config.lenses and not lenses:
         newest = checkpoint.newest_lens(checkpoint.ROOT)

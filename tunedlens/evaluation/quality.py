@@ -1,7 +1,7 @@
 """How good a saved lens is, for its card, and what its numbers warn of."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -13,7 +13,7 @@ from tunedlens.config import CorpusConfig, EvaluateConfig, ModelConfig
 from tunedlens.distributed import join_processes
 from tunedlens.errors import InputError
 from tunedlens.evaluation.lens_specs import SavedLens, lens_specs, model_as_trained, saved_lenses
-from tunedlens.evaluation.pipeline import evaluate
+from tunedlens.evaluation.calls import evaluate
 from tunedlens.evaluation.results import Evaluation
 from tunedlens.files import JsonObject
 from tunedlens.fit import MIN_GAIN, MIN_TOKENS_PER_DIMENSION, Doubling, last_doubling
@@ -153,7 +153,6 @@ def measure_quality(
     tokens: int | None = None,
     model: FrozenModel | ModelConfig | None = None,
     accelerator: Accelerator | None = None,
-    progress: Callable[[int, int], None] | None = None,
     command: Sequence[str] | None = None,
 ) -> Quality:
     """Measure a saved lens for its card; `write_card` writes it.
@@ -167,7 +166,6 @@ def measure_quality(
             this number divided by the number of layers, so that it takes as long.
         model: by default as the lens was trained.
         accelerator: the processes and the device.
-        progress: called with the positions that were just scored and the positions to score.
         command: recorded as the command that was run; by default this process's own.
 
     Raises:
@@ -189,9 +187,7 @@ def measure_quality(
         asked = EvaluateConfig(
             count, transfer=transfer, lenses=(str(source),), model=config, corpus=text
         )
-        return evaluate(
-            asked, model=loaded, accelerator=accelerator, progress=progress, command=command
-        )
+        return evaluate(asked, model=loaded, accelerator=accelerator, command=command)
 
     text = _text(spec, dataset)
     on_own = score(text, tokens)

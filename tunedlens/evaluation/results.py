@@ -225,7 +225,7 @@ class Evaluation:
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             schema = data.get("schema") if isinstance(data, dict) else None
             raise InputError(
-                f"expected an evaluation of schema {SCHEMA}, got {schema}; run evaluate.py again"
+                f"expected an evaluation of schema {SCHEMA}, got {schema}; evaluate again"
             )
         fields = {name: value for name, value in data.items() if name != "schema"}
         evaluation = as_type(cls, fields, "the evaluation")

@@ -34,6 +34,11 @@ class Lens(nn.Module, ABC):
         )
 
     @property
+    def kind_name(self) -> str:
+        """What the lens is called where it has no other name: `logit`, `tuned`, `jacobian`."""
+        return type(self).__name__.removesuffix("Lens").lower()
+
+    @property
     def n_layers(self) -> int:
         """The number of blocks, which is also the number of states that a lens translates."""
         return self.identity.n_layers

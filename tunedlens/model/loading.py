@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import cast, get_args
 
@@ -12,6 +13,7 @@ import transformers
 from tunedlens import builtin
 from tunedlens.config import Dtype, ModelConfig
 from tunedlens.errors import InputError, first_line
+from tunedlens.hub import hub_or_cache
 from tunedlens.model.frozen import FrozenModel
 from tunedlens.model.quantised import is_quantised
 from tunedlens.model.shape import ModelShape, shape_without_weights
@@ -36,8 +38,7 @@ def load_model(
     """Load a causal language model.
 
     Args:
-        model: hub name or folder; by default `embedded`, the GPT-2 that ships with this
-            package.
+        model: hub name or folder; by default `embedded`, the GPT-2 of this package.
         revision: branch, tag or commit on the hub.
         dtype: float32, bfloat16 or float16; weights in another dtype are converted.
         device: by default the accelerator if there is one, otherwise the CPU.
@@ -62,9 +63,10 @@ def load_model(
     options: dict[str, object] = {"revision": revision, "trust_remote_code": trust_remote_code}
     options |= {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-        options |= {"dtype": _load_dtype(dtype), "device_map": placed}
-        loaded = _with_all_weights(source, options)
+        with _reaching(source):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+            options |= {"dtype": _load_dtype(dtype), "device_map": placed}
+            loaded = _with_all_weights(source, options)
     except Exception as error:  # transformers raises many kinds of exception
         raise InputError(f"cannot load the model {name}: {_reason(error)}") from error
     if adapter is not None:
@@ -113,12 +115,20 @@ def load_shape(config: ModelConfig) -> ModelShape:
     trusted = {"trust_remote_code": config.trust_remote_code}
     options = trusted | ({} if config.gguf_file is None else {"gguf_file": config.gguf_file})
     try:
-        found = transformers.AutoConfig.from_pretrained(source, revision=config.revision, **options)
+        with _reaching(source):
+            found = transformers.AutoConfig.from_pretrained(
+                source, revision=config.revision, **options
+            )
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(found, **trusted)
     except Exception as error:  # transformers raises many kinds of exception
         raise InputError(f"cannot read the model {name}: {_reason(error)}") from error
     return shape_without_weights(name, model, config.blocks, config.final_norm)
+
+
+def _reaching(source: str) -> AbstractContextManager[None]:
+    """Reads a name on the hub from there or from the cache."""
+    return nullcontext() if Path(source).is_dir() else hub_or_cache()
 
 
 def _with_all_weights(source: str, options: Mapping[str, object]) -> transformers.PreTrainedModel:
@@ -175,7 +185,7 @@ def _with_adapter(
             raise InputError(f"{adapter} is not a PEFT adapter: expected {' and '.join(expected)}")
         adapter = str(folder)
     try:
-        with warnings.catch_warnings():
+        with _reaching(adapter), warnings.catch_warnings():
             # peft warns of weights that it does not find, and leaves them out.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             with_adapter = peft.PeftModel.from_pretrained(model, adapter)

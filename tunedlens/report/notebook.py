@@ -63,8 +63,9 @@ def evaluation_html(evaluation: Evaluation) -> str:
     svg = plots.rendered(plots.DRAWINGS["overview"].draw(evaluation), "svg")
     data = base64.b64encode(svg).decode()
     sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in summary(evaluation))
+    errors = "; ± one standard error, clustered by block" if evaluation.blocks > 1 else ""
     return (
-        f"<p>{escape(scored_text(evaluation))}; ± one standard error, clustered by block</p>"
+        f"<p>{escape(scored_text(evaluation))}{errors}</p>"
         f"<ul>{sentences}</ul>"
         f'<img alt="overview" style="max-width: 100%" src="data:image/svg+xml;base64,{data}">'
         f"{_table(kl_rows(evaluation))}"

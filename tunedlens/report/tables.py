@@ -185,10 +185,10 @@ def _comparison(evaluation: Evaluation, best: str, other: str) -> str:
     is_everywhere = clear == len(layers) == evaluation.n_layers
     where = "every layer" if is_everywhere else f"{clear} of {len(layers)} layers"
     mean = plus_minus(evaluation.mean_difference(other, best, "kl_nats"))
-    return (
-        f"The mean KL of {best} is {mean} nats lower than that of {other}; it is lower by more "
-        f"than two standard errors at {where}."
-    )
+    sentence = f"The mean KL of {best} is {mean} nats lower than that of {other}"
+    if evaluation.blocks == 1:  # which has no standard error
+        return f"{sentence}."
+    return f"{sentence}; it is lower by more than two standard errors at {where}."
 
 
 def scored_text(evaluation: Evaluation) -> str:
@@ -197,9 +197,10 @@ def scored_text(evaluation: Evaluation) -> str:
     dataset = config.get("corpus", {}).get("dataset", "text")
     amount = f"{evaluation.text_bytes:,} bytes of " if evaluation.text_bytes else ""
     sides = {"validation": " (held out)", "train": " (trained on)"}
+    blocks = "1 block" if evaluation.blocks == 1 else f"{evaluation.blocks:,} blocks"
     return (
         f"{evaluation.tokens:,} positions, {amount}{dataset}"
-        f"{sides.get(config.get('split', ''), '')}, {evaluation.blocks:,} blocks"
+        f"{sides.get(config.get('split', ''), '')}, {blocks}"
     )
 
 

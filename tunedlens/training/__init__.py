@@ -1,7 +1,7 @@
 """From a frozen model and a corpus to a saved lens."""
 
+from tunedlens.training.calls import train
 from tunedlens.training.checkpointing import new_folder
-from tunedlens.training.loop import train
 from tunedlens.training.state_cache import CacheSettings
 from tunedlens.training.stopping import Interrupted
 

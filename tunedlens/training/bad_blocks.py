@@ -15,7 +15,7 @@ from tunedlens import files
 from tunedlens.engine import accumulate_gradient
 from tunedlens.errors import InputError
 from tunedlens.lenses import AffineLens
-from tunedlens.tracking import say
+from tunedlens.progress import say
 from tunedlens.training.run import Run, TrainState
 
 FOLDER = "bad-blocks"

@@ -152,20 +152,33 @@ def _require_same_shapes(expected: dict[str, Tensor], tensors: dict[str, Tensor]
             raise ValueError(f"{name} is not finite")
 
 
+_MAY_CHANGE = (
+    *("tokens", "device", "device_map", "kernel", "micro_batch_size", "shard_layers"),
+    "trust_remote_code",
+)
+"""Settings that a resumed run may change."""
+
+
 def _require_same_settings(run: Run) -> None:
-    saved = dataclasses.asdict(checkpoint.saved_config(run.output))
-    planned = dataclasses.asdict(run.plan)
-    for name in ("tokens", "kernel", "micro_batch_size", "shard_layers"):
-        saved[name] = planned[name]
-    for name in ("device", "device_map", "trust_remote_code"):
-        saved["model"][name] = planned["model"][name]
-    changed = [name for name, value in planned.items() if value != saved[name]]
+    saved = _flat(checkpoint.saved_config(run.output))
+    changed = [
+        f"{name} is {saved[name]!r} there and {value!r} here"
+        for name, value in _flat(run.plan).items()
+        if value != saved[name] and name not in _MAY_CHANGE
+    ]
     if changed:
         raise InputError(
-            f"{run.output} was trained with other settings ({', '.join(changed)}); with --resume "
+            f"{run.output} was trained with other settings: {'; '.join(changed)}; with --resume "
             "only --tokens, --device, --device-map, --kernel, --micro-batch-size and "
             "--shard-layers may change"
         )
+
+
+def _flat(config: TrainConfig) -> files.JsonObject:
+    """The settings of a config and of its parts, by name."""
+    parts = dataclasses.asdict(config)
+    model, corpus = parts.pop("model"), parts.pop("corpus")
+    return parts | model | corpus
 
 
 def finish(run: Run, state: TrainState, tracker: Tracker, lens: AffineLens) -> Evaluation:

@@ -11,7 +11,7 @@ from tunedlens.distributed import reduce_sums
 from tunedlens.errors import InputError
 from tunedlens.fit import SKIPPED_POSITIONS, LeastSquares, MeanJacobian, PreconditionedMuon
 from tunedlens.lenses import JacobianLens
-from tunedlens.tracking import progress_bar
+from tunedlens.progress import progress_bar
 from tunedlens.training.bad_blocks import FOLDER, MAX_BAD_BLOCKS, finite_blocks, record
 from tunedlens.training.run import Progress, Run
 

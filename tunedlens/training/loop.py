@@ -24,8 +24,9 @@ from tunedlens.errors import InputError
 from tunedlens.evaluation import Evaluation
 from tunedlens.fit import PreconditionedMuon, ValidationResult, converged_layers
 from tunedlens.lenses import AffineLens
-from tunedlens.model import load_configured
-from tunedlens.tracking import Tracker, progress_bar
+from tunedlens.model import FrozenModel, load_configured
+from tunedlens.progress import progress_bar
+from tunedlens.tracking import Tracker
 from tunedlens.training import checkpointing, messages
 from tunedlens.training.bad_blocks import StepsEnded, is_finite, leave_out
 from tunedlens.training.checkpointing import finish
@@ -47,38 +48,19 @@ def train(
     config: TrainConfig,
     output: str | Path | None = None,
     *,
+    model: FrozenModel | None = None,
     resume: bool = False,
     wandb: WandbMode = "disabled",
     cache: CacheSettings | None = None,
 ) -> Evaluation:
-    """Train a lens and save it in a folder.
-
-    A run is a function of its config: interrupted and resumed, it takes the steps that it
-    would have taken, bit for bit on the same device.
-
-    Args:
-        config: everything that the results depend on.
-        output: the run's folder; `checkpoints/<model>-<time>` by default.
-        resume: continue the interrupted run in `output`, or extend the finished one there to
-            the larger `config.tokens`.
-        wandb: whether metrics are sent to Weights & Biases.
-        cache: where the model's states are kept for other runs; by default nowhere.
-
-    Returns:
-        Held-out metrics of the logit lens and the trained lens.
-
-    Raises:
-        InputError: a setting is impossible, or a file cannot be read or written.
-        Interrupted: after Ctrl-C, SIGTERM or SIGHUP; the run is saved.
-        KeyboardInterrupt: the same, while there is nothing to save.
-    """
+    """See `calls.train`; the config is complete, and a loaded model is the one that it names."""
     if resume and output is None:
         raise InputError("a run can only be resumed in its folder; give output")
     accelerator = join_processes(config.model.device)
     output = checkpointing.new_folder(config) if output is None else Path(output)
     with locked(output, is_main=accelerator.is_main_process):
         checkpointing.require_usable(output, resume=resume)
-        model = load_configured(config.model, accelerator.device)
+        model = model or load_configured(config.model, accelerator.device)
         if resume:
             config = checkpointing.continued(config, output)
         if accelerator.is_main_process:

@@ -17,8 +17,8 @@ from tunedlens.files import JsonObject, as_type
 from tunedlens.fit import LensOptimizer, PreconditionedMuon, TorchOptimizer, ValidationResult
 from tunedlens.lenses import AffineLens, TunedLens
 from tunedlens.model import FrozenModel, shape_of
+from tunedlens.progress import progress_bar, say
 from tunedlens.sampling import load_or_sample
-from tunedlens.tracking import progress_bar, say
 from tunedlens.training.plan import Costs, TrainPlan
 from tunedlens.training.sharding import LayerShards
 from tunedlens.training.state_cache import CachedStateReader, CacheSettings

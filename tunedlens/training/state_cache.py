@@ -17,7 +17,7 @@ from torch import Tensor
 from tunedlens.errors import InputError
 from tunedlens.files import JsonObject, read_json, write, write_json
 from tunedlens.model import FrozenModel, require_same_model
-from tunedlens.tracking import say
+from tunedlens.progress import say
 from tunedlens.training.plan import TrainPlan
 from tunedlens.training.states import StateReader
 

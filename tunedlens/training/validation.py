@@ -17,7 +17,7 @@ from tunedlens.errors import InputError
 from tunedlens.evaluation import Evaluation, RatioSums, score_lenses
 from tunedlens.fit import LeastSquares
 from tunedlens.lenses import Lens, ResidualLens
-from tunedlens.tracking import say
+from tunedlens.progress import say
 from tunedlens.training.sharding import LayerShards
 from tunedlens.training.states import StateReader
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -27,7 +28,7 @@ class Comparison:
 
     # Bound in `tunedlens/__init__.py`, from `frames`, `storage` and `tunedlens.report`.
     scores: ClassVar[Callable[..., "DataFrame"]]
-    save: ClassVar[Callable[..., None]]
+    save: ClassVar[Callable[..., Path]]
     load: ClassVar[Callable[..., "Comparison"]]
     heatmap: ClassVar[Callable[..., "Figure"]]
 

@@ -55,7 +55,8 @@ def trajectory(
     """Read one text, or several, with one lens or several.
 
     Args:
-        lenses: one, several (by name if two are of one kind), or None for the logit lens.
+        lenses: one, several (by name if two are of one kind), or None for the logit lens. The path
+            of a saved lens, or its name on the hub, stands for it.
         text: a text or its token ids; a list of them gives a list of trajectories, and the
             texts go through the model together.
         sites: names of `model.sites.SITES`; the model's own row is always the last. Rows at which

@@ -1,11 +1,13 @@
 """The arguments of `trajectory` and `compare`: lenses, texts and tokens, checked."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tunedlens import checkpoint
 from tunedlens.errors import InputError
 from tunedlens.lenses import LogitLens, ResidualLens, require_made_for
 from tunedlens.model import FrozenModel
@@ -14,21 +16,32 @@ from tunedlens.trajectories.result import Tokens, as_id, as_list
 
 Text = str | list[int] | Int[Tensor, " positions"]
 Texts = list[str] | list[list[int]] | list[Tensor] | tuple[Text, ...]
-Lenses = ResidualLens | Sequence[ResidualLens] | Mapping[str, ResidualLens] | None
+OneLens = ResidualLens | str | Path
+"""A lens, the path or the name on the hub of a saved one, or `logit`."""
+Lenses = OneLens | Sequence[OneLens] | Mapping[str, OneLens] | None
 
 
 def named_lenses(model: FrozenModel, lenses: Lenses) -> dict[str, ResidualLens]:
-    """Lenses by name, checked to fit the model."""
+    """Lenses by name, read if they are saved, and checked to fit the model.
+
+    Saved lenses of one kind are called by the last parts of their paths.
+    """
     if lenses is None:
         return {"logit": LogitLens.from_model(model)}
-    if isinstance(lenses, ResidualLens):
+    if isinstance(lenses, ResidualLens | str | Path):
         lenses = [lenses]
     if not lenses:
         raise InputError("there is no lens to read with; give one, or None for the logit lens")
     if isinstance(lenses, Mapping):
-        pairs = list(lenses.items())
+        pairs = [(name, _opened(model, one)) for name, one in lenses.items()]
     else:
-        pairs = [(type(lens).__name__.removesuffix("Lens").lower(), lens) for lens in lenses]
+        opened = [_opened(model, one) for one in lenses]
+        kinds = [getattr(lens, "kind_name", type(lens).__name__) for lens in opened]
+        titles = [
+            Path(one).name if isinstance(one, str | Path) and kinds.count(kind) > 1 else kind
+            for one, kind in zip(lenses, kinds, strict=True)
+        ]
+        pairs = list(zip(titles, opened, strict=True))
     for name, lens in pairs:
         if not isinstance(lens, ResidualLens):
             raise InputError(
@@ -43,6 +56,12 @@ def named_lenses(model: FrozenModel, lenses: Lenses) -> dict[str, ResidualLens]:
         )
     require_made_for(model, named)
     return named
+
+
+def _opened(model: FrozenModel, lens: OneLens) -> ResidualLens:
+    if not isinstance(lens, str | Path):
+        return lens
+    return LogitLens.from_model(model) if lens == "logit" else checkpoint.load_lens(lens, model)
 
 
 def texts_of(

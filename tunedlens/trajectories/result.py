@@ -5,6 +5,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -106,7 +107,7 @@ class Trajectory:
     words: ClassVar[Callable[..., "DataFrame"]]
     scores: ClassVar[Callable[..., "DataFrame"]]
     probabilities: ClassVar[Callable[..., "DataFrame"]]
-    save: ClassVar[Callable[..., None]]
+    save: ClassVar[Callable[..., Path]]
     load: ClassVar[Callable[..., "Trajectory"]]
     top_k: ClassVar[Callable[..., object]]
     heatmap: ClassVar[Callable[..., "Figure"]]

@@ -1,6 +1,8 @@
 """Trajectories and comparisons on disk: one safetensors file with JSON metadata."""
 
+import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -32,8 +34,15 @@ Item = TypeVar("Item")
 Tensors = dict[str, Tensor]
 
 
-def save(data: Trajectory | Comparison, path: str | Path) -> None:
+def save(data: Trajectory | Comparison, path: str | Path | None = None) -> Path:
     """Write a trajectory or comparison to one file; its `load` reads it without the model.
+
+    Args:
+        path: by default a file in the working directory, whose name has the first words of the
+            text and a hash of the content.
+
+    Returns:
+        The path of the file.
 
     Raises:
         InputError: the file cannot be written, or the name of a lens cannot be part of one.
@@ -49,7 +58,13 @@ def save(data: Trajectory | Comparison, path: str | Path) -> None:
     metadata = {"tunedlens": json.dumps({"kind": kind, "format": FORMAT, "records": records})}
     # Copies, because safetensors refuses tensors that share memory.
     copies = {name: value.clone().contiguous() for name, value in tensors.items()}
-    write(Path(path), safetensors.torch.save(copies, metadata))
+    content = safetensors.torch.save(copies, metadata)
+    if path is None:
+        words = re.sub(r"[^a-z0-9]+", "-", records[0]["text"].lower()).strip("-")[:24].strip("-")
+        digest = hashlib.sha256(content).hexdigest()[:6]
+        path = "-".join(filter(None, (kind, words, digest))) + ".safetensors"
+    write(Path(path), content)
+    return Path(path)
 
 
 def load_trajectory(path: str | Path) -> Trajectory:

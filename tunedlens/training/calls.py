@@ -1,0 +1,88 @@
+"""`train` as one call: with a config, or with settings by name."""
+
+from pathlib import Path
+from typing import Unpack, overload
+
+from tunedlens.config import TrainConfig, TrainSettings, WandbMode, lists_settings, with_settings
+from tunedlens.evaluation import Evaluation
+from tunedlens.model import FrozenModel
+from tunedlens.training import loop
+from tunedlens.training.state_cache import CacheSettings
+
+Model = FrozenModel | str | Path
+"""A loaded model, or its name on the hub or its folder."""
+
+
+@overload
+def train(
+    config: TrainConfig | None = None,
+    output: str | Path | None = None,
+    *,
+    model: Model | None = None,
+    resume: bool = False,
+    wandb: WandbMode = "disabled",
+    cache: CacheSettings | None = None,
+    **settings: Unpack[TrainSettings],
+) -> Evaluation: ...
+@overload
+def train(
+    model: Model | None = None,
+    /,
+    output: str | Path | None = None,
+    *,
+    resume: bool = False,
+    wandb: WandbMode = "disabled",
+    cache: CacheSettings | None = None,
+    **settings: Unpack[TrainSettings],
+) -> Evaluation: ...
+@lists_settings(TrainConfig())
+def train(
+    config: TrainConfig | Model | None = None,
+    output: str | Path | None = None,
+    *,
+    model: Model | None = None,
+    resume: bool = False,
+    wandb: WandbMode = "disabled",
+    cache: CacheSettings | None = None,
+    **settings: Unpack[TrainSettings],
+) -> Evaluation:
+    """Train a lens and save it in a folder.
+
+    `train(model, "folder", dataset="my-texts/")` is short for a `TrainConfig` with these settings.
+    A run is a function of its config: interrupted and resumed, it takes the steps that it
+    would have taken, bit for bit on the same device.
+
+    Args:
+        config: a `TrainConfig`, or the model: loaded, its name on the hub or its folder. Of a
+            loaded model the run records the name, revision, dtype and device; what else it was
+            loaded with, such as an adapter, is given as settings instead.
+        output: the run's folder; `checkpoints/<model>-<time>` by default.
+        model: the model, if the first argument is a config.
+        resume: continue the interrupted run in `output`, or extend the finished one there to
+            the larger number of `tokens`.
+        wandb: whether metrics are sent to Weights & Biases.
+        cache: where the model's states are kept for other runs; by default nowhere.
+        settings: fields of `TrainConfig` and of its parts, in place of those of `config`.
+
+    Returns:
+        Held-out metrics of the logit lens and the trained lens.
+
+    Raises:
+        InputError: a setting is unknown or impossible, or a file cannot be read or written.
+        Interrupted: after Ctrl-C, SIGTERM or SIGHUP; the run is saved.
+        KeyboardInterrupt: the same, while there is nothing to save.
+    """
+    if not isinstance(config, TrainConfig):
+        model = config if model is None else model
+        config = TrainConfig()
+    named: dict[str, object] = dict(settings)
+    loaded = model if isinstance(model, FrozenModel) else None
+    if loaded is not None:
+        named["model"], named["revision"] = loaded.name, loaded.identity.revision
+        named["dtype"] = str(loaded.model.dtype).removeprefix("torch.")
+        named["device"] = str(loaded.device)
+    elif model is not None:
+        named["model"] = model
+    return loop.train(
+        with_settings(config, named), output, model=loaded, resume=resume, wandb=wandb, cache=cache
+    )
