@@ -11,9 +11,9 @@ from tunedlens.config import ModelConfig, configured
 from tunedlens.distributed import join_processes
 from tunedlens.evaluation import measure_quality
 from tunedlens.evaluation.lens_specs import SavedLens, model_as_trained
+from tunedlens.progress import say
 from tunedlens.report import write_card
 from tunedlens.report.tables import plus_minus
-from tunedlens.progress import say
 
 CARD = """Measure a lens and write its card: KL by layer, bias, transfer, convergence, warnings.
 

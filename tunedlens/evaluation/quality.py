@@ -12,8 +12,8 @@ from tunedlens import checkpoint
 from tunedlens.config import CorpusConfig, EvaluateConfig, ModelConfig
 from tunedlens.distributed import join_processes
 from tunedlens.errors import InputError
-from tunedlens.evaluation.lens_specs import SavedLens, lens_specs, model_as_trained, saved_lenses
 from tunedlens.evaluation.calls import evaluate
+from tunedlens.evaluation.lens_specs import SavedLens, lens_specs, model_as_trained, saved_lenses
 from tunedlens.evaluation.results import Evaluation
 from tunedlens.files import JsonObject
 from tunedlens.fit import MIN_GAIN, MIN_TOKENS_PER_DIMENSION, Doubling, last_doubling
