@@ -70,6 +70,7 @@ class Section:
     name: str
     """Of its picture."""
     title: str
+    caption: str
     paper: str
     """What the paper shows."""
     found: str
@@ -88,6 +89,7 @@ def by_layer(evaluation: Evaluation) -> Section:
     return Section(
         "by-layer",
         "Perplexity and KL by layer",
+        "Perplexity of the true next token (the grey line is the model), and KL from the model.",
         "The tuned lens has a lower perplexity than the logit lens at every layer, and the gap is "
         "largest at early layers.",
         f"The mean KL over layers is {means[LENS]} nats for the tuned lens and {means['logit']} "
@@ -107,6 +109,7 @@ def bias(evaluation: Evaluation) -> Section:
     return Section(
         "bias",
         "Bias",
+        "KL from the mean of the model's distributions to the mean of the lens's.",
         "The mean distribution of the logit lens is far from the model's: by 4 to 5 bits at most "
         "layers of GPT-Neo 2.7B. That of the tuned lens is close to it.",
         f"The bias is at most {plus_minus(largest['logit'])} nats for the logit lens and "
@@ -128,11 +131,12 @@ def transfer(evaluation: Evaluation) -> Section:
     return Section(
         "transfer",
         "Transfer of translators",
+        "KL when the translator of one layer is applied at another.",
         "A translator works nearly as well at the layers next to its own, and worse the farther "
         "away they are.",
-        f"In place of a layer's own translator, one of {nearest} layer{'s' * (nearest > 1)} away "
-        f"multiplies the KL by {factors[nearest]:.3g} (median), and one of {farthest} layers away "
-        f"by {factors[farthest]:.3g}. Scored on {evaluation.tokens:,} positions.",
+        f"In place of a layer's own translator, that of a layer at a distance of {nearest} "
+        f"multiplies the KL by {factors[nearest]:.3g} (median), and at a distance of {farthest} by "
+        f"{factors[farthest]:.3g}. Scored on {evaluation.tokens:,} positions.",
         plots.transfer(evaluation),
         [
             ["translator", *(f"at layer {layer}" for layer in layers)],
@@ -161,8 +165,9 @@ def fidelity(
     return Section(
         "fidelity",
         "Causal fidelity",
-        "Directions that matter to the tuned lens matter to the model: Spearman's ρ is 0.89 over "
-        "the causal basis of layer 18 of Pythia 410m.",
+        "Effect of each direction on the lens and on the model.",
+        "Directions that matter to the tuned lens matter to the model: Spearman's ρ is 0.89 at a "
+        "middle layer of Pythia 410m.",
         f"ρ is {value:.2f} (95 % interval {low:.2f} to {high:.2f}) over the first {k} directions "
         f"of the causal basis of layer {layer}, along each of which the state is replaced by its "
         f"mean ({basis.tokens:,} positions).",
@@ -193,6 +198,7 @@ def alignment(
     return Section(
         "alignment",
         "Stimulus-response alignment",
+        "Cosine similarity of the changes of the lens's and of the model's log-probabilities.",
         "When the states of a layer are resampled along important directions, the model's output "
         "changes as the tuned lens's does, more than as the logit lens's does, and most so at late "
         "layers.",
@@ -223,8 +229,9 @@ def depth(evaluation: Evaluation) -> Section:
     return Section(
         "depth",
         "Prediction depth",
+        "Fraction of tokens by the first layer from which the best token no longer changes.",
         "The layer from which the most probable token stays the same measures how hard an example "
-        "is; the tuned lens finds it earlier than the logit lens.",
+        "is: in the tuned lens, it goes with how late in training a model learns the example.",
         f"The mean prediction depth, of {evaluation.n_layers} layers, is {means[LENS]} in the "
         f"tuned lens and {means['logit']} in the logit lens.",
         drawing.draw(evaluation),
@@ -330,14 +337,14 @@ def write_pages(sections: Sequence[Section], evaluation: Evaluation, folder: Pat
             f"<h2>{for_html(one.title)}</h2>",
             f"<p>{for_html(one.found)}</p>",
             f'<p class="note">In the paper: {for_html(one.paper)}</p>',
-            figure(one.title, drawn["svg"], name=one.name, is_wide=one.is_wide),
+            figure(one.caption, drawn["svg"], name=one.name, is_wide=one.is_wide),
             f"<details><summary>Numbers</summary>{table(one.rows)}</details>",
         ]
         parts += [
             f"## {for_markdown(one.title)}",
             for_markdown(one.found),
             f"In the paper: {for_markdown(one.paper)}",
-            f"![{for_markdown(one.title)}]({one.name}.png)",
+            f"![{for_markdown(one.caption)}]({one.name}.png)",
             markdown(one.rows),
         ]
     command = f"Made by {{}} on {run['device']}, tunedlens {run['versions']['tunedlens']}."
