@@ -39,7 +39,6 @@ nb_execution_mode = "off"
 default_role = "code"  # `x` in a docstring
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
-autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 80
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False

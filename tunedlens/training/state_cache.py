@@ -181,4 +181,4 @@ class CachedStateReader(StateReader):
 
 
 def _checksum(state: Float[Tensor, "seq d_model"]) -> str:
-    return f"{zlib.crc32(state.view(torch.uint8).numpy()):08x}"
+    return f"{zlib.crc32(state.view(torch.uint8).numpy().data):08x}"
