@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 EMBEDDED = Path(__file__).parents[1] / "checkpoints" / "embedded"
 LENS = "tuned"
 """What results call the lens, whatever its kind."""
-_STEPS = 120
+_STEPS = 60
 """Products with the unembedding per position that the search for a direction takes, or fewer."""
 
 
@@ -193,7 +193,12 @@ def alignment(
     ]
     found = response_alignment(model, lenses, ids, targets, skip_first=1)
     values = {(one.lens, one.layer): one.similarity for one in found}
-    better = sum(values[LENS, layer].value > values["logit", layer].value for layer in layers)
+    pairs = [(values[LENS, layer], values["logit", layer]) for layer in layers]
+    higher = sum(tuned.value > logit.value for tuned, logit in pairs)
+    clear = sum(
+        tuned.value - logit.value > 2 * max(tuned.standard_error or 0, logit.standard_error or 0)
+        for tuned, logit in pairs
+    )
     last = layers[-1]
     return Section(
         "alignment",
@@ -202,9 +207,10 @@ def alignment(
         "When the states of a layer are resampled along important directions, the model's output "
         "changes as the tuned lens's does, more than as the logit lens's does, and most so at late "
         "layers.",
-        f"The tuned lens is more aligned than the logit lens at {better} of {len(layers)} layers. "
-        f"At layer {last} the cosine similarity is {plus_minus(values[LENS, last])} for the tuned "
-        f"lens and {plus_minus(values['logit', last])} for the logit lens. The directions are the "
+        f"The tuned lens is more aligned than the logit lens at {higher} of {len(layers)} layers, "
+        f"and by more than two standard errors at {clear}. At layer {last} the cosine similarity "
+        f"is {plus_minus(values[LENS, last])} for the tuned lens and "
+        f"{plus_minus(values['logit', last])} for the logit lens. The directions are the "
         f"first {span} of the tuned lens's causal basis.",
         plots.alignment_by_layer(found),
         [
