@@ -73,6 +73,17 @@ def test_warning_counts_the_layers_and_names_the_worst():
     assert "2 of its 8 translators by more than 2 %, at most by 10 % at layer 2." in warning.message
 
 
+def test_damaged_history_is_one_clear_error():
+    learned = history(3, 2, 1, 1)
+    for one in learned:
+        one["kl_nats"] = one["kl_nats"][:5]
+    with pytest.raises(InputError, match="has 5 translators, and the lens has 8"):
+        _ = quality(learned).warnings
+    learned[1]["kl_nats"] = [1.0]
+    with pytest.raises(InputError, match="differ in length"):
+        _ = quality(learned).warnings
+
+
 def test_warns_of_fewer_tokens_than_the_width_asks_for():
     assert kinds(quality(tokens=128 * 16)) == []
     assert kinds(quality(tokens=128 * 16 - 1)) == ["undertrained"]

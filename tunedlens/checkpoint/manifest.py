@@ -102,4 +102,7 @@ def validations(manifest: JsonObject) -> list[ValidationResult]:
     """
     progress = manifest.get("progress", {})
     found = progress.get("history") or progress.get("curve", {}).get("looks", [])  # 0.1.0: looks
-    return as_type(list[ValidationResult], found, f"the history in {MANIFEST}")
+    history = as_type(list[ValidationResult], found, f"the history in {MANIFEST}")
+    if len({len(one.kl_nats) for one in history}) > 1:
+        raise InputError(f"the history in {MANIFEST} is damaged: its validations differ in length")
+    return history

@@ -68,6 +68,11 @@ class Quality:
             return {}
         sites, layers = self.manifest.get("sites", ["resid_pre"]), self.manifest.get("layers")
         points = hook_points(sites, range(self.own.n_layers) if layers is None else layers)
+        if len(points) != len(self.doubling.gains):
+            raise InputError(
+                f"the history in {checkpoint.MANIFEST} is damaged: it has "
+                f"{len(self.doubling.gains)} translators, and the lens has {len(points)}"
+            )
         return dict(zip(points, self.doubling.gains, strict=True))
 
     @property
@@ -135,8 +140,9 @@ def names_at_sites(evaluation: Evaluation, lens: str) -> list[str]:
 
 
 def percent(fraction: float) -> str:
-    """A fraction in per cent, with two digits."""
-    return f"{100 * fraction:.2g} %"
+    """A fraction in per cent, with at least two digits."""
+    value = 100 * fraction
+    return f"{value:.2g} %" if abs(value) < 10 else f"{value:,.0f} %"
 
 
 def text_title(evaluation: Evaluation) -> str:
