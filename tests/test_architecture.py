@@ -30,7 +30,9 @@ ORDER = (
     "doctor",
     "metrics",
     "evaluation",
+    "early_exit",
     "trajectories",
+    "anomaly",
     "generation",
     "mlp_neurons",
     "causal",
@@ -46,6 +48,7 @@ ORDER = (
 `tunedlens/__init__.py` imports everything and is imported by nothing inside."""
 
 HOMES = {"wandb": "tracking", "matplotlib": "report", "datasets": "corpus", "peft": "model"}
+HOMES["sklearn"] = "anomaly"
 """Packages that are slow to import, and the one room that imports each, inside functions."""
 
 

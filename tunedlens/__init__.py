@@ -5,6 +5,7 @@
 >>> lens = TunedLens.load("checkpoints/embedded", model)
 """
 
+from tunedlens import anomaly as anomaly
 from tunedlens.causal import (
     Block,
     CausalBasis,
@@ -21,9 +22,18 @@ from tunedlens.causal import (
 from tunedlens.checkpoint import export_lens, load_lens, load_lens_of_kind, save_lens
 from tunedlens.config import CorpusConfig, EvaluateConfig, ModelConfig, ScoringConfig, TrainConfig
 from tunedlens.doctor import Diagnosis, doctor
+from tunedlens.early_exit import EarlyExits, ExitRule, early_exits
 from tunedlens.errors import InputError
-from tunedlens.evaluation import Evaluation, Quality, evaluate, measure_quality, score_lenses
-from tunedlens.generation import generate
+from tunedlens.evaluation import (
+    Evaluation,
+    Quality,
+    TokenBias,
+    evaluate,
+    measure_quality,
+    score_lenses,
+    token_bias,
+)
+from tunedlens.generation import ExitedText, generate
 from tunedlens.lenses import (
     AffineLens,
     ConstantLens,
@@ -37,8 +47,10 @@ from tunedlens.mlp_neurons import neurons
 from tunedlens.model import FrozenModel, load_model
 from tunedlens.neighbours import as_transformer_lens
 from tunedlens.report import notebook, read_evaluation, top_k, write_card, write_report
-from tunedlens.report.plots import curves, effects_scatter, heatmap
+from tunedlens.report.early_exit import exit_table
+from tunedlens.report.plots import curves, effects_scatter, exit_curves, heatmap
 from tunedlens.report.tables import TopK
+from tunedlens.report.token_bias import bias_table
 from tunedlens.sharing import push_to_hub
 from tunedlens.training import CacheSettings, train
 from tunedlens.trajectories import Comparison, Trajectory, compare, difference, trajectory
@@ -68,6 +80,9 @@ Comparison.save = save
 Comparison.load = staticmethod(load_comparison)
 Comparison.scores = scores
 Comparison.heatmap = heatmap
+EarlyExits.table = exit_table
+EarlyExits.plot = exit_curves
+TokenBias.table = bias_table
 Trajectory._repr_html_ = notebook.explorer_html
 TopK._repr_html_ = notebook.top_k_html
 Evaluation._repr_html_ = notebook.evaluation_html
@@ -84,8 +99,11 @@ __all__ = [
     "CorpusConfig",
     "Diagnosis",
     "Directions",
+    "EarlyExits",
     "EvaluateConfig",
     "Evaluation",
+    "ExitRule",
+    "ExitedText",
     "FrozenModel",
     "Head",
     "InputError",
@@ -96,6 +114,7 @@ __all__ = [
     "Neuron",
     "Quality",
     "ScoringConfig",
+    "TokenBias",
     "TrainConfig",
     "Trajectory",
     "TunedLens",
@@ -105,6 +124,7 @@ __all__ = [
     "compare",
     "difference",
     "doctor",
+    "early_exits",
     "evaluate",
     "export_lens",
     "load_lens",
@@ -115,6 +135,7 @@ __all__ = [
     "read_evaluation",
     "response_alignment",
     "score_lenses",
+    "token_bias",
     "train",
     "trajectory",
     "write_card",

@@ -1,15 +1,35 @@
-"""Generates text from the predictions of one layer."""
+"""Generates text from the predictions of one layer, or of the first that is sure enough."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from tunedlens.early_exit import SIGNALS, ExitRule, first_exit, signal_of
+from tunedlens.engine import ModelDistribution, measure
 from tunedlens.errors import InputError
 from tunedlens.lenses import ResidualLens, require_made_for
 from tunedlens.model import FrozenModel
 from tunedlens.sampling import only_settings
+
+
+class ExitedText(NamedTuple):
+    """A text that was written with early exits."""
+
+    text: str
+    layers: list[int]
+    """The layer that wrote each token; n is the model itself."""
+    n_layers: int
+
+    @property
+    def layers_saved(self) -> float:
+        """The mean number of blocks after the layers that wrote the text; 0 if it is empty."""
+        return sum(self.n_layers - layer for layer in self.layers) / max(1, len(self.layers))
 
 
 def generate(
@@ -18,6 +38,7 @@ def generate(
     prompt: str | list[str],
     layer: int = -1,
     *,
+    early_exit: ExitRule | None = None,
     max_new_tokens: int = 20,
     do_sample: bool = False,
     temperature: float = 1.0,
@@ -25,7 +46,7 @@ def generate(
     top_p: float = 1.0,
     eos_token_id: int | list[int] | None = None,
     seed: int = 0,
-) -> str | list[str]:
+) -> str | list[str] | ExitedText | list[ExitedText]:
     """Continue a text; every new token comes from the lens's distribution at one layer.
 
     At the last layer the model itself generates, in its own dtype. The model's generation config
@@ -33,6 +54,8 @@ def generate(
 
     Args:
         prompt: text, or several texts that are continued together.
+        early_exit: instead of a layer, a rule that chooses one for each token. All layers still
+            run, because later tokens attend to their states.
         do_sample: whether to sample; otherwise the best token is taken.
         temperature: divides the logits of the distribution sampled from.
         top_k: sample from this number of best tokens; 0 means all.
@@ -41,39 +64,41 @@ def generate(
         seed: the seed of the samples.
 
     Returns:
-        The text after the prompt, without the token that ended it; for several prompts, a list.
+        The text after the prompt, without the token that ended it, and with a rule the layers
+        that wrote it; for several prompts, a list.
 
     Raises:
         InputError: the lens was made for another model, there is no such layer, a setting is
-            out of range, or a prompt is empty or leaves no room for the new tokens.
+            out of range, a prompt is empty or leaves no room, or there is a layer beside a rule.
     """
     require_made_for(model, {type(lens).__name__: lens})
+    if early_exit is not None and layer != -1:
+        raise InputError(f"give either a layer or early_exit; got layer {layer} and {early_exit}")
     layer = lens.resolve(layer)
+    exits = None if early_exit is None else _Exits(lens, early_exit)
     prompts = [prompt] if isinstance(prompt, str) else prompt
     samples = _sampling(do_sample, temperature, top_k, top_p)
-    ends = _ends(model, eos_token_id)
-    try:
-        config = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            eos_token_id=ends or None,
-            pad_token_id=ends[0] if ends else 0,
-            **samples,
-        )
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    texts = _continue(lens, model, prompts, layer, config, seed)
-    return texts[0] if isinstance(prompt, str) else texts
+    config = _config(max_new_tokens, _ends(model, eos_token_id), samples)
+    written = _continue(lens, model, prompts, exits or layer, config, seed)
+    texts = [str(model.tokenizer.decode(line)) for line in written]
+    if exits is None:
+        return texts[0] if isinstance(prompt, str) else texts
+    exited = [
+        ExitedText(text, layers[: len(line)], lens.n_layers)
+        for text, line, layers in zip(texts, written, exits.by_text(), strict=True)
+    ]
+    return exited[0] if isinstance(prompt, str) else exited
 
 
 def _continue(
     lens: ResidualLens,
     model: FrozenModel,
     prompts: Sequence[str],
-    layer: int,
+    source: "int | _Exits",
     config: GenerationConfig,
     seed: int,
-) -> list[str]:
-    """The texts after the prompts; see `generate`."""
+) -> list[list[int]]:
+    """The tokens after the prompts, without those that end them; see `generate`."""
     if not prompts:
         raise InputError("there is no prompt; give at least one")
     ids = [model.encode(prompt)[0] for prompt in prompts]
@@ -87,27 +112,80 @@ def _continue(
     input_ids = pad(ids, batch_first=True, padding_side="left")
     mask = pad([torch.ones_like(i) for i in ids], batch_first=True, padding_side="left")
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), _writer(lens, model, layer, config) as writer:
+    with torch.random.fork_rng(devices), _writer(lens, model, source, config) as writer:
         torch.manual_seed(seed)
         written = writer.generate(input_ids, attention_mask=mask)  # type: ignore[operator]
-    ends, texts = config.eos_token_id or [], []
-    for line in written[:, longest:].tolist():
-        end = next((index for index, token in enumerate(line) if token in ends), None)
-        texts.append(str(model.tokenizer.decode(line[:end])))
-    return texts
+    ends = config.eos_token_id or []
+    return [
+        list(itertools.takewhile(lambda token: token not in ends, line))
+        for line in written[:, longest:].tolist()
+    ]
+
+
+class _Exits:
+    """Decodes each token at the first layer that a rule accepts, and remembers the layers."""
+
+    def __init__(self, lens: ResidualLens, rule: ExitRule) -> None:
+        self._lens, self._rule = lens, rule
+        later = range(rule.first_layer, lens.n_layers)
+        read = [layer for layer in later if lens.reads("resid_pre", layer)]
+        if not read:
+            raise InputError(
+                f"the lens reads no layer from {rule.first_layer} on; there are {lens.n_layers}"
+            )
+        self.layers = [*read, lens.n_layers]
+        self._steps: list[list[int]] = []
+
+    def __call__(
+        self, *states: Float[Tensor, "texts positions d_model"]
+    ) -> Float[Tensor, "texts positions vocab"]:
+        """The logits at the last position, which the others, if any, get too."""
+        logits = torch.stack([
+            self._lens(state[:, -1], layer)
+            for state, layer in zip(states, self.layers, strict=True)
+        ])  # fmt: skip
+        model, signal = ModelDistribution.from_logits(logits[-1]), self._rule.signal
+        statistic = torch.cat([
+            measure([SIGNALS[signal]], one.clone(), model, model.top1_ids) for one in logits[:-1]
+        ])  # fmt: skip
+        exits = first_exit(self._rule, signal_of(signal, statistic))
+        self._steps.append([self.layers[index] for index in exits.tolist()])
+        chosen = logits[exits, torch.arange(len(exits), device=exits.device)]
+        return chosen[:, None].expand(-1, states[0].shape[1], -1)
+
+    def by_text(self) -> list[list[int]]:
+        """The layer of every token that was written, also after the end of a text."""
+        return [list(layers) for layers in zip(*self._steps, strict=True)]
 
 
 @contextmanager
 def _writer(
-    lens: ResidualLens, model: FrozenModel, layer: int, config: GenerationConfig
+    lens: ResidualLens, model: FrozenModel, source: int | _Exits, config: GenerationConfig
 ) -> Iterator[PreTrainedModel]:
-    """The model with the logits of the layer and with `config` as its only settings."""
+    """The model with the logits of a layer or of exits, and with `config` as its only settings."""
     with only_settings(model, config):
-        if layer == lens.n_layers:  # the model itself, in its own dtype
+        if source == lens.n_layers:  # the model itself, in its own dtype
             yield model.model
-        else:
-            with model.decoded_by(lambda hidden: lens(hidden, layer), layer) as writer:
+        elif isinstance(source, _Exits):
+            with model.decoded_by(source, source.layers) as writer:
                 yield writer
+        else:
+            with model.decoded_by(lambda hidden: lens(hidden, source), [source]) as writer:
+                yield writer
+
+
+def _config(
+    max_new_tokens: int, ends: list[int], samples: dict[str, bool | int | float]
+) -> GenerationConfig:
+    try:
+        return GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            eos_token_id=ends or None,
+            pad_token_id=ends[0] if ends else 0,
+            **samples,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def _sampling(

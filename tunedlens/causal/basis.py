@@ -137,16 +137,9 @@ def causal_basis(
     point = Directions(torch.eye(1, width), layer, site).read_at(model)
     states = model.states_at([point], input_ids)[0][:, skip_first:]
     influence = Influence(lens, point, states.flatten(0, 1), mode, seed)
-    forms = influence.forms(seed)
-    found = states.new_zeros(0, width, dtype=influence.dtype)
-    steps, estimates = [], []
-    for _ in range(k):
-        starts = _candidates(*forms, found)
-        start = max(starts, key=lambda vector: float(influence.kl(vector).mean()))
-        vector, taken = _climb(influence, start, found, max_steps)
-        found = torch.cat([found, vector[None]])
-        steps.append(taken)
-        estimates.append(mean_over_positions(influence.kl(vector).view(states.shape[:2])))
+    found, steps = _search(influence, k, seed, max_steps)
+    kls = [influence.kl(vector).view(states.shape[:2]) for vector in found]
+    estimates = [mean_over_positions(kl) for kl in kls]
     influences = torch.tensor([value for value, _ in estimates])
     errors = [math.nan if error is None else error for _, error in estimates]
     order = influences.argsort(descending=True)
@@ -154,7 +147,7 @@ def causal_basis(
         found.float().cpu()[order],
         influences[order],
         torch.tensor(errors)[order],
-        torch.tensor(steps)[order],
+        steps[order],
         layer=point.layer,
         site=point.site,
         mode=mode,
@@ -225,6 +218,21 @@ class Influence:
             scores.append(score)
         score = torch.cat(scores)
         return self._change.T @ self._change / len(score), score.T @ score / len(score)
+
+
+def _search(
+    influence: Influence, k: int, seed: int, max_steps: int
+) -> tuple[Float[Tensor, "k d_model"], Int[Tensor, " k"]]:
+    """Orthonormal directions, in the order in which they are found, and the steps of each."""
+    forms, steps = influence.forms(seed), []
+    found = forms[0].new_zeros(0, len(forms[0]))
+    for _ in range(k):
+        starts = _candidates(*forms, found)
+        start = max(starts, key=lambda vector: float(influence.kl(vector).mean()))
+        vector, taken = _climb(influence, start, found, max_steps)
+        found = torch.cat([found, vector[None]])
+        steps.append(taken)
+    return found, torch.tensor(steps)
 
 
 def _candidates(

@@ -51,16 +51,9 @@ def invert(
             probability, the lens does not read such a state, or the penalty is negative.
     """
     weight, identity = lens.unembedding.weight, lens.identity
-    if logits.shape[-1] != identity.vocab_size:
-        raise InputError(
-            f"expected logits of {identity.vocab_size} tokens, the vocabulary of {identity.name}; "
-            f"got {tuple(logits.shape)}"
-        )
+    wanted = _wanted(lens, logits)
     if not penalty >= 0:
         raise InputError(f"penalty must be 0 or more, got {penalty}")
-    wanted = log_probs(logits.detach().to(weight.device))
-    if wanted.isnan().any():
-        raise InputError("expected logits that are finite, or -inf for some of the tokens")
     if start is None:
         rows = wanted.exp().to(weight) @ weight - weight.mean(0)
         start = torch.nn.functional.normalize(rows, dim=-1) * identity.d_model**0.5
@@ -71,7 +64,7 @@ def invert(
     results = [
         _invert_one(lens, one, layer, site, first, penalty, max_steps)
         for one, first in zip(
-            wanted.flatten(0, -2) if wanted.ndim > 1 else wanted[None],
+            wanted.reshape(-1, identity.vocab_size),
             start.reshape(-1, identity.d_model),
             strict=True,
         )
@@ -82,6 +75,22 @@ def invert(
         torch.stack([kl for _, kl, _ in results]).view(shape),
         torch.tensor([steps for _, _, steps in results]).view(shape),
     )
+
+
+def _wanted(
+    lens: ResidualLens, logits: Float[Tensor, "*positions vocab"]
+) -> Float[Tensor, "*positions vocab"]:
+    """The logarithms of the wanted probabilities."""
+    identity = lens.identity
+    if logits.shape[-1] != identity.vocab_size:
+        raise InputError(
+            f"expected logits of {identity.vocab_size} tokens, the vocabulary of {identity.name}; "
+            f"got {tuple(logits.shape)}"
+        )
+    wanted = log_probs(logits.detach().to(lens.unembedding.weight.device))
+    if wanted.isnan().any():
+        raise InputError("expected logits that are finite, or -inf for some of the tokens")
+    return wanted
 
 
 def _invert_one(

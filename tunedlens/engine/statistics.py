@@ -142,6 +142,11 @@ class LensStatistics:
     def confidence(self) -> PerToken:
         return self.probs.amax(-1)
 
+    @property
+    def top1_id(self) -> PerToken:
+        """The id of the most probable token, which a float32 holds exactly up to 2^24."""
+        return self._logits.argmax(-1).float()
+
     @cached_property
     def _next_logits(self) -> PerToken:
         return self._logits.gather(-1, self._next_ids[:, None])[:, 0]

@@ -5,6 +5,7 @@ from tunedlens.evaluation.estimates import Estimate, RatioSums
 from tunedlens.evaluation.pipeline import score_lenses
 from tunedlens.evaluation.quality import Quality, QualityWarning, measure_quality
 from tunedlens.evaluation.results import MODEL, Difference, Evaluation, Grid, Result
+from tunedlens.evaluation.token_bias import TokenBias, token_bias
 
 __all__ = [
     "MODEL",
@@ -16,7 +17,9 @@ __all__ = [
     "QualityWarning",
     "RatioSums",
     "Result",
+    "TokenBias",
     "evaluate",
     "measure_quality",
     "score_lenses",
+    "token_bias",
 ]

@@ -174,7 +174,7 @@ def score_lenses(
     scorer = Scorer(model, layout, per_token_metrics(config.metrics))
     tally = Tally(layout, config, positions=len(first[0]) - 1 if first else 0)
     digest = hashlib.sha256()
-    own = _blocks_of_this_process(chain(first, blocks), config.tokens, accelerator, digest.update)
+    own = blocks_of_this_process(chain(first, blocks), config.tokens, accelerator, digest.update)
     while batch := list(islice(own, config.batch_size)):
         scored = scorer.score(batch)
         tally.add(scored)
@@ -185,7 +185,7 @@ def score_lenses(
     return tally.evaluation(digest.hexdigest())
 
 
-def _blocks_of_this_process(
+def blocks_of_this_process(
     blocks: Iterable[Int[Tensor, " seq"]],
     tokens: int | None,
     accelerator: Accelerator | None,

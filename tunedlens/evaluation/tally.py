@@ -149,7 +149,7 @@ class Tally:
         rows = self._layout.rows
         found = {metric: sums.estimates(contrasts) for metric, sums in self._by_layer.items()}
         found["bias_nats"] = self._probabilities.jackknife(
-            lambda sums: self._with_means(_bias_nats(sums).cpu()[rows]) @ contrasts.mT
+            lambda sums: self._with_means(bias_nats(sums).cpu()[rows]) @ contrasts.mT
         )
         if "confidence" in found:
             found["calibration_error"] = self._calibration.jackknife(
@@ -238,7 +238,7 @@ def _terms(
     return terms
 
 
-def _bias_nats(sums: Float[Tensor, "rows vocab"]) -> Float[Tensor, " rows"]:
+def bias_nats(sums: Float[Tensor, "rows vocab"]) -> Float[Tensor, " rows"]:
     """KL of the model's mean distribution, in the last row, to each row's."""
     means = sums / sums.sum(-1, keepdim=True)
     # A probability below the smallest normal float counts as that.

@@ -78,7 +78,7 @@ class ResidualLens(Lens):
     At the last state every such lens gives the model's own logits.
     """
 
-    generate: ClassVar[Callable[..., str | list[str]]]
+    generate: ClassVar[Callable]
     """See `tunedlens.generation.generate`."""
     invert: ClassVar[Callable[..., tuple[Tensor, Tensor, Tensor]]]
     """See `tunedlens.causal.invert`."""

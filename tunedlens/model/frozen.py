@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import ClassVar
 
 import torch
@@ -263,28 +263,30 @@ class FrozenModel(nn.Module):
     @contextmanager
     def decoded_by(
         self,
-        decode: Callable[[Float[Tensor, "batch seq d_model"]], Float[Tensor, "batch seq vocab"]],
-        layer: int,
+        decode: Callable[..., Float[Tensor, "batch seq vocab"]],
+        layers: Sequence[int],
     ) -> Iterator[PreTrainedModel]:
-        """The model, with the logits decoded from an earlier state in place of its own.
+        """The model, with the logits decoded from earlier states in place of its own.
 
         It serves what transformers does with logits, such as `generate`, with its cache.
 
         Args:
-            decode: maps states to logits.
-            layer: the layer of the states, from 0 to n.
+            decode: maps the states of the layers, one argument each, to logits.
+            layers: from 0 to n.
         """
-        state: list[Tensor] = []
+        states: dict[int, Tensor] = {}
 
-        def capture(hidden: Tensor) -> None:
-            state[:] = [hidden.to(self.device)]
+        def capture(layer: int, hidden: Tensor) -> None:
+            states[layer] = hidden.to(self.device)
 
         def replace(_model: nn.Module, _args: Args, output: CausalLMOutputWithPast) -> None:
             assert output.logits is not None
-            # The model may be asked for the last few positions only.
-            output.logits = decode(state[0][:, -output.logits.shape[1] :])
+            count = output.logits.shape[1]  # the model may be asked for the last few only
+            output.logits = decode(*(states[layer][:, -count:] for layer in layers))
 
-        with on_state(self.parts, layer, capture), self.model.register_forward_hook(replace):
+        with ExitStack() as hooks, self.model.register_forward_hook(replace):
+            for layer in layers:
+                hooks.enter_context(on_state(self.parts, layer, partial(capture, layer)))
             yield self.model
 
     @float32_products()

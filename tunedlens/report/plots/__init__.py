@@ -3,6 +3,7 @@
 from tunedlens.report.plots.by_layer import DRAWINGS, by_layer, by_position, transfer
 from tunedlens.report.plots.causal import alignment_by_layer, effects_scatter, influences
 from tunedlens.report.plots.curves import curves, draw_learning_curve, learning_curve
+from tunedlens.report.plots.early_exit import exit_curves
 from tunedlens.report.plots.heatmaps import heatmap, heatmap_pages
 from tunedlens.report.plots.style import FORMATS, in_all_formats, in_svg, rendered, save
 
@@ -15,6 +16,7 @@ __all__ = [
     "curves",
     "draw_learning_curve",
     "effects_scatter",
+    "exit_curves",
     "heatmap",
     "heatmap_pages",
     "in_all_formats",

@@ -1,0 +1,89 @@
+"""When a token needs no further layer."""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tunedlens.errors import InputError
+
+Signal = Literal["entropy", "confidence", "agreement"]
+SIGNALS: dict[Signal, str] = {
+    "entropy": "entropy_nats",
+    "confidence": "confidence",
+    "agreement": "top1_id",
+}
+"""The statistic of `engine.LensStatistics` that each signal is computed from."""
+
+ByLayer = Float[Tensor, "layers *positions"]
+IsMet = Bool[Tensor, "layers *positions"]
+
+
+@dataclass(frozen=True)
+class ExitRule:
+    """Takes the prediction of the first layer that is sure enough, or else the model's own.
+
+    The layers are those that the lens reads, from `first_layer` to the last.
+
+    Raises:
+        InputError: there is no such signal, or the threshold is outside its range.
+    """
+
+    signal: Signal
+    """What tells how sure a layer is: the entropy of its distribution, the probability of its most
+    probable token (`confidence`), or how many layers in a row, up to this one, have the same most
+    probable token (`agreement`)."""
+    threshold: float
+    """The entropy in nats must be below it, the probability above it, the number of layers at
+    least it."""
+    first_layer: int = 0
+    """Layers before it are not read: a lens may be sure of its prediction there and wrong."""
+
+    def __post_init__(self) -> None:
+        if self.signal not in get_args(Signal):
+            raise InputError(
+                f"signal must be one of {', '.join(get_args(Signal))}; got {self.signal!r}"
+            )
+        expected, is_right = {
+            "entropy": ("0 or more nats", 0 <= self.threshold < math.inf),
+            "confidence": ("between 0 and 1", 0 <= self.threshold <= 1),
+            "agreement": (
+                "a whole number of layers, 1 or more",
+                1 <= self.threshold < math.inf and self.threshold % 1 == 0,
+            ),
+        }[self.signal]
+        if not is_right:
+            raise InputError(
+                f"the threshold of {self.signal} must be {expected}; got {self.threshold}"
+            )
+        if self.first_layer < 0:
+            raise InputError(f"first_layer must be 0 or more, got {self.first_layer}")
+
+    def is_met(self, signal: ByLayer) -> IsMet:
+        """Whether a layer is sure enough, given the values of `signal_of`."""
+        if self.signal == "entropy":
+            return signal < self.threshold
+        if self.signal == "confidence":
+            return signal > self.threshold
+        return signal >= self.threshold
+
+
+def signal_of(signal: Signal, statistic: ByLayer) -> ByLayer:
+    """The values of a signal, given its statistic in `SIGNALS` at the layers in order."""
+    if signal == "entropy":
+        return statistic.clamp(min=0)  # rounding can make it negative
+    if signal == "confidence":
+        return statistic.clamp(max=1)
+    lengths = [torch.ones_like(statistic[0])]
+    for previous, current in pairwise(statistic):
+        lengths.append(torch.where(current == previous, lengths[-1] + 1, 1))
+    return torch.stack(lengths)
+
+
+def first_exit(rule: ExitRule, signal: ByLayer) -> Int[Tensor, "*positions"]:
+    """The index of the first layer that is sure enough; the number of layers if none is."""
+    return (~rule.is_met(signal)).long().cumprod(0).sum(0)
