@@ -194,7 +194,7 @@ def test_report_names_a_command_that_gives_the_same_values(here):
     assert evaluate_command(["--tokens", "50", "--output", "out"]) == 0
     first = read(here / "out")
     command = shlex.split(first["provenance"]["command"])
-    assert command[:2] == ["python", "evaluate.py"]
+    assert command[:2] == ["tunedlens", "evaluate"]
     assert evaluate_command(command[2:]) == 0
     assert read(here / "out")["results"] == first["results"]
 
@@ -495,7 +495,7 @@ def test_help_says_what_each_command_does(capsys, monkeypatch):
     assert main() == 0
     lines = capsys.readouterr().out.splitlines()
     commands = [line.split()[0] for line in lines if re.match("  [a-z]+ {2,}[a-z]", line)]
-    assert commands == ["train", "evaluate", "list", "plan", "doctor"]
+    assert commands == ["train", "evaluate", "list", "plan", "doctor", "card"]
     for name in commands:
         monkeypatch.setattr(sys, "argv", ["tunedlens", name, "--help"])
         with pytest.raises(SystemExit):

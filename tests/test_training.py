@@ -268,6 +268,11 @@ def test_after_a_few_steps_the_run_says_how_long_it_takes(config, tmp_path, caps
     assert "tokens per second: about 1 more minute\n" in capsys.readouterr().out
 
 
+def test_the_table_is_announced_with_the_tokens_that_the_text_has(config, tmp_path, capsys):
+    evaluation = train(dataclasses.replace(config, evaluate_tokens=10**6), tmp_path / "run")
+    assert f"validation, {evaluation.tokens:,} for the table" in capsys.readouterr().out
+
+
 def test_max_tokens_end_a_run_that_has_not_converged(config, tmp_path):
     config = dataclasses.replace(config, tokens=None, max_tokens=256)
     train(config, tmp_path / "run")

@@ -69,20 +69,20 @@ def _add_flags(group: argparse._ArgumentGroup, config: type) -> None:
         if typing.get_origin(hint) in (types.UnionType, typing.Union):
             hint = next(part for part in typing.get_args(hint) if part is not type(None))
         default = "" if field.default in (None, False) else f" (default: {field.default})"
-        settings: dict[str, Any] = {"metavar": "NAME"}
+        settings: dict[str, Any] = {"metavar": field.metadata["metavar"]}
         if hint is bool:
             settings = {"action": argparse.BooleanOptionalAction}
         elif typing.get_origin(hint) is Literal:
             settings = {"choices": typing.get_args(hint)}
         elif hint is int:
-            settings = {"type": _count, "metavar": "N"}
+            settings = {"type": count, "metavar": "N"}
         elif hint is float:
             settings = {"type": float, "metavar": "X"}
         text = field.metadata["help"].replace("%", "%%") + default
         group.add_argument("--" + field.name.replace("_", "-"), help=text, **settings)
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     """A whole number, written as 1000000, 1_000_000 or 1e6."""
     try:
         if float(text).is_integer():
