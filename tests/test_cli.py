@@ -70,7 +70,8 @@ def test_both_commands_run_again_and_again(here, asked, capsys):
     assert newest == Path("checkpoints") / runs[1].name or newest == runs[1]
     out = capsys.readouterr().out
     assert "tuned KL, nats" in out
-    assert out.count(f"scoring {newest} beside the logit lens; output {newest}/evaluation") == 1
+    scored = f"checkpoints/{newest.name}"
+    assert f"\nscoring {scored} beside the logit lens; output {scored}/evaluation\n" in out
     assert "perplexity" in out
     names = {file.name for file in (runs[1] / "evaluation").iterdir()}
     figures = set(plots.DRAWINGS) - {"transfer", "by_position"}
