@@ -161,27 +161,38 @@ def _of_metrics(
 _BAND = "The bands are two standard errors wide on either side."
 DRAWINGS = {
     "overview": _of_metrics(
-        "KL, perplexity, top-1 agreement and prediction depth of every lens.",
+        "KL, perplexity, top-1 agreement and prediction depth of every lens. Lower is better in "
+        "(a) and (b), higher in (c). (d) is the fraction of tokens by the first layer from which "
+        "the most probable token no longer changes; at the last layer, only the model itself "
+        "predicts it. A value beside an arrow is above the scale. Bands and error bars are two "
+        "standard errors on either side.",
         *("kl_nats", "perplexity", "top1_agreement", "prediction_depth"),
         rows=2,
         size=(9.2, 6.2),
     ),
     "kl_by_layer": _of_metrics(
-        f"KL from the model's final distribution to that of each lens. {_BAND}", "kl_nats"
+        "KL from the model's final distribution to that of each lens; lower is closer to the "
+        f"model. {_BAND}",
+        "kl_nats",
     ),
     "perplexity_by_layer": _of_metrics(
-        f"Perplexity of the true next token; the grey line is the model. {_BAND}", "perplexity"
+        "Perplexity of the true next token, lower is better; the grey line is the model. A value "
+        f"beside an arrow is above the scale. {_BAND}",
+        "perplexity",
     ),
     "bits_per_byte_by_layer": _of_metrics(
-        f"Cross-entropy in bits per byte of text; the grey line is the model. {_BAND}",
+        "Cross-entropy in bits per byte of text, lower is better; the grey line is the model. "
+        f"{_BAND}",
         "bits_per_byte",
     ),
     "bias_by_layer": _of_metrics(
-        f"KL between the mean distributions of model and lens. {_BAND}", "bias_nats"
+        "Bias: KL between the mean distributions of model and lens over the text. It is high if "
+        f"the lens predicts some tokens too often on the whole. {_BAND}",
+        "bias_nats",
     ),
     "agreement_by_layer": _of_metrics(
         "Fraction of tokens where the model's most probable token is the lens's most probable "
-        f"one (left) or among its top ten (right). {_BAND}",
+        f"one (a) or among its top ten (b); higher is closer to the model. {_BAND}",
         *("top1_agreement", "top10_agreement"),
         size=(8.6, 3.2),
         limits=(0, 1.02),
@@ -192,7 +203,8 @@ DRAWINGS = {
         "prediction_depth",
     ),
     "transfer": Drawing(
-        "KL when the translator of one layer is applied at another.",
+        "KL when the translator of one layer (row) is applied to the states of another (column); "
+        "lower is closer to the model.",
         transfer,
         lambda evaluation: bool(evaluation.transfer),
     ),
