@@ -69,14 +69,14 @@ def main() -> None:
             print(f"| {layer} | {before:.4f} | {after:.4f} | {after / before:.1%} |")
         if not flags.times:
             return
-        now = checkpoint.read_manifest(flags.lens)["progress"]
-        train(TrainConfig(tokens=flags.times * now["tokens"]), Path(folder) / "more")
-        then = checkpoint.read_manifest(Path(folder) / "more")["progress"]
+        now = checkpoint.read_manifest(flags.lens)
+        train(TrainConfig(tokens=flags.times * now["progress"]["tokens"]), Path(folder) / "more")
+        then = checkpoint.read_manifest(Path(folder) / "more")
     means = []
-    for progress in (now, then):
-        end = (progress.get("history") or progress["curve"]["looks"])[-1]
-        means.append(sum(end["kl_nats"]) / len(end["kl_nats"]))
-        print(f"{end['tokens']:,} tokens: {means[-1]:.4f} nats")
+    for manifest in (now, then):
+        end = checkpoint.validations(manifest)[-1]
+        means.append(end.mean_kl_nats)
+        print(f"{end.tokens:,} tokens: {means[-1]:.4f} nats")
     print(f"{1 - means[1] / means[0]:.2%} less")
 
 

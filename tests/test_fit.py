@@ -44,11 +44,18 @@ def test_least_squares_with_a_great_ridge_are_the_logit_lens(states):
     assert sums.solve(ridge=1e9).abs().max() < 1e-6
 
 
-def test_least_squares_of_equal_dimensions_refuse_a_ridge_below_rounding():
+def test_least_squares_are_solved_when_rounding_makes_the_inputs_indefinite(states):
+    hidden, final = (state.float() for state in states)
+    hidden = torch.cat([hidden[..., :3], hidden[..., :3]], -1) * 1e3
     sums = LeastSquares(2, 6)
-    sums.add(torch.ones(2, 4, 6), torch.ones(4, 6))
-    with pytest.raises(InputError, match="larger --ridge"):
-        sums.solve(ridge=1e-30)
+    sums.add(hidden, final)
+    assert torch.linalg.eigvalsh(sums.sums().inputs).amin() < 0
+    inputs = torch.cat([hidden.double(), torch.ones(2, 500, 1)], -1)
+    wanted = final.double() - hidden.double()
+    best = inputs @ torch.linalg.pinv(inputs) @ wanted
+    found = inputs @ sums.solve(ridge=1e-8).mT
+    error, least = ((wanted - guess).square().mean((1, 2)) for guess in (found, best))
+    assert torch.allclose(error, least, rtol=0.01)
 
 
 def test_least_squares_find_a_map_that_is_there(states):

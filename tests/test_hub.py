@@ -416,17 +416,34 @@ def test_python_of_the_page_on_sharing_runs(hub, tmp_path, monkeypatch):
     exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), {})
     assert list(hub.repos) == ["user/embedded-lens", "user/mine"]
     assert hub.visibility["user/mine"] == "private"
-    for repo, license_id in (("user/embedded-lens", "mit"), ("user/mine", None)):
+    own = ["card/overview.png", "card/transfer.png"]
+    for repo, license_id, pictures in (
+        ("user/embedded-lens", "mit", own),
+        ("user/mine", None, ["evaluation/overview.png"]),
+    ):
         files = hub.repos[repo]["main"]
-        assert sorted(files) == ["README.md", "config.json", "evaluation/overview.png", LENS[1]]
+        assert sorted(files) == sorted(["README.md", *LENS, *pictures])
         assert front_matter(files["README.md"]).get("license") == license_id
 
 
-def test_evaluation_of_the_folder_is_in_the_card(hub):
+def test_results_in_the_card_of_the_folder_are_pushed_with_their_pictures(hub):
     push_to_hub(ROOT / "checkpoints" / "embedded", "me/lens")
     files = hub.repos["me/lens"]["main"]
+    pictures = ["card/overview.png", "card/transfer.png"]
+    assert sorted(files) == ["README.md", *pictures, "config.json", LENS[1]]
+    card = files["README.md"].decode()
+    assert "# embedded" in card
+    assert card.count("Mean KL(model ‖ lens) over layers") == 1
+    assert all(f"({picture})" in card for picture in pictures)
+
+
+def test_evaluation_of_the_folder_is_in_a_card_without_results(hub, tmp_path):
+    folder = shutil.copytree(ROOT / "checkpoints" / "embedded", tmp_path / "lens")
+    shutil.rmtree(folder / "card")
+    (folder / "README.md").unlink()
+    push_to_hub(folder, "me/lens")
+    files = hub.repos["me/lens"]["main"]
     assert sorted(files) == ["README.md", "config.json", "evaluation/overview.png", LENS[1]]
-    assert "# embedded" in files["README.md"].decode()
     assert "Mean KL(model ‖ lens) over layers" in files["README.md"].decode()
 
 

@@ -146,6 +146,15 @@ def test_rank_is_the_index_in_a_stable_sort():
         assert ranks == [order.index(i) + 1 for i in range(5)]
 
 
+def test_ranks_of_several_tokens_are_those_of_each():
+    logits = torch.tensor([[1.0, 3.0, 3.0, 0.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    ids = torch.arange(5).expand(2, -1)
+    expected = torch.tensor([[4, 1, 2, 5, 3], [1, 2, 3, 4, 5]])
+    assert distributions.ranks(logits, ids).equal(expected)
+    # On an accelerator, all tokens of a position are compared at once.
+    assert distributions.rank(logits[:, None].expand(2, 5, 5), ids).equal(expected)
+
+
 def only(sums, *contrast):
     """Estimates of sums without a shape, by column or for a contrast of columns."""
     contrasts = torch.tensor([contrast], dtype=torch.float64) if contrast else None

@@ -1,3 +1,4 @@
+import itertools
 import re
 
 import numpy as np
@@ -112,6 +113,17 @@ def test_transfer_plot_is_the_matrix_with_its_numbers(evaluation):
     assert axes.images[0].get_array().tolist() == matrix
     assert len(axes.texts) == 64
     assert "nats" in bar.get_ylabel()
+
+
+def test_transfer_plot_leaves_out_layers_without_a_translator(evaluation):
+    grid = evaluation.transfer["tuned"]["kl_nats"]
+    for i, j in itertools.product(range(8), repeat=2):
+        if {i, j} - {0, 3, 7}:
+            grid.values[i][j] = None
+    axes, _ = plots.transfer(evaluation).axes
+    shown = axes.images[0].get_array()
+    assert shown.tolist() == [[grid.values[i][j] for j in (0, 3, 7)] for i in (0, 3, 7)]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "3", "7"]
 
 
 def test_position_0_is_a_mark_apart_from_the_line(evaluation):

@@ -24,7 +24,15 @@ from tunedlens.config import CorpusConfig, EvaluateConfig, ModelConfig, ScoringC
 from tunedlens.doctor import Diagnosis, doctor
 from tunedlens.early_exit import EarlyExits, ExitRule, early_exits
 from tunedlens.errors import InputError
-from tunedlens.evaluation import Evaluation, TokenBias, evaluate, score_lenses, token_bias
+from tunedlens.evaluation import (
+    Evaluation,
+    Quality,
+    TokenBias,
+    evaluate,
+    measure_quality,
+    score_lenses,
+    token_bias,
+)
 from tunedlens.generation import ExitedText, generate
 from tunedlens.lenses import (
     AffineLens,
@@ -38,7 +46,7 @@ from tunedlens.lenses import (
 from tunedlens.mlp_neurons import neurons
 from tunedlens.model import FrozenModel, load_model
 from tunedlens.neighbours import as_transformer_lens
-from tunedlens.report import notebook, read_evaluation, top_k, write_report
+from tunedlens.report import notebook, read_evaluation, top_k, write_card, write_report
 from tunedlens.report.early_exit import exit_table
 from tunedlens.report.plots import curves, effects_scatter, exit_curves, heatmap
 from tunedlens.report.tables import TopK
@@ -104,6 +112,7 @@ __all__ = [
     "LogitLens",
     "ModelConfig",
     "Neuron",
+    "Quality",
     "ScoringConfig",
     "TokenBias",
     "TrainConfig",
@@ -120,6 +129,7 @@ __all__ = [
     "export_lens",
     "load_lens",
     "load_model",
+    "measure_quality",
     "neurons",
     "push_to_hub",
     "read_evaluation",
@@ -128,5 +138,6 @@ __all__ = [
     "token_bias",
     "train",
     "trajectory",
+    "write_card",
     "write_report",
 ]

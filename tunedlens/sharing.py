@@ -15,6 +15,7 @@ from tunedlens.files import write
 from tunedlens.lenses import AffineLens
 from tunedlens.report import plots, read_evaluation
 from tunedlens.report.card import card, evaluation_section, with_front_matter
+from tunedlens.report.quality_card import PICTURES
 
 _CARD = "README.md"
 _PICTURE = "evaluation/overview.png"
@@ -58,7 +59,8 @@ def push_to_hub(
             save_lens(lens, staged)
         else:
             _copy(Path(lens), staged)
-            if evaluation is None and (Path(lens) / "evaluation").is_dir():
+            has_results = (staged / PICTURES).is_dir()  # in its card
+            if evaluation is None and not has_results and (Path(lens) / "evaluation").is_dir():
                 evaluation = read_evaluation(Path(lens) / "evaluation")
         _write_card(staged, repo_id, license, evaluation)
         return _upload(staged, repo_id, private, create_pr, revision)
@@ -75,6 +77,9 @@ def _copy(folder: Path, staged: Path) -> None:
         for name in (MANIFEST, WEIGHTS, _CARD):
             if name != _CARD or (folder / name).exists():
                 shutil.copyfile(folder / name, staged / name)
+        for picture in (folder / PICTURES).glob("*.png"):
+            (staged / PICTURES).mkdir(exist_ok=True)
+            shutil.copyfile(picture, staged / PICTURES / picture.name)
     except OSError as error:
         raise InputError(f"cannot read the lens in {folder}: {error}") from error
     if hashlib.sha256((staged / WEIGHTS).read_bytes()).hexdigest() != expected:

@@ -144,15 +144,12 @@ def causal_basis(
     states = model.states_at([point], input_ids)[0][:, skip_first:]
     influence = Influence(lens, point, states.flatten(0, 1), mode, seed)
     found, steps = _search(influence, k, seed, max_steps)
-    kls = [influence.kl(vector).view(states.shape[:2]) for vector in found]
-    estimates = [mean_over_positions(kl) for kl in kls]
-    influences = torch.tensor([value for value, _ in estimates])
-    errors = [math.nan if error is None else error for _, error in estimates]
+    influences, errors = _means(influence, found, states.shape[:2])
     order = influences.argsort(descending=True)
     return CausalBasis(
         found.float().cpu()[order],
         influences[order],
-        torch.tensor(errors)[order],
+        errors[order],
         steps[order],
         layer=point.layer,
         site=point.site,
@@ -239,6 +236,15 @@ def _search(
         found = torch.cat([found, vector[None]])
         steps.append(taken)
     return found, torch.tensor(steps)
+
+
+def _means(
+    influence: Influence, vectors: Float[Tensor, "k d_model"], shape: torch.Size
+) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
+    """The mean KL of every direction over positions, in nats, and its standard error."""
+    estimates = [mean_over_positions(influence.kl(vector).view(shape)) for vector in vectors]
+    means, errors = zip(*estimates, strict=True)
+    return torch.tensor(means), torch.tensor([math.nan if e is None else e for e in errors])
 
 
 def _candidates(

@@ -17,7 +17,13 @@ from tunedlens.checkpoint.lens_files import (
     save_lens,
     saved_points,
 )
-from tunedlens.checkpoint.manifest import MANIFEST, WEIGHTS, read_manifest
+from tunedlens.checkpoint.manifest import (
+    MANIFEST,
+    WEIGHTS,
+    read_manifest,
+    trained_tokens,
+    validations,
+)
 from tunedlens.checkpoint.run_state import (
     State,
     has_state,
@@ -52,4 +58,6 @@ __all__ = [
     "save_state",
     "saved_config",
     "saved_points",
+    "trained_tokens",
+    "validations",
 ]

@@ -6,6 +6,7 @@ from typing import Literal, NotRequired, TypedDict
 from tunedlens.config import TrainConfig
 from tunedlens.errors import InputError
 from tunedlens.files import JsonObject, as_type, read_json
+from tunedlens.fit import ValidationResult
 from tunedlens.provenance import Provenance
 
 FORMAT = 1
@@ -84,3 +85,24 @@ def read_manifest(folder: Path) -> JsonObject:
     if "config" in manifest:
         TrainConfig.from_json(manifest["config"], str(path))
     return manifest
+
+
+def trained_tokens(manifest: JsonObject) -> tuple[int, int]:
+    """Positions of the first pass and of the steps of a lens that was made by `train`."""
+    progress = manifest["progress"]
+    first_pass = progress.get("init_tokens", progress.get("start_tokens", 0))  # 0.1.0: start_tokens
+    return first_pass, progress["tokens"]
+
+
+def validations(manifest: JsonObject) -> list[ValidationResult]:
+    """The held-out KL while a lens was trained; empty if it is not known or no steps were taken.
+
+    Raises:
+        InputError: the manifest is damaged.
+    """
+    progress = manifest.get("progress", {})
+    found = progress.get("history") or progress.get("curve", {}).get("looks", [])  # 0.1.0: looks
+    history = as_type(list[ValidationResult], found, f"the history in {MANIFEST}")
+    if len({len(one.kl_nats) for one in history}) > 1:
+        raise InputError(f"the history in {MANIFEST} is damaged: its validations differ in length")
+    return history

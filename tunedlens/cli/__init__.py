@@ -2,6 +2,7 @@
 
 import sys
 
+from tunedlens.cli.card import card_command
 from tunedlens.cli.doctor import doctor_command
 from tunedlens.cli.evaluate import evaluate_command
 from tunedlens.cli.listing import list_command
@@ -11,6 +12,7 @@ from tunedlens.errors import did_you_mean
 from tunedlens.provenance import own_version
 
 __all__ = [
+    "card_command",
     "doctor_command",
     "evaluate_command",
     "list_command",
@@ -28,6 +30,7 @@ def main() -> int:
         "doctor": doctor_command,
         "list": list_command,
         "plan": plan_command,
+        "card": card_command,
     }
     if len(sys.argv) > 1 and sys.argv[1] in commands:
         return commands[sys.argv[1]](sys.argv[2:])

@@ -75,14 +75,14 @@ def _add_flags(group: argparse._ArgumentGroup, config: type) -> None:
         elif typing.get_origin(hint) is Literal:
             settings = {"choices": typing.get_args(hint)}
         elif hint is int:
-            settings = {"type": _count, "metavar": "N"}
+            settings = {"type": count, "metavar": "N"}
         elif hint is float:
             settings = {"type": float, "metavar": "X"}
         text = field.metadata["help"].replace("%", "%%") + default
         group.add_argument("--" + field.name.replace("_", "-"), help=text, **settings)
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     """A whole number, written as 1000000, 1_000_000 or 1e6."""
     try:
         if float(text).is_integer():

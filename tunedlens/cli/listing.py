@@ -12,7 +12,6 @@ from tunedlens.evaluation.lens_specs import SavedLens
 from tunedlens.files import JsonObject
 from tunedlens.model import TRANSLATED_SITES
 from tunedlens.progress import say
-from tunedlens.report.card import trained_tokens
 from tunedlens.report.tables import plus_minus
 
 LIST = """Show the lenses in a folder: model, kind, sites, layers, tokens, held-out KL and date."""
@@ -69,7 +68,7 @@ def _line(folder: Path) -> list[str]:
             saved.kind if rank is None else f"{saved.kind}, rank {rank}",
             ",".join(site for site in TRANSLATED_SITES if site in sites),
             "all" if is_whole else ",".join(map(str, sorted(layers))),
-            f"{sum(trained_tokens(manifest)):,}" if "progress" in manifest else "–",
+            f"{sum(checkpoint.trained_tokens(manifest)):,}" if "progress" in manifest else "–",
             _held_out_kl(manifest) if "held_out" in manifest else "–",
             str(manifest["created"])[:16].replace("T", " "),
         ]

@@ -69,3 +69,12 @@ def rank(log_probs: OverVocab, ids: Int[Tensor, "*positions"]) -> Int[Tensor, "*
         earlier = torch.arange(log_probs.shape[-1], device=ids.device) < ids[is_tied][:, None]
         above[is_tied] += ((log_probs[is_tied] == own[is_tied]) & earlier).sum(-1)
     return 1 + above
+
+
+def ranks(
+    log_probs: Float[Tensor, "positions vocab"], ids: Int[Tensor, "positions ids"]
+) -> Int[Tensor, "positions ids"]:
+    """Ranks of several tokens at every position, as `rank` gives them."""
+    if log_probs.device.type == "cpu":  # one row of comparisons at a time stays in the cache
+        return torch.stack([rank(log_probs, column) for column in ids.unbind(-1)], -1)
+    return rank(log_probs[:, None].expand(*ids.shape, -1), ids)

@@ -83,6 +83,10 @@ class LensStatistics:
         """Ranks of chosen tokens from 1; see `distributions.rank`."""
         return distributions.rank(self._logits, ids)
 
+    def ranks(self, ids: Int[Tensor, "tokens n"]) -> Int[Tensor, "tokens n"]:
+        """Ranks of several tokens at every position, from 1."""
+        return distributions.ranks(self._logits, ids)
+
     def top_k(self, k: int) -> tuple[Int[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:
         """The ids of the k most probable tokens and their log-probabilities in nats."""
         top = self._logits.topk(k, -1)

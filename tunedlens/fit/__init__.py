@@ -1,7 +1,14 @@
 """How lenses are fitted: least squares, optimizers, the mean Jacobian and baselines."""
 
 from tunedlens.fit.baselines import mean_lens, unigram_lens
-from tunedlens.fit.convergence import ValidationResult, converged_layers
+from tunedlens.fit.convergence import (
+    MIN_GAIN,
+    MIN_TOKENS_PER_DIMENSION,
+    Doubling,
+    ValidationResult,
+    converged_layers,
+    last_doubling,
+)
 from tunedlens.fit.jacobian import SKIPPED_POSITIONS, MeanJacobian
 from tunedlens.fit.least_squares import LeastSquares
 from tunedlens.fit.low_rank import nearest_of_rank
@@ -15,7 +22,10 @@ from tunedlens.fit.optimizer import (
 
 __all__ = [
     "DEFAULT_HYPERPARAMETERS",
+    "MIN_GAIN",
+    "MIN_TOKENS_PER_DIMENSION",
     "SKIPPED_POSITIONS",
+    "Doubling",
     "LeastSquares",
     "LensOptimizer",
     "MeanJacobian",
@@ -23,6 +33,7 @@ __all__ = [
     "TorchOptimizer",
     "ValidationResult",
     "converged_layers",
+    "last_doubling",
     "mean_lens",
     "nearest_of_rank",
     "preconditioner",

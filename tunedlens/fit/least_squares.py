@@ -15,7 +15,6 @@ from torch import Tensor
 
 from tunedlens.devices import device_of_sums
 from tunedlens.distributed import reduce_sums
-from tunedlens.errors import InputError
 
 PerLayer = Float[Tensor, " layers"]
 Translators = Float[Tensor, "layers d_model d_model_plus_1"]
@@ -106,22 +105,20 @@ class LeastSquares:
         Args:
             ridge: relative to the mean square of the inputs. It pulls towards 0, which is the
                 logit lens.
-
-        Raises:
-            InputError: the system is singular to rounding, because the ridge is too small.
         """
         inputs, products, _ = self.sums()
         strength = ridge * inputs.diagonal(dim1=-2, dim2=-1).mean(-1)
         identity = torch.eye(inputs.shape[-1], dtype=torch.float64, device=inputs.device)
         system = inputs + strength[:, None, None] * identity
         # Not linalg.solve: with more than one thread set, MKL's LU fails for a batch on some CPUs.
-        factor, info = torch.linalg.cholesky_ex(system)
-        if info.any():
-            raise InputError(
-                "the least squares of the closed form are singular: give a larger --ridge or more "
-                "--init-tokens"
-            )
-        return torch.cholesky_solve(products, factor).mT
+        factor, is_indefinite = torch.linalg.cholesky_ex(system)
+        solution = torch.cholesky_solve(products, factor)
+        # Rounding of the float32 sums can make an eigenvalue more negative than a small ridge.
+        for layer in is_indefinite.nonzero().flatten().tolist():
+            values, vectors = torch.linalg.eigh(inputs[layer])
+            damped = values.clamp(min=0) + strength[layer]
+            solution[layer] = vectors @ ((vectors.mT @ products[layer]) / damped[:, None])
+        return solution.mT
 
     def mean_difference(self) -> Translators:
         """The translators without a weight that minimise the squared error: h + mean(final − h)."""

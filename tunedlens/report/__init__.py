@@ -8,6 +8,7 @@ from tunedlens.report.files import (
     write_report,
 )
 from tunedlens.report.html.explorer import explorer
+from tunedlens.report.quality_card import write_card
 from tunedlens.report.tables import kl_table, scored_text, terminal_table, top_k
 from tunedlens.report.texts import require_no_evaluation, write_texts
 
@@ -22,6 +23,7 @@ __all__ = [
     "scored_text",
     "terminal_table",
     "top_k",
+    "write_card",
     "write_report",
     "write_texts",
 ]

@@ -5,6 +5,7 @@ from contextlib import suppress
 
 import yaml
 
+from tunedlens import checkpoint
 from tunedlens.config import ONE_PASS
 from tunedlens.corpus.sources import is_on_hub
 from tunedlens.errors import InputError
@@ -14,6 +15,8 @@ from tunedlens.files import JsonObject, parse_yaml
 from tunedlens.report.tables import kl_rows, markdown, scored_text, summary
 
 _FRONT_MATTER = re.compile(r"---\n(.*?)^---\n+", re.DOTALL | re.MULTILINE)
+_BEGIN = "<!-- What is between these two comments is replaced by `tunedlens card`. -->"
+_END = "<!-- The end of what `tunedlens card` replaces. -->"
 
 
 def card(name: str, manifest: JsonObject, evaluation: Evaluation | None = None) -> str:
@@ -24,21 +27,45 @@ def card(name: str, manifest: JsonObject, evaluation: Evaluation | None = None) 
         manifest: the content of `config.json`.
         evaluation: held-out results of the training.
     """
-    parts = [
-        f"# {for_markdown(name)}",
-        f"A {manifest['lens']} lens for {code(manifest['model']['name'])}, made by tunedlens.",
-        "\n".join([
-            *(_training(manifest) if "config" in manifest else ()),
-            "- Everything else is in `config.json`; load the lens with `tunedlens.load_lens`.",
-        ]),
-    ]  # fmt: skip
+    parts = [about(manifest)]
     if evaluation is not None:
         parts += [
             f"KL(model ‖ lens) in nats on {evaluation.tokens:,} held-out tokens, ± one standard "
             "error:",
             markdown(kl_rows(evaluation)),
         ]
-    return with_front_matter("\n\n".join(parts) + "\n", manifest)
+    return with_front_matter(
+        with_generated(f"# {for_markdown(name)}", "\n\n".join(parts)), manifest
+    )
+
+
+def about(manifest: JsonObject) -> str:
+    """What a lens is and how it was made.
+
+    Args:
+        manifest: as `describe_lens` returns it.
+    """
+    is_ours = "format" in manifest
+    maker = "made by tunedlens" if is_ours else "in the format of another library"
+    model = manifest["model"].get("name")
+    made_for = "an unknown model" if model is None else code(model)
+    is_recorded = {"config", "corpus", "progress", "provenance"} <= manifest.keys()
+    lines = [
+        *(_training(manifest) if is_recorded else ["- Text and tokens of its fit: not known."]),
+        f"- {'Everything else is in `config.json`; load' if is_ours else 'Load'} the lens with "
+        "`tunedlens.load_lens`.",
+    ]
+    return f"A {manifest['lens']} lens for {made_for}, {maker}.\n\n" + "\n".join(lines)
+
+
+def with_generated(text: str, generated: str) -> str:
+    """A card whose generated part is replaced; without one, it is put at the end."""
+    part = f"{_BEGIN}\n\n{generated}\n\n{_END}"
+    before, begin, rest = text.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if begin and end:
+        return before + part + after
+    return f"{text.rstrip()}\n\n{part}\n"
 
 
 def _training(manifest: JsonObject) -> list[str]:
@@ -49,7 +76,7 @@ def _training(manifest: JsonObject) -> list[str]:
         text += ", sampled from the model"
     if "tokens_sha256" in corpus:
         text += f" ({corpus['bytes']:,} bytes; tokens' SHA-256 {corpus['tokens_sha256'][:16]}…)"
-    first_pass, steps = trained_tokens(manifest)
+    first_pass, steps = checkpoint.trained_tokens(manifest)
     used = f"{first_pass:,} tokens"
     if config["fit"] not in ONE_PASS:
         used += f" for the closed form and {steps:,} for the steps"
@@ -75,13 +102,6 @@ def _training(manifest: JsonObject) -> list[str]:
     ]
 
 
-def trained_tokens(manifest: JsonObject) -> tuple[int, int]:
-    """Positions of the first pass and of the steps of a lens that was made by `train`."""
-    progress = manifest["progress"]
-    first_pass = progress.get("init_tokens", progress.get("start_tokens", 0))  # 0.1.0: start_tokens
-    return first_pass, progress["tokens"]
-
-
 def with_front_matter(text: str, manifest: JsonObject, license_id: str | None = None) -> str:
     """A card with the front matter of a lens; entries that the card has already are kept.
 
@@ -105,7 +125,7 @@ def with_front_matter(text: str, manifest: JsonObject, license_id: str | None = 
 
 def _front_matter(manifest: JsonObject) -> JsonObject:
     """What the hub shows and searches; it must know the model and the dataset by their names."""
-    entries: JsonObject = {"library_name": "tunedlens"}
+    entries: JsonObject = {"library_name": "tunedlens"} if "format" in manifest else {}
     model = manifest["model"]
     if model.get("revision") is not None:  # only a model from the hub has one
         entries["base_model"] = model["name"]

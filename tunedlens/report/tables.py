@@ -33,7 +33,7 @@ def kl_rows(evaluation: Evaluation) -> Rows:
     for lens in evaluation.lenses:
         own = zip(evaluation.layers_of(lens), evaluation.by_layer(lens, "kl_nats"), strict=True)
         columns[f"{lens} KL, nats"] = dict(own) | {None: evaluation.of_lens(lens, "kl_nats")}
-    return _by_layer(columns)
+    return rows_by_layer(columns)
 
 
 def difference_rows(evaluation: Evaluation) -> Rows:
@@ -47,7 +47,7 @@ def difference_rows(evaluation: Evaluation) -> Rows:
         )
         mean = evaluation.mean_difference(lens, other, "kl_nats")
         columns[f"{lens} − {other}"] = dict(shared) | {None: mean}
-    return _by_layer(columns)
+    return rows_by_layer(columns)
 
 
 def depth_rows(evaluation: Evaluation) -> Rows:
@@ -59,11 +59,11 @@ def depth_rows(evaluation: Evaluation) -> Rows:
             fractions = evaluation.by_layer(lens, "prediction_depth")
             mean = evaluation.of_lens(lens, "mean_prediction_depth")
             columns[lens] = dict(zip(depths, fractions, strict=True)) | {None: mean}
-    return _by_layer(columns)
+    return rows_by_layer(columns)
 
 
-def _by_layer(columns: dict[str, dict[int | None, Estimate]]) -> Rows:
-    """One row per layer and a last one, None, for the mean; a dash where a layer has no value."""
+def rows_by_layer(columns: dict[str, dict[int | None, Estimate]]) -> Rows:
+    """One row per layer and a last one, None, for the mean; a dash where there is no value."""
     layers = sorted({layer for column in columns.values() for layer in column if layer is not None})
     return [
         ["layer", *columns],

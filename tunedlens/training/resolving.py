@@ -12,7 +12,7 @@ from tunedlens.config import BASELINES, TrainConfig
 from tunedlens.corpus import SELF, ResolvedCorpus, resolve_corpus
 from tunedlens.engine.backend import Backend, fastest_backend
 from tunedlens.errors import InputError
-from tunedlens.fit import DEFAULT_HYPERPARAMETERS
+from tunedlens.fit import DEFAULT_HYPERPARAMETERS, MIN_TOKENS_PER_DIMENSION
 from tunedlens.model import TRANSLATED_SITES, FrozenModel, HookPoint, ModelShape, shape_of
 from tunedlens.training.plan import Costs, TrainPlan
 
@@ -200,7 +200,7 @@ def _defaults(
     is_baseline = config.fit in BASELINES
     tokens = config.tokens or (_BASELINE_TOKENS if is_baseline else None)
     init_tokens = {"closed-form": 1024 * d_model, "jacobian": _JACOBIAN_TOKENS}.get(
-        config.fit, 128 * d_model
+        config.fit, MIN_TOKENS_PER_DIMENSION * d_model
     )
     if tokens is not None:
         init_tokens = min(init_tokens, max(1, tokens // 4))

@@ -126,8 +126,7 @@ def _read_row(
     statistics = LensStatistics(logits, model, ids[:, 0])
     top_ids, top_log_probs = statistics.top_k(k)
     log_probs = statistics.log_prob(ids).masked_fill(is_missing, math.nan)
-    ranks = torch.stack([statistics.rank(column) for column in ids.unbind(-1)], -1)
-    ranks = ranks.masked_fill(is_missing, 0)
+    ranks = statistics.ranks(ids).masked_fill(is_missing, 0)
     values = {
         "top_ids": top_ids,
         "top_log_probs": top_log_probs,

@@ -75,23 +75,31 @@ def by_layer(
 
 
 def transfer(evaluation: Evaluation) -> "Figure":
-    """KL(model ‖ lens) of every translator at every layer, on a log colour scale."""
+    """KL(model ‖ lens) of every translator at every layer, on a log colour scale.
+
+    Layers without a translator are left out.
+    """
     from matplotlib.colors import LogNorm
 
     matrices = {lens: grids["kl_nats"].values for lens, grids in evaluation.transfer.items()}
+    rows = range(evaluation.n_layers)
+    layers = [i for i in rows if any(matrix[i][i] is not None for matrix in matrices.values())]
+    ticks = ticks_of(len(layers))
+    names = [str(layers[tick]) for tick in ticks]
     values = [value for matrix in matrices.values() for row in matrix for value in row if value]
     norm = LogNorm(min(values), max(values))
-    size = max(2.6, 0.34 * evaluation.n_layers)
+    size = max(2.6, 0.34 * len(layers))
     with new_figure(size * len(matrices) + 1.1, size + 0.5) as figure:
         panels = figure.subplots(1, len(matrices), squeeze=False, sharey=True)[0]
         for axes, (lens, matrix) in zip(panels, matrices.items(), strict=True):
-            shown = [[math.nan if v is None else v for v in row] for row in matrix]
+            parts = ([matrix[i][j] for j in layers] for i in layers)
+            shown = [[math.nan if v is None else v for v in part] for part in parts]
             image = axes.imshow(shown, origin="lower", norm=norm, cmap="cividis")
             axes.set_title(f"{lens} lens", fontsize=9)
             axes.set_xlabel("applied at layer")
-            axes.set_xticks(ticks_of(evaluation.n_layers))
-            axes.set_yticks(ticks_of(evaluation.n_layers))
-            if evaluation.n_layers <= _MAX_ANNOTATED_LAYERS:
+            axes.set_xticks(ticks, names)
+            axes.set_yticks(ticks, names)
+            if len(layers) <= _MAX_ANNOTATED_LAYERS:
                 _write_numbers(axes, shown, norm)
         panels[0].set_ylabel("translator of layer")
         figure.colorbar(image, ax=list(panels), label=METRICS["kl_nats"].title, shrink=0.85)
