@@ -194,7 +194,7 @@ def test_report_names_a_command_that_gives_the_same_values(here):
     assert evaluate_command(["--tokens", "50", "--output", "out"]) == 0
     first = read(here / "out")
     command = shlex.split(first["provenance"]["command"])
-    assert command[:2] == ["python", "evaluate.py"]
+    assert command[:2] == ["tunedlens", "evaluate"]
     assert evaluate_command(command[2:]) == 0
     assert read(here / "out")["results"] == first["results"]
 

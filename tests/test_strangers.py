@@ -261,7 +261,7 @@ def test_yaml_with_anything_but_settings_is_refused(tmp_path, text, message):
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(InputError, match=message):
-        parse(make_parser("train.py", "", TrainConfig), ["--config", str(path)])
+        parse(make_parser("tunedlens train", "", TrainConfig), ["--config", str(path)])
 
 
 def test_yaml_that_is_a_fifo_is_refused(tmp_path, capsys):

@@ -19,7 +19,7 @@ CARD = """Measure a lens and write its card: KL by layer, bias, transfer, conver
 
   tunedlens card checkpoints/RUN
   tunedlens card checkpoints/RUN --also other.txt      its KL on another text too
-  tunedlens card user/name --dataset text.txt          any lens that evaluate.py takes
+  tunedlens card user/name --dataset text.txt          any lens that evaluate takes
 
 The card is README.md in the folder of the lens, with pictures in card/.
 """

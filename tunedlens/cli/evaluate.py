@@ -42,7 +42,7 @@ Without flags it evaluates the newest lens under checkpoints/ on the text it was
 def evaluate_command(arguments: Arguments = None) -> int:
     """`python evaluate.py` and `tunedlens evaluate`. Returns the exit status."""
     flags = parse(_parser(), arguments)
-    command = ["python", "evaluate.py", *(sys.argv[1:] if arguments is None else arguments)]
+    command = ["tunedlens", "evaluate", *(sys.argv[1:] if arguments is None else arguments)]
     if "redraw" in flags:
         return _redraw(flags.pop("redraw"), others=list(flags))
     if "prompt" in flags or "prompt_file" in flags:
@@ -86,7 +86,7 @@ def evaluate_command(arguments: Arguments = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser("evaluate.py", EVALUATE, EvaluateConfig)
+    parser = make_parser("tunedlens evaluate", EVALUATE, EvaluateConfig)
     group = parser.add_argument_group("the run")
     group.add_argument(
         "--lens",

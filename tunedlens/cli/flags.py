@@ -69,7 +69,7 @@ def _add_flags(group: argparse._ArgumentGroup, config: type) -> None:
         if typing.get_origin(hint) in (types.UnionType, typing.Union):
             hint = next(part for part in typing.get_args(hint) if part is not type(None))
         default = "" if field.default in (None, False) else f" (default: {field.default})"
-        settings: dict[str, Any] = {"metavar": "NAME"}
+        settings: dict[str, Any] = {"metavar": field.metadata["metavar"]}
         if hint is bool:
             settings = {"action": argparse.BooleanOptionalAction}
         elif typing.get_origin(hint) is Literal:

@@ -26,7 +26,7 @@ Without flags it trains on the GPT-2 and the text that ship with the package.
 @command
 def train_command(arguments: Arguments = None) -> int:
     """`python train.py` and `tunedlens train`. Returns the exit status."""
-    parser = make_parser("train.py", TRAIN, TrainConfig)
+    parser = make_parser("tunedlens train", TRAIN, TrainConfig)
     group = parser.add_argument_group("the run")
     group.add_argument(
         "--output", type=Path, help="folder of the run (default: checkpoints/<model>-<time>)"

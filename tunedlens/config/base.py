@@ -25,9 +25,9 @@ Split = Literal["train", "validation", "all"]
 WandbMode = Literal["online", "offline", "disabled"]
 
 
-def option(default: Any, meaning: str) -> Any:
-    """A documented field."""
-    return dataclasses.field(default=default, metadata={"help": meaning})
+def option(default: Any, meaning: str, metavar: str = "NAME") -> Any:
+    """A documented field; `metavar` stands for its value in the help, if that is text."""
+    return dataclasses.field(default=default, metadata={"help": meaning, "metavar": metavar})
 
 
 class _Range(NamedTuple):

@@ -43,8 +43,9 @@ class EvaluateConfig(ScoringConfig):
     corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
     beside: str | None = option(
         None,
-        "[NAME=]MODEL: a second model of the same shape, such as a fine-tuned one (or the folder "
-        "of a PEFT adapter for the first), on which the same lenses are scored beside the first",
+        "a second model of the same shape, such as a fine-tuned one (or the folder of a PEFT "
+        "adapter for the first), on which the same lenses are scored beside the first",
+        metavar="[NAME=]MODEL",
     )
     split: Split | None = option(
         None,

@@ -32,10 +32,14 @@ class ModelConfig(Config):
         False, "run the code that the model's repository brings along; only for one that you trust"
     )
     blocks: str | None = option(
-        None, "path of the list of blocks, such as model.layers, if it is not found by itself"
+        None,
+        "path of the list of blocks, such as model.layers, if it is not found by itself",
+        metavar="MODULE",
     )
     final_norm: str | None = option(
-        None, "path of the final norm, such as model.norm, if it is not found; none for no norm"
+        None,
+        "path of the final norm, such as model.norm, if it is not found; none for no norm",
+        metavar="MODULE",
     )
 
     def on_any_device(self) -> Self:

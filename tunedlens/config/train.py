@@ -48,12 +48,14 @@ class TrainConfig(Config):
         None,
         "further sites that get translators besides the stream entering each block (resid_pre), "
         "separated by commas: resid_mid, attn_out, mlp_out",
+        metavar="SITES",
     )
     layers: str | None = option(
         None,
         "layers that get translators, separated by commas; negative ones count from the last layer "
         "that can have one, so 0,6,-1 is the embeddings, layer 6 and the stream entering the last "
         "block (default: all)",
+        metavar="LAYERS",
     )
     low_rank: int | None = option(
         None, "the largest rank of A in a translator h + A h + b, which makes the file smaller"
@@ -70,6 +72,7 @@ class TrainConfig(Config):
         None,
         "folder of a saved tuned lens, for this model or another one of the same shape, that the "
         "steps start from instead of the closed form",
+        metavar="LENS",
     )
     jacobian_targets: JacobianTargets = option(
         "later",
