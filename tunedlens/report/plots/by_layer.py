@@ -170,32 +170,27 @@ _BAND = "The bands are two standard errors wide on either side."
 DRAWINGS = {
     "overview": _of_metrics(
         "KL, perplexity, top-1 agreement and prediction depth of every lens. Lower is better in "
-        "(a) and (b), higher in (c). (d) is the fraction of tokens by the first layer from which "
-        "the most probable token no longer changes; at the last layer, only the model itself "
-        "predicts it. A value beside an arrow is above the scale. Bands and error bars are two "
-        "standard errors on either side.",
+        "(a) and (b), higher in (c). At the last depth, only the model itself predicts the token. "
+        "A value beside an arrow is above the scale. Bands and error bars are two standard errors "
+        "on either side.",
         *("kl_nats", "perplexity", "top1_agreement", "prediction_depth"),
         rows=2,
         size=(9.2, 6.2),
     ),
     "kl_by_layer": _of_metrics(
-        "KL from the model's final distribution to that of each lens; lower is closer to the "
-        f"model. {_BAND}",
+        f"KL from the model's final distribution to that of each lens (lower is closer). {_BAND}",
         "kl_nats",
     ),
     "perplexity_by_layer": _of_metrics(
-        "Perplexity of the true next token, lower is better; the grey line is the model. A value "
-        f"beside an arrow is above the scale. {_BAND}",
+        f"Perplexity of the next token (lower is better); the grey line is the model. {_BAND}",
         "perplexity",
     ),
     "bits_per_byte_by_layer": _of_metrics(
-        "Cross-entropy in bits per byte of text, lower is better; the grey line is the model. "
-        f"{_BAND}",
+        f"Cross-entropy in bits per byte (lower is better); the grey line is the model. {_BAND}",
         "bits_per_byte",
     ),
     "bias_by_layer": _of_metrics(
-        "Bias: KL between the mean distributions of model and lens over the text. It is high if "
-        f"the lens predicts some tokens too often on the whole. {_BAND}",
+        f"Bias: KL between the mean distributions of model and lens (lower is closer). {_BAND}",
         "bias_nats",
     ),
     "agreement_by_layer": _of_metrics(
@@ -211,8 +206,7 @@ DRAWINGS = {
         "prediction_depth",
     ),
     "transfer": Drawing(
-        "KL when the translator of one layer (row) is applied to the states of another (column); "
-        "lower is closer to the model.",
+        "KL when the translator of one layer is applied at another (lower is closer).",
         transfer,
         lambda evaluation: bool(evaluation.transfer),
     ),
