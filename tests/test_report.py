@@ -121,7 +121,7 @@ def test_headings_of_the_page_say_what_their_metrics_mean(evaluation):
     assert len(said) == len(evaluation.metrics) - 1  # the prediction depth has its own table
 
 
-def test_fractions_by_prediction_depth_add_up_to_all_that_were_measured(evaluation):
+def test_prediction_depths_have_a_row_for_every_layer_and_their_mean(evaluation):
     _, *rows, (name, *means) = report.tables.depth_rows(evaluation)
     assert [row[0] for row in rows] == [str(layer) for layer in range(9)]
     assert rows[-1][1:] == ["0.200 ± 0.010"] * 2
