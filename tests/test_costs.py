@@ -22,7 +22,7 @@ def costs(vocab_size=49_152, sample=6144, n_layers=30, d_model=576, init_tokens=
         is_capped=False,
     )
     plan = TrainPlan(
-        corpus=ResolvedCorpus(dataset="text", seq_len=1024),
+        corpus=ResolvedCorpus(dataset="text", seq_len=1024, bos=False),
         max_tokens=10**9,
         init_tokens=init_tokens,
         batch_size=2,

@@ -22,7 +22,7 @@ from tunedlens.training.sharding import LayerShards
 from tunedlens.training.states import StateReader
 
 PLAN = TrainPlan(
-    corpus=ResolvedCorpus(dataset="text", seq_len=16),
+    corpus=ResolvedCorpus(dataset="text", seq_len=16, bos=False),
     max_tokens=10**6,
     init_tokens=64,
     batch_size=4,

@@ -34,7 +34,8 @@ from tunedlens import (
     load_lens,
 )
 from tunedlens.doctor import doctor, warn_of_faults
-from tunedlens.model import probe_kl, take_probe
+from tunedlens.model import frozen, probe_kl, take_probe
+from tunedlens.model.state_hooks import on_state
 from tunedlens.training import loop, train
 
 SIZES = SMALL | {"num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3}
@@ -137,18 +138,28 @@ def test_scale_that_is_forgotten_is_named(tokenizer):
     assert "multiplies its logits by 0.25" in only_failure(doctor(model))
 
 
-def test_states_that_are_shifted_are_named(tokenizer):
+def read_states(monkeypatch, shift):
+    """Make the hooks of every model read the state of a later or an earlier layer."""
+
+    def shifted(parts, layer, see):
+        last = len(parts.blocks)
+        return on_state(parts, min(max(layer + shift, 0), last - 1) if layer < last else last, see)
+
+    monkeypatch.setattr(frozen, "on_state", shifted)
+
+
+def test_states_that_are_shifted_are_named(tokenizer, monkeypatch):
     model = FrozenModel(make_gpt2(), tokenizer)
-    model.blocks = nn.ModuleList([*model.blocks[1:], model.blocks[-1]])
+    read_states(monkeypatch, 1)
     found = failures(doctor(model))
     assert (
         "state l is that of layer l +1" in found["the states are the hidden states of transformers"]
     )
 
 
-def test_states_of_the_block_before_are_named(tokenizer):
+def test_states_of_the_block_before_are_named(tokenizer, monkeypatch):
     model = FrozenModel(make_llama(), tokenizer)
-    model.blocks = nn.ModuleList([model.blocks[0], *model.blocks[:-1]])
+    read_states(monkeypatch, -1)
     assert "state l is that of layer l -1, one block before" in only_failure(doctor(model))
 
 
@@ -280,13 +291,6 @@ def test_damaged_probe_is_refused(tiny, damage):
         probe_kl(take_probe(tiny) | damage, tiny)
 
 
-def shifted_model(tokenizer):
-    """A model whose hooks read the state of the next block."""
-    model = FrozenModel(make_gpt2(), tokenizer, name="shifted")
-    model.blocks = nn.ModuleList([*model.blocks[1:], model.blocks[-1]])
-    return model
-
-
 def needs_bos(tokenizer):
     """A model that knows every next token, but only in a text that begins with BOS."""
     gpt2 = make_gpt2()
@@ -306,9 +310,10 @@ def test_healthy_model_has_no_warning(make, tokenizer, recwarn):
     assert not recwarn.list
 
 
-def test_evaluate_warns_of_states_that_are_shifted(tokenizer, text_file):
+def test_evaluate_warns_of_states_that_are_shifted(tokenizer, text_file, monkeypatch):
     corpus = CorpusConfig(dataset=str(text_file), seq_len=16)
-    model = shifted_model(tokenizer)
+    model = FrozenModel(make_gpt2(), tokenizer, name="shifted")
+    read_states(monkeypatch, 1)
     with pytest.warns(UserWarning, match="shifted fails a check.*one block after"):
         evaluate(
             EvaluateConfig(corpus=corpus, tokens=15),

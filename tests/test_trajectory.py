@@ -346,7 +346,7 @@ def test_dataframe_is_tidy(tiny):
         ({"track": ["two words"]}, "tokens"),
         ({"track": [9999]}, "between 0 and 4095, got 9999"),
         ({"lenses": {}}, "no lens to read with"),
-        ({"lenses": "logit"}, "the lens str is a str"),
+        ({"lenses": 7}, "the lens int is a int"),
         ({"text": []}, "no text to read"),
         ({"text": None}, "expected a text, its token ids, or a list of texts; got NoneType"),
         ({"text": b"bytes"}, "got bytes"),

@@ -74,7 +74,7 @@ def read_manifest(folder: Path) -> JsonObject:
     path = folder / MANIFEST
     manifest = read_json(
         path,
-        f"{folder} holds no lens: expected {MANIFEST} and {WEIGHTS}, as tunedlens train writes them",
+        f"{folder} holds no lens: expected {MANIFEST} and {WEIGHTS}, as `train` writes them",
     )
     if not isinstance(manifest, dict) or "lens" not in manifest:
         raise InputError(f"{path} is not the manifest of a lens")

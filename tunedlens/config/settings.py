@@ -72,6 +72,7 @@ class TrainSettings(InputSettings, total=False):
     momentum: float | None
     weight_decay: float | None
     seed: int
+    shuffle_window: int
     validation_tokens: int | None
     evaluate_tokens: int | None
 

@@ -28,7 +28,7 @@ def named_lenses(model: FrozenModel, lenses: Lenses) -> dict[str, ResidualLens]:
     """
     if lenses is None:
         return {"logit": LogitLens.from_model(model)}
-    if isinstance(lenses, ResidualLens | str | Path):
+    if isinstance(lenses, str) or not isinstance(lenses, Sequence | Mapping):
         lenses = [lenses]
     if not lenses:
         raise InputError("there is no lens to read with; give one, or None for the logit lens")
