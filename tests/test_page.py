@@ -11,6 +11,7 @@ from conftest import make_gpt2, random_lens
 
 from tunedlens import FrozenModel, InputError, LogitLens, compare, difference, trajectory
 from tunedlens.metrics import TRAJECTORY_METRICS
+from tunedlens.report import write_texts
 from tunedlens.report.plots.colors import ColorScale, color_table
 from tunedlens.tokenizer import shown
 
@@ -316,6 +317,33 @@ def test_token_is_pinned_by_search(explorer, read):
     page.fill("#find input", "zebra")
     page.keyboard.press("Enter")
     assert "zebra was not read at position 5" in page.inner_text("#said")
+
+
+def test_token_is_pinned_by_search_within_a_report_of_texts(read, open_page, tmp_path):
+    write_texts([read], tmp_path, {}, {})
+    page, heard = open_page("report.html")
+    frame = page.frame_locator("iframe")
+    frame.locator("td[data-row='1'][data-position='5']").focus()
+    token = read.vocabulary[int(read.predictions["logit"].top_ids[0, 5, 7])].shown
+    frame.locator("#find input").fill(token)
+    frame.locator("#find input").press("Enter")
+    assert frame.locator("#pins figcaption").inner_text().startswith(token)
+    assert len([line for line in heard if "Blocked" in line]) == 0
+
+
+def test_narrow_screen_does_not_enlarge_a_small_heatmap(read, open_page, tmp_path):
+    write_texts([read[:, :2]], tmp_path, {}, {})
+    page, _ = open_page("report.html")
+    before = page.locator("figure img").first.evaluate("(image) => image.width")
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert page.locator("figure img").first.evaluate("(image) => image.width") <= before
+
+
+def test_tip_goes_when_something_else_is_chosen(explorer):
+    page, _ = explorer
+    cell(page, 2, 3).hover()
+    page.select_option("#lens", "logit")
+    assert not page.is_visible("#tip")
 
 
 def test_what_is_shown_is_saved_as_csv_and_svg(explorer, read):

@@ -103,7 +103,7 @@ def test_page_needs_no_other_file(evaluation, folder):
     parsed = _Page()
     parsed.feed(text)
     assert len(parsed.links) > 5
-    assert all(link.startswith("data:") for link in parsed.links)
+    assert all(link.startswith(("data:", "#")) for link in parsed.links)
     assert not re.search(r"@import|url\(|fetch\(", text)
     assert parsed.rows > 2 * evaluation.n_layers
 
@@ -112,6 +112,28 @@ def test_page_explains_every_metric_that_it_shows(evaluation):
     text = page(evaluation, {}, {})
     for metric in evaluation.metrics:
         assert html.escape(METRICS[metric].meaning) in text
+
+
+def test_headings_of_the_page_say_what_their_metrics_mean(evaluation):
+    text = page(evaluation, {}, {})
+    said = dict(re.findall(r'<th><button title="([^"]+)">([^<]+)</button></th>', text))
+    assert said[html.escape(METRICS["bias_nats"].meaning)] == "bias, nats"
+    assert len(said) == len(evaluation.metrics) - 1  # the prediction depth has its own table
+
+
+def test_prediction_depths_have_a_row_for_every_layer_and_their_mean(evaluation):
+    _, *rows, (name, *means) = report.tables.depth_rows(evaluation)
+    assert [row[0] for row in rows] == [str(layer) for layer in range(9)]
+    assert rows[-1][1:] == ["0.200 ± 0.010"] * 2
+    assert (name, *means) == ("mean", "5.00 ± 0.10", "4.00 ± 0.10")
+
+
+def test_page_and_markdown_explain_their_terms(folder):
+    markdown, text = (folder / "report.md").read_text(), (folder / "report.html").read_text()
+    for term in ("layer", "lens", "position", "block", "±", "transfer"):
+        assert f"- **{term}:** " in markdown
+        assert f"<dt>{term}</dt>" in text
+    assert "<dt>transfer</dt>" not in page(make_evaluation(grids=False), {}, {})
 
 
 def test_page_escapes_what_it_is_told():

@@ -20,6 +20,8 @@ class Metric(NamedTuple):
     """Whether plots use a log scale."""
     heading: str | None = None
     """Over a panel of a figure; by default the title without its unit."""
+    column: str | None = None
+    """Over a column of a table; by default the title."""
     for_model: bool = False
     """Whether the model by itself has a value, without a lens to compare."""
     where_lens_is_model: float | None = None
@@ -32,63 +34,77 @@ class Metric(NamedTuple):
 METRICS = {
     "kl_nats": Metric(
         "KL(model ‖ lens), nats",
-        "divergence of the lens's distribution from the model's final one",
+        "divergence of the lens's distribution from the model's final one; 0 if both are equal, "
+        "and lower is closer to the model",
         heading="KL to the model's output",
+        column="KL, nats",
         is_log=True,
         where_lens_is_model=0,
         per_token="standard",
     ),
     "cross_entropy_nats": Metric(
         "cross-entropy, nats",
-        "negative log-probability of the true next token",
+        "negative log-probability of the true next token; lower is better",
+        column="CE, nats",
         for_model=True,
         per_token="standard",
     ),
     "perplexity": Metric(
         "perplexity",
-        "exp of the mean cross-entropy",
+        "exp of the mean cross-entropy; lower is better",
         heading="perplexity of the true next token",
         is_log=True,
         for_model=True,
     ),
     "bits_per_byte": Metric(
         "bits per byte",
-        "total cross-entropy in bits, divided by the bytes of the predicted text",
+        "total cross-entropy in bits, divided by the bytes of the predicted text; lower is better",
+        column="bits/byte",
         is_log=True,
         for_model=True,
     ),
     "entropy_nats": Metric(
-        "entropy, nats", "entropy of the lens's distribution", for_model=True, per_token="standard"
+        "entropy, nats",
+        "entropy of the lens's distribution; 0 if one token has all probability",
+        for_model=True,
+        per_token="standard",
     ),
     "top1_agreement": Metric(
         "top-1 agreement",
-        "fraction of tokens where lens and model have the same most probable token",
+        "fraction of tokens where lens and model have the same most probable token; higher is "
+        "closer to the model",
+        column="top-1",
         heading="same best token as the model",
         where_lens_is_model=1,
         per_token="standard",
     ),
     "top10_agreement": Metric(
         "top-10 agreement",
-        "fraction of tokens where the model's most probable token is among the lens's top ten",
+        "fraction of tokens where the model's most probable token is among the lens's top ten; "
+        "higher is closer to the model",
+        column="top-10",
         heading="model's best token in the top ten",
         where_lens_is_model=1,
         per_token="standard",
     ),
     "accuracy": Metric(
         "accuracy",
-        "fraction of tokens where the true next token is the lens's most probable one",
+        "fraction of tokens where the true next token is the lens's most probable one; higher is "
+        "better",
         for_model=True,
         per_token="standard",
     ),
     "bias_nats": Metric(
         "bias, nats",
-        "KL between the mean distributions of model and lens over the text",
+        "KL between the mean distributions of model and lens over the text; high if the lens "
+        "predicts some tokens too often on the whole, and lower is closer to the model",
         is_log=True,
         where_lens_is_model=0,
     ),
     "kl_nats_position_0": Metric(
         "KL at position 0, nats",
-        "KL(model ‖ lens) at the first position of each block alone",
+        "KL(model ‖ lens) at the first position of each block alone, where many models have states "
+        "unlike all others; the KL over all positions includes it",
         is_log=True,
         where_lens_is_model=0,
     ),

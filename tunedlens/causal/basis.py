@@ -46,6 +46,12 @@ class CausalBasis:
     tokens: int
     """The number of positions that the influence is a mean over."""
 
+    def __repr__(self) -> str:
+        return (
+            f"CausalBasis({len(self.vectors)} directions of {self.site}, layer {self.layer}, of "
+            f"{self.model})"
+        )
+
     def directions(self, count: int | None = None) -> Directions:
         """The first directions as a target of `ablated`; all by default."""
         return Directions(self.vectors[:count], self.layer, self.site)

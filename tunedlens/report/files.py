@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
 
@@ -11,10 +11,11 @@ from tunedlens.escaping import code_block, for_csv, for_markdown
 from tunedlens.evaluation import Evaluation
 from tunedlens.evaluation.results import Grids
 from tunedlens.files import read_json, write, write_json
-from tunedlens.report import plots
+from tunedlens.report import glossary, plots
 from tunedlens.report.html import values
 from tunedlens.report.html.page import page
 from tunedlens.report.tables import (
+    depth_rows,
     difference_rows,
     kl_rows,
     markdown,
@@ -93,21 +94,32 @@ def _markdown_report(evaluation: Evaluation) -> str:
     run = evaluation.provenance
     parts = [
         f"# Lenses on {for_markdown(run.get('model', 'a model'))}",
-        "\n".join(map(for_markdown, summary(evaluation))),
-        f"{for_markdown(scored_text(evaluation))}. ± is one standard error, clustered by block.",
+        f"{for_markdown(scored_text(evaluation))}. {glossary.HOW_TO_READ}",
+        "\n".join(f"- {for_markdown(sentence)}" for sentence in summary(evaluation)),
         "## KL(model ‖ lens), nats",
         markdown(kl_rows(evaluation)),
         "## All metrics",
         markdown(metric_rows(evaluation)),
     ]
     if evaluation.differences:
-        parts += ["## Pairwise differences of KL, nats", markdown(difference_rows(evaluation))]
+        parts += ["## Pairwise differences of KL, nats", glossary.ABOUT_DIFFERENCES]
+        parts.append(markdown(difference_rows(evaluation)))
+    if "prediction_depth" in evaluation.metrics:
+        parts += ["## Prediction depth", glossary.ABOUT_DEPTHS, markdown(depth_rows(evaluation))]
+    parts += ["## What the terms mean", _list(glossary.terms(evaluation))]
+    parts += ["## What the metrics mean", _list(glossary.metric_terms(evaluation))]
     if "command" in run:
         parts += ["## Command", code_block(run["command"], "sh")]
+    parts.append("## Plots")
     for name, drawing in plots.DRAWINGS.items():
         if drawing.has_data(evaluation):
-            parts.append(f"![{drawing.caption}]({name}.png)")
+            parts += [f"![{name.replace('_', ' ')}]({name}.png)", drawing.caption]
     return "\n\n".join(parts) + "\n"
+
+
+def _list(terms: Mapping[str, str]) -> str:
+    """Terms with their meanings, as a list in Markdown."""
+    return "\n".join(f"- **{for_markdown(one)}:** {said}" for one, said in terms.items())
 
 
 def read_evaluation(folder: str | Path) -> Evaluation:

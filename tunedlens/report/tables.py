@@ -20,13 +20,6 @@ _TERMINAL = (
     *("bits_per_byte", "top1_agreement", "bias_nats"),
 )
 """The metrics that fit into a terminal."""
-_SHORT = {
-    "kl_nats": "KL, nats",
-    "cross_entropy_nats": "CE, nats",
-    "bits_per_byte": "bits/byte",
-    "top1_agreement": "top-1",
-    "top10_agreement": "top-10",
-}
 _COLORS = {0.5: "16;48;5;45", 0.25: "16;48;5;38", 0.1: "231;48;5;31", 0.05: "231;48;5;24"}
 """The smallest probability of every colour of a cell, as foreground and background."""
 
@@ -57,6 +50,18 @@ def difference_rows(evaluation: Evaluation) -> Rows:
     return rows_by_layer(columns)
 
 
+def depth_rows(evaluation: Evaluation) -> Rows:
+    """The fraction of tokens of every prediction depth up to n, and the mean depth."""
+    columns = {}
+    for lens in evaluation.lenses:
+        if lens not in evaluation.constant:
+            depths = [*evaluation.layers_of(lens), evaluation.n_layers]
+            fractions = evaluation.by_layer(lens, "prediction_depth")
+            mean = evaluation.of_lens(lens, "mean_prediction_depth")
+            columns[lens] = dict(zip(depths, fractions, strict=True)) | {None: mean}
+    return rows_by_layer(columns)
+
+
 def rows_by_layer(columns: dict[str, dict[int | None, Estimate]]) -> Rows:
     """One row per layer and a last one, None, for the mean; a dash where there is no value."""
     layers = sorted({layer for column in columns.values() for layer in column if layer is not None})
@@ -73,8 +78,11 @@ def rows_by_layer(columns: dict[str, dict[int | None, Estimate]]) -> Rows:
 
 
 def metric_rows(evaluation: Evaluation, metrics: list[str] | None = None) -> Rows:
-    """Some or all metrics of every lens by layer; a constant lens has one row for all layers."""
-    metrics = metrics or evaluation.metrics
+    """Metrics of every lens by layer; a constant lens has one row for all layers.
+
+    By default these are all but the prediction depth, which `depth_rows` has.
+    """
+    metrics = metrics or [m for m in evaluation.metrics if m != "prediction_depth"]
     columns = {
         lens: [evaluation.by_layer(lens, metric) for metric in metrics]
         for lens in evaluation.lenses
@@ -86,7 +94,7 @@ def metric_rows(evaluation: Evaluation, metrics: list[str] | None = None) -> Row
 
     varied = [lens for lens in evaluation.lenses if lens not in evaluation.constant]
     return [
-        ["layer", "lens", *(_SHORT.get(metric, METRICS[metric].title) for metric in metrics)],
+        ["layer", "lens", *(METRICS[metric].column or METRICS[metric].title for metric in metrics)],
         *(
             row(str(layer), lens, layers[lens].index(layer))
             for layer in evaluation.layers

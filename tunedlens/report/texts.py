@@ -101,10 +101,10 @@ def _figures(trajectory: Trajectory) -> dict[str, Figure]:
     first = dict(islice(trajectory.predictions.items(), MAX_LENSES))
     followed = replace(trajectory, predictions=first)
     shown = {i: token.shown for i, token in trajectory.vocabulary.items()}
-    tokens = ", ".join(shown[token] for token in most_probable(followed, -1))
+    tokens = ", ".join(f"“{shown[token]}”" for token in most_probable(followed, -1))
     last = shown[int(trajectory.input_ids[-1])]
     about_curves = (
-        f"Probabilities of {tokens} after {last}, the last token (position "
+        f"Probabilities of {tokens} after “{last}”, the last token (position "
         f"{trajectory.positions[-1]}), through the layers of the lenses {', '.join(first)}. Of the "
         "tokens that are the best one at some layer, the model finds these the most probable."
     )
@@ -114,7 +114,8 @@ def _figures(trajectory: Trajectory) -> dict[str, Figure]:
             plots.in_svg(heatmap),
         ),
         "kl": Figure(
-            f"The same tokens, coloured by the KL from the model to the lens.{part}",
+            "The same tokens, coloured by KL(model ‖ lens): how far the lens's prediction is from "
+            f"the model's. 0 means that both are equal.{part}",
             plots.in_svg(kl),
         ),
         "curves": Figure(about_curves, plots.in_svg(plots.curves(followed))),

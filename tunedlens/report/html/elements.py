@@ -69,11 +69,19 @@ def figure(
     )
 
 
-def table(rows: Rows) -> str:
-    """A table whose headings sort it."""
+def table(rows: Rows, meanings: Mapping[str, str] | None = None) -> str:
+    """A table whose headings sort it.
+
+    Args:
+        rows: the cells.
+        meanings: what a heading says when one points at it.
+    """
     header, *body = rows
     names = ' class="lenses"' if "lens" in header else ""
-    heads = "".join(f"<th><button>{for_html(cell)}</button></th>" for cell in header)
+    said = {cell: f' title="{for_html(one)}"' for cell, one in (meanings or {}).items()}
+    heads = "".join(
+        f"<th><button{said.get(cell, '')}>{for_html(cell)}</button></th>" for cell in header
+    )
     lines = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in body)
     return (
         f'<div class="scroll"><table{names}><thead><tr>{heads}</tr></thead>'

@@ -19,7 +19,7 @@ from tunedlens.trajectories import TOKENS, Comparison, Trajectory
 
 Json = dict[str, object]
 _ROW_PIXELS = 24
-_AROUND_PIXELS = 560
+_AROUND_PIXELS = 640
 """The height of the page without its rows."""
 _BYTES = re.compile("⟨((?:[0-9a-f]{2} ?)+)⟩")
 """A token that forms no whole character, as `tokenizer.shown` writes it."""

@@ -5,9 +5,15 @@ from collections.abc import Mapping, Sequence
 from tunedlens.escaping import for_html
 from tunedlens.evaluation import Evaluation
 from tunedlens.metrics import METRICS
-from tunedlens.report import plots
+from tunedlens.report import glossary, plots
 from tunedlens.report.html.elements import definitions, document, figure, minute, table
-from tunedlens.report.tables import difference_rows, metric_rows, scored_text, summary
+from tunedlens.report.tables import (
+    depth_rows,
+    difference_rows,
+    metric_rows,
+    scored_text,
+    summary,
+)
 
 _WIDE = ("overview", "agreement_by_layer", "transfer", "by_position")
 """Plots that take the width of the page."""
@@ -35,9 +41,13 @@ def page(
     differences = ""
     if evaluation.differences:
         differences = f"""<h2>Pairwise differences: KL, nats</h2>
-<p class="note">Both lenses of a pair are scored on the same tokens. ± is the standard error of
-the difference.</p>
+<p class="note">{glossary.ABOUT_DIFFERENCES}</p>
 {table(difference_rows(evaluation))}"""
+    depths = ""
+    if "prediction_depth" in evaluation.metrics:
+        depths = f"""<h2>Prediction depth</h2>
+<p class="note">{glossary.ABOUT_DEPTHS}</p>
+{table(depth_rows(evaluation))}"""
     figures = "".join(
         figure(
             plots.DRAWINGS[name].caption,
@@ -49,20 +59,30 @@ the difference.</p>
         for name, svg in svgs.items()
     )
     body = f"""<p class="note">{for_html(scored_text(evaluation))}</p>
+<p>{glossary.HOW_TO_READ} <a href="#terms">All terms and metrics</a> are explained below.</p>
 <ul>{sentences}</ul>
 <p class="note">Point at a curve for its values, or reach its panel with Tab and move with the
 arrow keys.</p>
 <div class="plots">{figures}</div>
 <h2>All metrics</h2>
-<p class="note">± is one standard error, clustered by block of text. Click a heading to sort.</p>
-{table(metric_rows(evaluation))}
+<p class="note">Click a heading to sort, or point at it for its meaning. A wide table scrolls
+sideways.</p>
+{table(metric_rows(evaluation), _meanings())}
 {differences}
+{depths}
+<h2 id="terms">What the terms mean</h2>
+{definitions(glossary.terms(evaluation))}
 <h2>What the metrics mean</h2>
-{definitions({m.title: m.meaning for name, m in METRICS.items() if name in evaluation.metrics})}
+{definitions(glossary.metric_terms(evaluation))}
 <h2>How this report was made</h2>
 <pre>{for_html(run.get("command", ""))}</pre>
 {_provenance(evaluation)}"""
     return document(title, body)
+
+
+def _meanings() -> dict[str, str]:
+    """What the columns of metrics mean, by their headings."""
+    return {metric.column or metric.title: metric.meaning for metric in METRICS.values()}
 
 
 def _provenance(evaluation: Evaluation) -> str:
@@ -75,7 +95,7 @@ def _provenance(evaluation: Evaluation) -> str:
             "fingerprint of final norm and unembedding": run.get("fingerprint"),
             "lenses": run.get("lenses"),
             "SHA-256 of the scored tokens": evaluation.tokens_sha256,
-            "text": run.get("corpus"),
+            f"whole text, of which {evaluation.blocks:,} blocks are scored": run.get("corpus"),
             "settings": run.get("config"),
             "dtype, device, threads": ", ".join(str(part) for part in device if part is not None),
             "versions": run.get("versions"),

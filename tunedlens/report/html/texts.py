@@ -12,6 +12,13 @@ from tunedlens.report.html.frame import framed
 from tunedlens.report.tables import top_k
 from tunedlens.trajectories import Trajectory
 
+_HOW_TO_READ = (
+    "A lens predicts the next token from the hidden state at one layer. Layer 0 is the embeddings, "
+    "and the row “model” is the model's own prediction. The logit lens applies the model's final "
+    "norm and unembedding; a tuned lens first applies a map that is trained for each layer. ␣ is a "
+    "space and ↵ a line break."
+)
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -45,10 +52,8 @@ def texts_page(
         lenses: what each lens is, by name.
         k: the number of best tokens in a table.
     """
-    about = {
-        "model": run.get("model"),
-        "revision": run.get("revision"),
-        "lenses": lenses,
+    about = {"model": run.get("model"), "revision": run.get("revision"), "lenses": lenses}
+    made = {
         "command": run.get("command"),
         "created": minute(run.get("created", "")),
         "versions": run.get("versions"),
@@ -57,10 +62,11 @@ def texts_page(
         f'<li><a href="#text-{number}">{for_html(_start(text.trajectory))}</a></li>'
         for number, text in enumerate(texts, 1)
     )
-    parts = [definitions(about)]
+    parts = [f"<p>{_HOW_TO_READ}</p>", definitions(about)]
     if len(texts) > 1:
         parts.append(f"<nav><ol>{links}</ol></nav>")
     parts += [_section(number, text, k) for number, text in enumerate(texts, 1)]
+    parts.append(f"<section><h2>How this page was made</h2>{definitions(made)}</section>")
     return document(f"Texts through the layers of {run.get('model', 'a model')}", "\n".join(parts))
 
 
@@ -75,8 +81,8 @@ def _section(number: int, text: TextReport, k: int) -> str:
     last = read.vocabulary[int(read.input_ids[-1])].shown
     best = top_k(read, k=1)
     said = (
-        f"{len(read.positions):,} tokens. After {last}, the last one, the model finds "
-        f"{best.tokens[-1][0].shown} most probable, with {best.probs[-1][0]:.3f}."
+        f"{len(read.positions):,} tokens. After “{last}”, the last one, the model finds "
+        f"“{best.tokens[-1][0].shown}” most probable, with {best.probs[-1][0]:.3f}."
     )
     tables = "".join(
         f"<h4>{for_html(lens)} lens</h4>{table(top_k(read, k=k, lens=lens).cells())}"
@@ -99,7 +105,8 @@ def _section(number: int, text: TextReport, k: int) -> str:
 {framed(text.page, explorer_height(read))}
 <h3>Figures</h3>
 {figures}
-<h3>Best tokens after {for_html(last)}, the last token</h3>
+<h3>Best tokens after “{for_html(last)}”, the last token</h3>
+<p class="note">Columns are ranks; a cell has the token and its probability.</p>
 {tables}
 <p class="note">Files: {links}.</p>
 </section>"""

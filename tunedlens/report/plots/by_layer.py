@@ -169,27 +169,33 @@ def _of_metrics(
 _BAND = "The bands are two standard errors wide on either side."
 DRAWINGS = {
     "overview": _of_metrics(
-        "KL, perplexity, top-1 agreement and prediction depth of every lens.",
+        "KL, perplexity, top-1 agreement and prediction depth of every lens. Lower is better in "
+        "(a) and (b), higher in (c). At the last depth, only the model itself predicts the token. "
+        "A value beside an arrow is above the scale. Bands and error bars are two standard errors "
+        "on either side.",
         *("kl_nats", "perplexity", "top1_agreement", "prediction_depth"),
         rows=2,
         size=(9.2, 6.2),
     ),
     "kl_by_layer": _of_metrics(
-        f"KL from the model's final distribution to that of each lens. {_BAND}", "kl_nats"
+        f"KL from the model's final distribution to that of each lens (lower is closer). {_BAND}",
+        "kl_nats",
     ),
     "perplexity_by_layer": _of_metrics(
-        f"Perplexity of the true next token; the grey line is the model. {_BAND}", "perplexity"
+        f"Perplexity of the next token (lower is better); the grey line is the model. {_BAND}",
+        "perplexity",
     ),
     "bits_per_byte_by_layer": _of_metrics(
-        f"Cross-entropy in bits per byte of text; the grey line is the model. {_BAND}",
+        f"Cross-entropy in bits per byte (lower is better); the grey line is the model. {_BAND}",
         "bits_per_byte",
     ),
     "bias_by_layer": _of_metrics(
-        f"KL between the mean distributions of model and lens. {_BAND}", "bias_nats"
+        f"Bias: KL between the mean distributions of model and lens (lower is closer). {_BAND}",
+        "bias_nats",
     ),
     "agreement_by_layer": _of_metrics(
         "Fraction of tokens where the model's most probable token is the lens's most probable "
-        f"one (left) or among its top ten (right). {_BAND}",
+        f"one (a) or among its top ten (b); higher is closer to the model. {_BAND}",
         *("top1_agreement", "top10_agreement"),
         size=(8.6, 3.2),
         limits=(0, 1.02),
@@ -200,7 +206,7 @@ DRAWINGS = {
         "prediction_depth",
     ),
     "transfer": Drawing(
-        "KL when the translator of one layer is applied at another.",
+        "KL when the translator of one layer is applied at another (lower is closer).",
         transfer,
         lambda evaluation: bool(evaluation.transfer),
     ),
