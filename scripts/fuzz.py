@@ -40,11 +40,13 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import tunedlens
 from tunedlens import (
+    CausalBasis,
     CorpusConfig,
     FrozenModel,
     InputError,
     TrainConfig,
     Trajectory,
+    anomaly,
     builtin,
     checkpoint,
     report,
@@ -217,7 +219,11 @@ def make_folder(model: FrozenModel, folder: Path) -> None:
     checkpoint.save_state(
         folder, checkpoint.State({"a": torch.randn(9)}, {"config": {"model": {}, "corpus": {}}})
     )
-    tunedlens.trajectory(model, None, "A short text.").save(folder / "read.safetensors")
+    reads = tunedlens.trajectory(model, None, ["A short text.", "x = 1", "y = 2"])
+    reads[0].save(folder / "read.safetensors")
+    anomaly.fit(reads).save(folder / "detector.json")
+    ids = model.encode("A short text for a basis.")
+    tunedlens.causal_basis(model, lens, ids, layer=1, k=2).save(folder / "basis.safetensors")
     write_json(folder / "metrics.json", held_out)
     (folder / "run.yaml").write_text("model: x\ntokens: 1e6\nstreaming: true\nlr: 0.1\n")
     checkpoint.export_lens(lens, folder / "foreign")
@@ -258,6 +264,16 @@ def targets(model: FrozenModel) -> dict[str, Target]:
         report.top_k(read).to_markdown()
         str(read)
 
+    def detector_in(folder: Path) -> None:
+        anomaly.Detector.load(folder / "detector.json").scores([read])
+
+    def basis_in(folder: Path) -> object:
+        basis = CausalBasis.load(folder / "basis.safetensors")
+        repr(basis)
+        return {"vectors": basis.directions().rows()}
+
+    read = tunedlens.trajectory(model, None, "z = 3")
+
     def corpus_in(name: str) -> Callable[[Path], None]:
         def read(folder: Path) -> None:
             for streaming in (False, True):
@@ -270,11 +286,13 @@ def targets(model: FrozenModel) -> dict[str, Target]:
         return read
 
     return {
-        "lens: weights": Target(20, "lens.safetensors", lens_in, True),
+        "lens: weights": Target(15, "lens.safetensors", lens_in, True),
         "lens: manifest": Target(14, "config.json", lens_in, cases=JSON_CASES),
-        "metrics.json": Target(14, "metrics.json", metrics_in, cases=JSON_CASES),
+        "metrics.json": Target(12, "metrics.json", metrics_in, cases=JSON_CASES),
         "state of a run": Target(8, "state/1.safetensors", state_in, True),
         "trajectory": Target(10, "read.safetensors", trajectory_in),
+        "causal basis": Target(4, "basis.safetensors", basis_in),
+        "anomaly detector": Target(3, "detector.json", detector_in, cases=JSON_CASES),
         "YAML": Target(10, "run.yaml", yaml_in, cases=YAML_CASES),
         "tuned-lens: params.pt": Target(5, "foreign/params.pt", lambda f: lens_in(f / "foreign")),
         "tuned-lens: config": Target(

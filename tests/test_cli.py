@@ -259,7 +259,7 @@ def test_prompts_are_on_one_page_with_a_folder_of_files_each(here, capsys):
     page = (here / "out" / "report.html").read_text()
     assert page.count("<iframe") == 3
     assert '<pre class="text">a &lt;b&gt;</pre>' in page
-    for words in ("steps", "python evaluate.py --lens steps", "The same tokens, coloured by"):
+    for words in ("steps", "tunedlens evaluate --lens steps", "The same tokens, coloured by"):
         assert words in page
     for path in re.findall(r'href="([^#"]+)"', page)[1:]:
         assert (here / "out" / path).exists()

@@ -105,4 +105,4 @@ def test_package_runs_as_a_module(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("tunedlens", run_name="__main__")
     assert ended.value.code == 0
-    assert "usage: tunedlens {train," in capsys.readouterr().err
+    assert "usage: tunedlens COMMAND" in capsys.readouterr().out
