@@ -51,7 +51,8 @@ from tunedlens import (
     checkpoint,
     report,
 )
-from tunedlens.cli.flags import configured, make_parser, parse
+from tunedlens.cli.flags import make_parser, parse
+from tunedlens.config.settings import configured
 from tunedlens.corpus import load_splits, resolve_corpus
 from tunedlens.evaluation import MODEL, Difference, Evaluation, Grid, Result
 from tunedlens.files import write_json
