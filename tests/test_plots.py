@@ -479,3 +479,8 @@ def test_curves_are_by_default_of_what_the_model_finds_probable(read):
     probs = read.predictions["logit"].tracked_log_probs[:, -1, place].exp().tolist()
     assert list(axes.lines[0].get_ydata()) == probs
     assert 1 <= len(axes.lines) <= 5
+
+
+def test_numbers_of_an_axis_are_plain_up_to_five_digits_and_then_powers_of_ten():
+    found = [style.short_number(value) for value in (0.05, 200, 2e4, 1e10, 2e-6)]
+    assert found == ["0.05", "200", "20000", "$10^{10}$", r"$2 \cdot 10^{-6}$"]

@@ -219,7 +219,16 @@ def ticks_of(count: int) -> range:
     return range(0, count, next(step for step in steps if count <= 9 * step))
 
 
-def plain_log_ticks(axis: "Axis", shown: Callable[[float], str] = "{:g}".format) -> None:
+def short_number(value: float) -> str:
+    """A number as on an axis: 0.05, 200, and powers of ten beyond 10⁵."""
+    if 1e-4 <= value < 1e5:
+        return f"{value:g}"
+    digits, power = f"{value:.0e}".split("e")
+    factor = "" if digits == "1" else rf"{digits} \cdot "
+    return rf"${factor}10^{{{int(power)}}}$"
+
+
+def plain_log_ticks(axis: "Axis", shown: Callable[[float], str] = short_number) -> None:
     """Plain numbers as ticks of a logarithmic axis: 1, 2, 5 if it spans few decades."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
