@@ -14,7 +14,9 @@ def unembedding():
 
 def times(monkeypatch, **seconds):
     monkeypatch.setattr(
-        backend, "_seconds", lambda candidate, *_: seconds["_".join(candidate)] / 1000
+        backend,
+        "_seconds",
+        lambda candidates, *_: [seconds["_".join(one)] / 1000 for one in candidates],
     )
 
 

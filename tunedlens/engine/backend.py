@@ -1,6 +1,7 @@
 """The precision and the kernel that compute the objective fastest on this machine."""
 
 import time
+from collections.abc import Sequence
 from itertools import product
 from typing import NamedTuple, get_args
 
@@ -44,28 +45,32 @@ def fastest_backend(
     )
     precisions = [precision] if precision else get_args(Precision) if has_bf16 else ["fp32"]
     kernels = [kernel] if kernel else get_args(Kernel) if on_cpu else ["products"]
-    best, *others = (Backend(*pair) for pair in product(precisions, kernels))
-    if not others:
-        return best
+    candidates = [Backend(*pair) for pair in product(precisions, kernels)]
+    if len(candidates) == 1:
+        return candidates[0]
     rows = Unembedding(unembedding.norm, weight[: _MAX_ROWS[kind]], None)
     hidden = torch.randn(_TOKENS[kind], weight.shape[1], generator=torch.Generator().manual_seed(0))
     hidden = hidden.to(weight.device)
-    least = _seconds(best, rows, hidden)
+    best, *others = zip(candidates, _seconds(candidates, rows, hidden), strict=True)
     for candidate in others:
-        seconds = _seconds(candidate, rows, hidden)
-        if seconds < least / _MARGIN:
-            best, least = candidate, seconds
-    return best
+        if candidate[1] < best[1] / _MARGIN:
+            best = candidate
+    return best[0]
 
 
-def _seconds(backend: Backend, rows: Unembedding, hidden: torch.Tensor) -> float:
-    """Time of one gradient: the minimum of several, after a warm-up."""
-    objective = LensKL(rows, dtype=DTYPES[backend.precision], kernel=backend.kernel)
-    model, times = objective.model_side(hidden), []
+def _seconds(backends: Sequence[Backend], rows: Unembedding, hidden: torch.Tensor) -> list[float]:
+    """Time of one gradient with each backend: the minimum of several, after a warm-up.
+
+    The backends take turns, so that other work on the machine slows all of them.
+    """
+    objectives = [LensKL(rows, dtype=DTYPES[one.precision], kernel=one.kernel) for one in backends]
+    models = [objective.model_side(hidden) for objective in objectives]
+    times: list[list[float]] = [[] for _ in backends]
     for _ in range(_ROUNDS + 1):
-        start = time.perf_counter()
-        objective.gradient(hidden, model)
-        if hidden.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+        for objective, model, own in zip(objectives, models, times, strict=True):
+            start = time.perf_counter()
+            objective.gradient(hidden, model)
+            if hidden.device.type == "cuda":
+                torch.cuda.synchronize()
+            own.append(time.perf_counter() - start)
+    return [min(own[1:]) for own in times]
