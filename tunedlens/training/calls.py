@@ -5,12 +5,10 @@ from typing import Unpack, overload
 
 from tunedlens.config import TrainConfig, TrainSettings, WandbMode, lists_settings, with_settings
 from tunedlens.evaluation import Evaluation
+from tunedlens.evaluation.calls import Model
 from tunedlens.model import FrozenModel
 from tunedlens.training import loop
 from tunedlens.training.state_cache import CacheSettings
-
-Model = FrozenModel | str | Path
-"""A loaded model, or its name on the hub or its folder."""
 
 
 @overload
