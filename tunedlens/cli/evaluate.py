@@ -27,7 +27,7 @@ from tunedlens.tracking import Tracker
 
 EVALUATE = """Evaluate lenses on held-out text. The logit lens is always included.
 
-Without flags, it evaluates the newest lens in checkpoints/ on the text that the lens was trained on.
+Without flags, the newest lens in checkpoints/ is evaluated on the text that it was trained on.
 
   tunedlens evaluate --lens checkpoints/RUN --tokens 1e6
   tunedlens evaluate --lens unigram --lens mean --lens checkpoints/A --lens mine=checkpoints/B

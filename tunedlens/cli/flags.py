@@ -38,7 +38,7 @@ def make_parser(name: str, description: str, config: type) -> argparse.ArgumentP
     )
     parser.add_argument("--version", action="version", version=f"tunedlens {own_version()}")
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="YAML file with values for flags; flags override it"
+        "--config", type=Path, metavar="FILE", help="YAML file of settings; flags override it"
     )
     hints = typing.get_type_hints(config)
     parts = [name for name, hint in hints.items() if dataclasses.is_dataclass(hint)]

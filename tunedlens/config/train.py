@@ -87,7 +87,7 @@ class TrainConfig(Config):
     )
     batch_size: int | None = option(
         None,
-        "blocks in one step of all processes together (default: about 4 × d_model tokens; published "
+        "blocks in one step, over all processes (default: about 4 × d_model tokens; published "
         "baselines: 2,048 tokens)",
     )
     micro_batch_size: int | None = option(

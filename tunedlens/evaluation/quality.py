@@ -78,7 +78,7 @@ class Quality:
 
     @property
     def warnings(self) -> list[QualityWarning]:
-        """Warnings that the lens had too few tokens, or is worse on another text than on its own."""
+        """Warnings of too few training tokens, or of a worse fit on another text than its own."""
         return [*self._undertrained(), *self._off_corpus()]
 
     def _undertrained(self) -> list[QualityWarning]:
