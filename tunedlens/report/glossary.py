@@ -43,9 +43,7 @@ def terms(evaluation: Evaluation) -> dict[str, str]:
     if corpus.get("dataset") == NAME:
         found[f"{NAME} text"] = "the source files of Python's standard library"
     if config.get("split") == "validation":
-        found["held out"] = (
-            "the part of the text that was not used to train any of these lenses"
-        )
+        found["held out"] = "the part of the text that was not used to train any of these lenses"
     if evaluation.transfer:
         found["transfer"] = "applying the translator of one layer to the states of another layer"
     baselines = {
