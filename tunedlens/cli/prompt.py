@@ -61,7 +61,7 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--sites",
         metavar="SITES",
-        help="where the lenses read, separated by commas: resid_pre (default), attn_out, "
+        help="sites that the lenses read, separated by commas: resid_pre (default), attn_out, "
         "resid_mid, mlp_out, resid_post",
     )
 

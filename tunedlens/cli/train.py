@@ -15,7 +15,7 @@ from tunedlens.training import CacheSettings, Interrupted, new_folder, train
 
 TRAIN = """Train a tuned lens: one affine translator per layer of a frozen language model.
 
-Without flags it trains on the GPT-2 and the text that ship with the package.
+Without flags, it trains a lens for the GPT-2 that ships with the package, on its own text.
 
   tunedlens train --model gpt2 --dataset my-texts/ --tokens 5e6
   tunedlens train --resume                      continue the last interrupted run

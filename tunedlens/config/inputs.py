@@ -26,7 +26,7 @@ class ModelConfig(Config):
         None, "folder or hub name of a PEFT adapter to merge into the model (needs peft)"
     )
     gguf_file: str | None = option(
-        None, "GGUF file in the folder or on the hub that holds the weights"
+        None, "name of a GGUF file with the weights, in the folder or on the hub"
     )
     trust_remote_code: bool = option(
         False, "run code from the model's repository; use it only with a repository that you trust"
@@ -78,7 +78,7 @@ class CorpusConfig(Config):
     self_tokens: int | None = option(
         None, "tokens to sample for --dataset self (default: the most that the run can need)"
     )
-    streaming: bool = option(False, "read the text while training instead of all at once")
+    streaming: bool = option(False, "read the text during the run instead of all at its start")
     seq_len: int | None = option(
         None, "tokens in a block (default: the model's context, at most 1024)"
     )

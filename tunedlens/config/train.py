@@ -95,7 +95,9 @@ class TrainConfig(Config):
         "blocks in one forward pass; changes memory, not results (default: about 2,048 tokens on a "
         "CPU, a whole step on other devices)",
     )
-    skip_first: int = option(0, "positions at the start of each block that are not trained on")
+    skip_first: int = option(
+        0, "number of positions at the start of each block that are left out of training"
+    )
     precision: Precision | None = option(
         None,
         "precision of matrix products in training (default: the faster one, which the run measures "
