@@ -94,7 +94,7 @@ def _figures(trajectory: Trajectory) -> dict[str, Figure]:
     end = trajectory[:, -_MAX_POSITIONS:]
     part = ""
     if count > _MAX_POSITIONS:
-        part = f" Only the last {_MAX_POSITIONS} of {count:,} positions are drawn."
+        part = f" Only the last {_MAX_POSITIONS} of {count:,} positions are drawn here."
     width = _WIDTH if min(count, _MAX_POSITIONS) > _NARROW else None
     heatmap = plots.heatmap(end, "probability", lenses, width=width)
     kl = plots.heatmap(end, "kl_nats", lenses, width=width)
