@@ -429,7 +429,7 @@ def test_bad_input_to_train_is_one_line(here, asked, capsys):
         (["--device", "nonsense"], "cannot use the device nonsense"),
         (["--config", "absent.yaml"], "there is no --config absent.yaml"),
         (["--config", "bad.yaml"], "expected lines like"),
-        (["--sites", "resid_midd"], "--sites must be of", "got resid_midd"),
+        (["--sites", "resid_midd"], "--sites must be some of", "got resid_midd"),
         (["--resume"], "no interrupted run under checkpoints"),
         (["--resume", "nowhere"], "nowhere holds no lens"),
     ]

@@ -312,7 +312,7 @@ def test_evaluation_scores_lenses_of_other_libraries(small, tmp_path):
 def test_doctor_examines_a_lens_of_another_library(small):
     checks = {check.name: check for check in doctor(small, DATA / "tuned-lens-0.2.0").checks}
     assert checks["the lens was made for this norm and unembedding"].passed is None
-    assert checks["the lens is nearer to the model than the logit lens"].passed is False
+    assert checks["the lens is closer to the model than the logit lens"].passed is False
 
 
 @pytest.fixture

@@ -194,7 +194,7 @@ def test_doctor_examines_the_layers_that_there_are(tiny, tmp_path):
     TunedLens.from_model(tiny, layers=[0, 2]).save(tmp_path / "lens")
     check = doctor(tiny, tmp_path / "lens").checks[-1]
     assert check.passed
-    assert check.name == "the lens is nearer to the model than the logit lens"
+    assert check.name == "the lens is closer to the model than the logit lens"
 
 
 @pytest.mark.parametrize(

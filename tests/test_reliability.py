@@ -446,7 +446,7 @@ def test_signal_in_a_step_is_acknowledged_at_once_and_saves(
     at_step(monkeypatch, 3, send)
     with pytest.raises(Interrupted):
         train(config, tmp_path / "run")
-    assert "finishing this step" in heard[0]
+    assert "stopping after this step" in heard[0]
     assert checkpoint.has_state(tmp_path / "run")
 
 
@@ -510,7 +510,7 @@ def test_run_that_cannot_be_saved_on_the_way_goes_on(config, tmp_path, monkeypat
     monkeypatch.setattr(loop, "_SECONDS_PER_SAVE", -1)
     monkeypatch.setattr(checkpointing, "save", save)
     train(config, tmp_path / "run")
-    assert "goes on without being saved: No space left" in capsys.readouterr().out
+    assert "continues without being saved: No space left" in capsys.readouterr().out
     assert (tmp_path / "run" / "README.md").exists()
 
 
