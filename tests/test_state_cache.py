@@ -127,4 +127,4 @@ def test_cache_that_cannot_be_used_says_why(config, cache, tmp_path):
 
 def test_limit_without_a_folder_is_refused(capsys):
     assert train_command(["--cache-gb", "1", "--dataset", "missing.txt"]) == 2
-    assert "--cache-gb limits the folder of --cache-states" in capsys.readouterr().err
+    assert "--cache-gb works only with --cache-states" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`tunedlens plan`: what a run needs, before it is started."""
+"""`tunedlens plan`: shows what a run needs before it is started."""
 
 import math
 
@@ -51,7 +51,7 @@ def plan_command(arguments: Arguments = None) -> int:
 
 
 def _lines(size: RunSize) -> list[str]:
-    """The run, its memory by part and phase, its operations and its time."""
+    """The lines about the run, its memory by part and phase, its operations and its time."""
     shape, plan, costs = size.shape, size.plan, size.costs
     device = {"cpu": "CPU", "cuda": "GPU"}[size.device]
     share = f"one {device} each" if size.processes == size.devices else f"{size.devices} GPUs"
@@ -102,7 +102,7 @@ def _memory_table(size: RunSize) -> list[str]:
 
 
 def _say_whether_it_fits(config: TrainConfig, size: RunSize) -> None:
-    """Whether the memory is enough, and what to change if it is not."""
+    """Print whether the memory is enough, and which flags help if it is not."""
     assert size.limit is not None
     needed = f"{size.memory.peak / 1e9:,.3g} of {size.limit / 1e9:,.3g} GB"
     if size.fits:
