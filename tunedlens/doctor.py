@@ -216,7 +216,7 @@ def _terms(model: FrozenModel, ids: Int[Tensor, "1 seq"]) -> Check:
             model.sites(ids, wanted=("resid_pre", "attn_out", "mlp_out", "resid_post"))
         except InputError:
             return Check(name, None, str(error))
-        return Check(name, True, "they run in parallel, so there is no resid_mid")
+        return Check(name, True, "they run side by side, so there is no resid_mid")
     return Check(name, True)
 
 

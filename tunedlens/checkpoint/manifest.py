@@ -1,4 +1,4 @@
-"""The manifest of a lens: `config.json`, which says what the lens is and what made it."""
+"""The manifest of a lens: `config.json`, which describes the lens and how it was made."""
 
 from pathlib import Path
 from typing import Literal, NotRequired, TypedDict
@@ -30,7 +30,7 @@ class _Progress(TypedDict):
     tokens: int
     init_tokens: NotRequired[int]
     start_tokens: NotRequired[int]
-    """In 0.1.0, for `init_tokens`."""
+    """The name of `init_tokens` in version 0.1.0."""
     seconds: NotRequired[float]
 
 
@@ -47,7 +47,7 @@ class _HeldOut(TypedDict):
 
 
 class _Manifest(TypedDict):
-    """What is read from a manifest; a lens that was saved without its training has only a part."""
+    """The entries of a manifest. A lens that was not saved by `train` has only some of them."""
 
     format: int
     lens: Literal["tuned", "jacobian"]

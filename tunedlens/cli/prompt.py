@@ -97,9 +97,7 @@ def show_prompts(flags: dict[str, Any], command: Sequence[str]) -> int:
     model_flags = {field.name for field in dataclasses.fields(ModelConfig)}
     if others := sorted(flags.keys() - model_flags):
         flag = f"--{others[0].replace('_', '-')}"
-        raise InputError(
-            f"{flag} does not work with --prompt, which scores no corpus; leave it out"
-        )
+        raise InputError(f"{flag} does not work with --prompt; leave it out")
     specs = lens_specs(asked) if asked else _newest(flags.get("model"))
     saved = saved_lenses(specs)
     if any(spec.kind in BASELINES for spec in specs):
