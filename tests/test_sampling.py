@@ -92,7 +92,7 @@ def test_progress_counts_the_tokens(tokenizer):
 
 
 def test_a_model_that_writes_nothing_is_refused(tokenizer):
-    with pytest.raises(InputError, match="ends every text at its start"):
+    with pytest.raises(InputError, match="generates only empty documents"):
         sample_documents(model_with_end(tokenizer, 1e4), 100, 12)
 
 

@@ -164,8 +164,8 @@ class Influence:
     """KL(lens(h) ‖ lens(h with one direction ablated)) at every state h, and its gradient.
 
     Args:
-        states: the states h, of which `mode` replaces coordinates.
-        seed: of the values that `resample` draws.
+        states: the states h, whose coordinates `mode` replaces.
+        seed: the seed for the values that `resample` draws.
     """
 
     def __init__(
@@ -207,9 +207,9 @@ class Influence:
     def forms(self, seed: int) -> tuple[Form, Form]:
         """Second moment of the change, and the Fisher information of the states.
 
-        The influence is, to second order, half the mean of (change · v)² (v · F v) over states,
-        with the F of each. The Fisher information is estimated from one token per state, drawn
-        from the lens's distribution.
+        To second order, the influence is half the mean over states of (change · v)² (v · F v),
+        where F is the Fisher information of the state. It is estimated from one token per state,
+        drawn from the lens's distribution.
         """
         generator = torch.Generator(self._states.device).manual_seed(seed)
         scores = []

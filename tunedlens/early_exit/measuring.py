@@ -54,8 +54,8 @@ def early_exits(
     scorer, tallies = Scorer(model, layout, _METRICS), _tallies(layout, first_layer)
     if not tallies:
         raise InputError(
-            f"no lens reads the residual stream from layer {first_layer} on; give one that does, "
-            "or an earlier first_layer"
+            f"no lens reads the residual stream at layer {first_layer} or later; give a lens that "
+            "does, or an earlier first_layer"
         )
     digest, numbers = hashlib.sha256(), []
     own = blocks_of_this_process(blocks, config.tokens, None, digest.update)
@@ -80,7 +80,7 @@ def early_exits(
 
 
 def rules_of(signal: Signal, n_layers: int, vocab_size: int) -> list[ExitRule]:
-    """Rules from one that never exits to one that nearly always does."""
+    """Rules, from one that never exits to one that nearly always exits."""
     if signal == "agreement":
         return [ExitRule(signal, count) for count in range(n_layers + 1, 0, -1)]
     if signal == "confidence":

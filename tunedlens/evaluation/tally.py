@@ -1,4 +1,4 @@
-"""All that is summed during an evaluation, and the results from these sums."""
+"""Accumulates the sums of an evaluation, and computes the results from them."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -291,7 +291,7 @@ def _grids(
 def _rounded(
     values: Float[Tensor, "rows columns"], layers: Sequence[int], is_square: bool
 ) -> list[list[float | None]]:
-    """To seven digits, since grids hold many numbers; None for NaN and outside the layers."""
+    """Round to seven digits, since grids hold many numbers; None for NaN and other layers."""
     columns = layers if is_square else range(values.shape[1])
     return [
         [

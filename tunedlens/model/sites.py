@@ -156,8 +156,8 @@ class BlockSites:
             )
         if "resid_mid" in self._wanted and terms.middle is None:
             raise InputError(
-                f"{self._name} runs attention and MLP side by side, so there is no resid_mid; leave "
-                "out this site"
+                f"{self._name} runs attention and MLP side by side, so there is no resid_mid; "
+                "leave out this site"
             )
         sites = {"resid_pre": start, "resid_mid": terms.middle, "resid_post": end}
         sites |= {"attn_out": terms.attn_out, "mlp_out": terms.mlp_out}

@@ -1,4 +1,4 @@
-"""A model, lenses and texts to trajectories and comparisons."""
+"""Computes trajectories and comparisons from a model, lenses and texts."""
 
 from collections.abc import Sequence
 from typing import overload
@@ -129,7 +129,7 @@ def compare(
         InputError: nothing differs, the sides do not align, or as for `trajectory`.
     """
     if baseline_text is baseline_lenses is baseline_model is baseline_positions is None:
-        raise InputError("give a baseline to compare with: a text, lenses, a model or positions")
+        raise InputError("there is no baseline; give a text, lenses, a model or positions for it")
     if baseline_lenses is None and baseline_model is None:
         baseline_lenses = lenses
     baseline_model = baseline_model or model

@@ -1,4 +1,4 @@
-"""Trajectories and comparisons on disk: one safetensors file with JSON metadata."""
+"""Reads and writes trajectories and comparisons: one safetensors file with JSON metadata."""
 
 import hashlib
 import json
@@ -153,12 +153,12 @@ def _trajectory(tensors: Tensors, record: JsonObject, prefix: str) -> Trajectory
     lenses, positions = _list_of(str, record["lenses"]), _list_of(int, record["positions"])
     rows = [Row(str(site), int(layer)) for site, layer in record["rows"]]
     layers = range(int(record["n_layers"]) + 1)
-    _require(bool(lenses) and len(set(lenses)) == len(lenses), "the lenses are wrong")
+    _require(bool(lenses) and len(set(lenses)) == len(lenses), "lens names are missing or repeated")
     for lens in lenses:
         require_lens_name(lens)
-    _require(bool(positions) and min(positions) >= 0, "the positions are wrong")
+    _require(bool(positions) and min(positions) >= 0, "positions are missing or negative")
     is_known = all(row.site in SITES and row.layer in layers for row in rows)
-    _require(bool(rows) and is_known, "the rows are wrong")
+    _require(bool(rows) and is_known, "rows are missing or unknown")
     result = Trajectory(
         model=str(record["model"]),
         text=str(record["text"]),
