@@ -236,7 +236,7 @@ def test_lens_with_a_strange_name_of_its_model_is_for_an_unknown_one(copy, name)
 def test_old_lens_with_layers_of_its_own_is_refused(small, copy, change):
     path = copy("tuned-lens-0.0.5") / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(InputError, match="layers of its own"):
+    with pytest.raises(InputError, match="additional layers or its own unembedding"):
         load_lens(path.parent, small)
 
 

@@ -173,9 +173,7 @@ def test_trajectory_has_the_rows_that_all_lenses_read(tiny):
     assert torch.equal(ours.top_ids[1], theirs.top_ids[2])
     compared = compare(tiny, lens, "import os", baseline_lenses=sparse_lens(tiny, [1, 2]))
     assert compared.trajectory.row_names == compared.baseline.row_names == ["2", "model"]
-    with pytest.raises(
-        InputError, match="the lenses a, b have no layer with translators in common"
-    ):
+    with pytest.raises(InputError, match="the lenses a, b have no layer with"):
         trajectory(tiny, {"a": lens, "b": sparse_lens(tiny, [1])}, "import os")
 
 
