@@ -115,7 +115,6 @@ def compare(
 
     Args:
         model: the model of the first side.
-        lenses: as for `trajectory`.
         text: a text or its token ids.
         baseline_text: the text of the baseline.
         baseline_lenses: the lenses of the baseline. A lens is compared with the baseline lens of
@@ -123,7 +122,7 @@ def compare(
         baseline_model: a model with the same vocabulary and number of layers.
         positions: the positions of the text to compare.
         baseline_positions: the positions of the baseline text; by default the same.
-        sites, k, track, stride: as for `trajectory`.
+        lenses, sites, k, track, stride: as for `trajectory`.
 
     Raises:
         InputError: nothing differs, the sides do not align, or as for `trajectory`.
