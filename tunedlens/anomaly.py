@@ -264,8 +264,8 @@ def _area(
     """The AUROC of samples of weighted texts.
 
     Args:
-        ends: how many sorted normal scores are below each anomaly's, and how many at most it.
-        normal_weights: in the order of the sorted scores.
+        ends: the number of sorted normal scores below each anomaly's score, and at or below it.
+        normal_weights: the weights in the order of the sorted scores.
     """
     below = torch.nn.functional.pad(normal_weights.double().cumsum(1), (1, 0))
     wins = (below[:, ends[0]] + below[:, ends[1]]) / 2

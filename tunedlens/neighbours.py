@@ -59,7 +59,7 @@ def as_transformer_lens(
 
 
 def _stack_point(index: int, n_layers: int, incl_mid: bool) -> HookPoint:
-    """Where an entry of TransformerLens's accumulated stack comes from.
+    """The site and layer of an entry of TransformerLens's accumulated stack.
 
     Raises:
         InputError: there is no such entry.

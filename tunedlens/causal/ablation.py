@@ -102,7 +102,7 @@ def replacements(
         mean = others.mean(0, dtype=torch.promote_types(others.dtype, torch.float32))
         return mean.to(values.dtype).expand_as(values)
     if pool is None:
-        # A random cycle through all positions, so that none keeps its own value.
+        # A random cycle through all positions, so that no position keeps its own value.
         order = torch.randperm(len(values), generator=generator)
         drawn = torch.empty_like(order)
         drawn[order] = order.roll(1)

@@ -24,7 +24,7 @@ FORMAT = 1
 _STARTS = 4
 """The candidates whose exact influence is computed before each search."""
 _DAMAGE = (ValueError, TypeError, KeyError, AttributeError, OverflowError)
-"""What a damaged file can raise while it is checked."""
+"""The exceptions that a damaged file can raise while it is checked."""
 Form = Float[Tensor, "d_model d_model"]
 
 

@@ -191,7 +191,7 @@ def those_under(root: Path) -> str:
 
 
 def saved_points(folder: Path) -> list[HookPoint]:
-    """Where a saved lens has translators, from the header of its file.
+    """The points at which a saved lens has translators, from the header of its file.
 
     Raises:
         InputError: the file is missing or damaged.

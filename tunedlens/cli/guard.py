@@ -28,7 +28,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 def keep_freed_memory() -> None:
     """Let the C allocator reuse freed memory instead of returning it to the system.
 
-    By default glibc maps every large tensor anew and unmaps it when it is freed, so a forward
+    By default, glibc maps every large tensor and unmaps it when it is freed, so a forward
     pass on a CPU spends a fifth to a third of its time on page faults. The setting affects the
     whole process, so the commands make it, not the library. It does nothing if the C library is
     not glibc.

@@ -43,7 +43,7 @@ DEFAULT_HUB_DATASET = "vietgpt/openwebtext_en"
 """OpenWebText, an open remake of GPT-2's own training text, as Parquet files."""
 
 LONGEST_DEFAULT_BLOCK = 1024
-"""In tokens."""
+"""The largest default length of a block, in tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ def load_splits(config: ResolvedCorpus, tokenizer: PreTrainedTokenizerBase) -> C
     """Read a text and split it into training and validation.
 
     Args:
-        config: from `resolve_corpus`.
+        config: the result of `resolve_corpus`.
 
     Raises:
         InputError: there is no such text, it is empty or too short, has no such column,

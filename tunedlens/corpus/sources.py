@@ -75,7 +75,7 @@ def is_on_hub(name: str) -> bool:
 
 
 def is_stream(documents: "Dataset | IterableDataset") -> bool:
-    """Whether the documents are read as they are needed."""
+    """Whether the documents are read only when they are needed."""
     import datasets
 
     return isinstance(documents, datasets.IterableDataset)

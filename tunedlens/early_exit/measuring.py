@@ -92,12 +92,12 @@ def rules_of(signal: Signal, n_layers: int, vocab_size: int) -> list[ExitRule]:
 
 
 def _short(values: Float[Tensor, " thresholds"]) -> list[float]:
-    """To four digits."""
+    """Round to four digits."""
     return [float(f"{value:.4g}") for value in values.tolist()]
 
 
 def _tallies(layout: Layout, first_layer: int) -> list["_Tally"]:
-    """One for every lens on the stream and every signal."""
+    """A tally for every signal and every lens that reads the stream."""
     tallies = []
     for column, (_, site) in enumerate(layout.columns.values()):
         layers = [layer for layer in layout.layers[column] if layer >= first_layer]

@@ -169,7 +169,7 @@ class LensKL:
 
         Args:
             translated: the translated states of the layer.
-            model: from `model_side`, for the same tokens.
+            model: the result of `model_side` for the same tokens.
             keys: the keys of a sample, which make both results estimates; by default those of
                 the whole vocabulary.
         """
@@ -274,7 +274,7 @@ def accumulate_gradient(
 
     Args:
         states: the states at `lens.points`, and last the one before the final norm.
-        model: from `objective.model_side`; computed if it is not given.
+        model: the result of `objective.model_side`; it is computed if it is not given.
         keys: the keys of a sample of the vocabulary; by default those of the whole vocabulary.
         layers: the indices of the points that take part; all by default.
         fraction: the fraction of the step's tokens that is in `states`.

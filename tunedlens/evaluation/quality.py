@@ -30,7 +30,7 @@ class QualityWarning(NamedTuple):
 
     kind: Literal["undertrained", "off corpus"]
     message: str
-    """In one or two sentences."""
+    """One or two sentences."""
 
 
 @dataclass(frozen=True)

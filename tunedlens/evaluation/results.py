@@ -86,7 +86,7 @@ class _Second(TypedDict):
 
 
 class EvaluationProvenance(Provenance, total=False):
-    """What produced an evaluation."""
+    """The record of how an evaluation was made."""
 
     lenses: dict[str, JsonObject]
     """The origin of each lens: a saved file, or a text for a baseline."""

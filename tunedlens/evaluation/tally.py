@@ -56,7 +56,7 @@ class Tally:
              for depth in range(n_layers + 1)]
             for one in (*own, range(n_layers))
         ])  # fmt: skip
-        """By column and depth: the first layer from there on that a lens has."""
+        """By column and depth: the first layer at this depth or later that a lens has."""
         self._depths = RatioSums(n_layers + 1, columns=columns)
         self._mean_depth = RatioSums(columns=columns)
         self._probabilities = GroupSums(
@@ -275,7 +275,7 @@ def _grids(
 
     Args:
         sums: one column per lens.
-        layers: by lens.
+        layers: the layers of each lens, by name.
         is_square: whether the columns are layers as well.
     """
     estimates = {metric: part.estimates() for metric, part in sums.items()}

@@ -129,7 +129,7 @@ class PreconditionedMuon(LensOptimizer):
         Args:
             first_pass: the sums over the first part of the text.
             solution: the solution of `first_pass`.
-            from_solution: start from the solution; otherwise from the lens as it is.
+            from_solution: whether to start from the solution, or from the current lens.
             bias_only: whether the steps change the biases only.
         """
         second_moment = first_pass.second_moment

@@ -77,7 +77,7 @@ class _Call(NamedTuple):
 
 
 class _Terms(NamedTuple):
-    """What a block adds to the residual stream."""
+    """The terms that a block adds to the residual stream."""
 
     attn_out: Tensor
     mlp_out: Tensor

@@ -65,7 +65,7 @@ class Unembedding(nn.Module):
     def centred(self) -> "Unembedding":
         """The unembedding minus its mean row, which has the same softmax.
 
-        A cap does not commute with that, so an unembedding with a cap stays as it is.
+        With a cap, the softmax would change, so such an unembedding is returned without change.
 
         GPT-2's raw logits sit around -30 to -100, where half precision has steps of a
         tenth and more. Centred logits sit around 0.

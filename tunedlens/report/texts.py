@@ -41,7 +41,7 @@ def write_texts(
     `report.html` needs none of these files, and replaces that of an earlier call.
 
     Args:
-        trajectories: those of whole texts, read with the same lenses.
+        trajectories: the trajectories of whole texts, read with the same lenses.
         folder: created if needed.
         run: the model, the command and the date, which the page shows.
         lenses: a description of each lens by name, which the page shows.

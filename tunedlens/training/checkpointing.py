@@ -51,7 +51,7 @@ def require_usable(output: Path, *, resume: bool) -> None:
 def continued(config: TrainConfig, output: Path) -> TrainConfig:
     """The config of a resumed run: settings that `config` leaves open keep their saved values.
 
-    On another device, a kernel and a micro-batch that `config` leaves open are chosen anew.
+    On another device, a kernel and a micro-batch size that `config` leaves open are chosen again.
 
     Raises:
         InputError: there is no run to resume, or an earlier version saved it.

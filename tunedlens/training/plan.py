@@ -26,7 +26,7 @@ _FIRST_VALIDATIONS = (16, 23)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainPlan(TrainConfig):
-    """What a run does, for one model and one device; `resolve` makes it from a `TrainConfig`.
+    """A config in which all settings are chosen for one model and one device; see `resolve`.
 
     Four fields may still be None, with a meaning of their own: `tokens` (no budget: the run ends
     when held-out KL has converged), `ridge` (chosen on held-out text), `micro_batch_size` (a
@@ -57,7 +57,7 @@ class TrainPlan(TrainConfig):
         return tuple(site for site in TRANSLATED_SITES if site in wanted)
 
     def points(self, n_layers: int) -> tuple[HookPoint, ...]:
-        """Where the lens of a model with this many layers has translators."""
+        """The points at which the lens of a model with this many layers has translators."""
         layers = self.chosen_layers
         return hook_points(self.all_sites, range(n_layers) if layers is None else layers)
 

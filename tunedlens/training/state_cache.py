@@ -163,7 +163,7 @@ class CachedStateReader(StateReader):
             )
 
     def _manifest(self) -> JsonObject:
-        """What the states depend on besides the tokens."""
+        """Everything that the states depend on except the tokens."""
         vocab_size, context = self.model.identity.vocab_size, self.model.context
         ids = torch.arange(min(_CHECKED_TOKENS, context or _CHECKED_TOKENS)) * 7919 % vocab_size
         digest = hashlib.sha256()

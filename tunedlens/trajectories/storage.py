@@ -24,7 +24,7 @@ from tunedlens.trajectories.result import LensPredictions, Row, Trajectory
 
 FORMAT = 1
 _DAMAGE = (ValueError, TypeError, KeyError, AttributeError, OverflowError)
-"""What a damaged file can raise while it is read and checked."""
+"""The exceptions that a damaged file can raise while it is read and checked."""
 _ID_NAMES = ("input_ids", "next_ids", "tracked_ids")
 _NAMES = tuple(field.name for field in fields(LensPredictions))
 _TYPES = Trajectory.__annotations__ | LensPredictions.__annotations__
@@ -125,7 +125,7 @@ def _record(trajectory: Trajectory) -> JsonObject:
 
 @contextmanager
 def _opened(path: Path, kind: str) -> Iterator[tuple[Tensors, list[JsonObject]]]:
-    """The tensors and records of a file; whatever is wrong with them becomes an `InputError`."""
+    """The tensors and records of a file; every fault in them raises an `InputError`."""
     file = read_tensors(path, dtypes=(torch.float32, torch.int64))
     try:
         metadata, tensors = parse_json(file.metadata.get("tunedlens", "{}"), "it"), file.tensors

@@ -23,7 +23,7 @@ def panels(figure: "Figure", evaluation: Evaluation, metrics: Sequence[str]) -> 
 
     Args:
         figure: drawn by `plots.by_layer`, with its final layout.
-        evaluation: what it shows.
+        evaluation: the evaluation that it shows.
         metrics: those of its panels.
     """
     return [

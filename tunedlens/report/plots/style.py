@@ -51,7 +51,7 @@ _WIDE_FONTS = (
 """Fonts of Debian, Apple and Microsoft for letters that matplotlib's own font lacks."""
 
 _PIXELS_PER_INCH = 100
-"""In a notebook, whose letters are larger than those of a paper."""
+"""The scale of figures in a notebook, whose letters are larger than those of a paper."""
 
 _RC: Any = {
     "font.size": 9,
@@ -203,7 +203,7 @@ def in_svg(figure: "Figure") -> bytes:
 
 
 def save(figure: "Figure", path: str | Path) -> None:
-    """Write a figure as PNG, SVG and PDF beside each other: `<path>.png` and so on.
+    """Write a figure as `<path>.png`, `<path>.svg` and `<path>.pdf`.
 
     Raises:
         InputError: the folder cannot be written.
