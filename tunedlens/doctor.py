@@ -116,8 +116,7 @@ def warn_of_faults(
     for check in checks:
         if check.passed is False:
             warnings.warn(
-                f"{model.name} fails a check ({check.name}): {check.detail} (for all checks, run "
-                "tunedlens doctor)",
+                f"{model.name} fails a check ({check.name}): {check.detail} (see tunedlens doctor)",
                 stacklevel=3,
             )
 

@@ -132,7 +132,7 @@ def evaluate(
 
 
 def _advance(bar: tqdm, count: int, total: int) -> None:
-    """Advance a progress bar, which restarts if the total changes."""
+    """Show more of a total on a progress bar, which begins anew with another total."""
     if bar.total != total:
         bar.reset(total)
     bar.update(count)

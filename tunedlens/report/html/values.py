@@ -23,7 +23,7 @@ def panels(figure: "Figure", evaluation: Evaluation, metrics: Sequence[str]) -> 
 
     Args:
         figure: drawn by `plots.by_layer`, with its final layout.
-        evaluation: the evaluation that it shows.
+        evaluation: what it shows.
         metrics: those of its panels.
     """
     return [
