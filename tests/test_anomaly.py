@@ -165,5 +165,5 @@ def test_what_cannot_be_fitted_is_refused(reads, monkeypatch):
     with pytest.raises(InputError, match="same rows"):
         detector.score(reads[0][:2])
     monkeypatch.setitem(sys.modules, "sklearn.ensemble", None)
-    with pytest.raises(InputError, match="isolation-forest needs scikit-learn: pip install"):
+    with pytest.raises(InputError, match="isolation-forest needs scikit-learn; install it"):
         anomaly.fit(reads, method="isolation-forest")

@@ -77,10 +77,11 @@ def read_manifest(folder: Path) -> JsonObject:
         f"{folder} holds no lens: expected {MANIFEST} and {WEIGHTS}, as `train` writes them",
     )
     if not isinstance(manifest, dict) or "lens" not in manifest:
-        raise InputError(f"{path} is not the manifest of a lens")
+        raise InputError(f"{path} is not the manifest of a lens: expected an object with lens")
     if manifest.get("format") != FORMAT:
         raise InputError(
-            f"{path} has format {manifest.get('format')!r:.40}; this version reads format {FORMAT}"
+            f"{path} has format {manifest.get('format')!r:.40}; this version reads format "
+            f"{FORMAT}, so use the version of tunedlens that wrote it"
         )
     as_type(_Manifest, manifest, str(path))
     if "config" in manifest:

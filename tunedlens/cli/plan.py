@@ -87,7 +87,7 @@ def _memory_table(size: RunSize) -> list[str]:
     for part in size.memory.parts:
         cells = [parts.get(part, 0.0) / scale for parts in phases.values()]
         rows.append([part, *(f"{cell:,.1f}" if cell else "–" for cell in cells)])
-    rows.append(["all", *(f"{sum(parts.values()) / scale:,.1f}" for parts in phases.values())])
+    rows.append(["total", *(f"{sum(parts.values()) / scale:,.1f}" for parts in phases.values())])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(

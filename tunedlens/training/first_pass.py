@@ -21,8 +21,8 @@ def fit_closed_form(
 ) -> None:
     """Initialise the optimizer from least squares over the first tokens of the text.
 
-    The steps of a new run continue with the text that follows. A run that is extended keeps its
-    lens, as one with `--init` does, and takes only the preconditioner and the scale of the steps.
+    The steps of a new run continue with the text that follows. A run that is extended, or that has
+    `--init`, keeps its lens and takes only the preconditioner and the scale of the steps.
 
     Raises:
         InputError: the states of many blocks are not finite.

@@ -170,13 +170,13 @@ class MemoryModel:
             summing, solving = 2 * pending, pending + 4 * n
         received, exchanging = self._exchanged(min(self._micro_blocks, BLOCKS_AT_A_TIME))
         held = states + received + max(computed, exchanging)
-        at_sum = {"states": held, "work of a block": block, "sums": summing}
-        at_solution = {"states": states + received, "work of a block": 0.0, "sums": solving}
+        at_sum = {"states": held, "activations of a block": block, "sums": summing}
+        at_solution = {"states": states + received, "activations of a block": 0.0, "sums": solving}
         largest = max(at_sum, at_solution, key=lambda parts: sum(parts.values()))
         name = "sums of least squares and their solution"
         return {
             "states": largest["states"],
-            "work of a block": largest["work of a block"],
+            "activations of a block": largest["activations of a block"],
             name: largest["sums"],
         }, host
 
@@ -212,10 +212,10 @@ class MemoryModel:
             copies = 3
         logits = self._logits(self._product_bytes)
         moments = [
-            {"states": states - micro + computed, "work of a block": block},
+            {"states": states - micro + computed, "activations of a block": block},
             {"states": states + model_sides + exchanging},
             {"states": states + model_sides + received, "gradients": gradients}
-            | {"work of a layer": 4.0 * _LAYER_ARRAYS * together * d_model},
+            | {"temporary arrays of a layer": 4.0 * _LAYER_ARRAYS * together * d_model},
             {"states": 0.0, "gradients": 4.0 * copies * self._elements},
         ]
         largest = max(moments, key=lambda parts: sum(parts.values()))
