@@ -108,12 +108,12 @@ def _say_whether_it_fits(config: TrainConfig, size: RunSize) -> None:
     if size.fits:
         say(f"memory    enough: {needed}")
         return
-    say(f"memory    not enough: {needed}, with a tenth reserved for libraries; it fits with")
+    say(f"memory    not enough: {needed} (a tenth is reserved for libraries); it fits with one of:")
     ways = ways_to_fit(config, size)
     for flags, new in ways:
         say(f"  {flags}  ({new.memory.peak / 1e9:,.3g} GB, {_duration(new.seconds)})")
     if not ways:
-        say("  no flags: the model needs more memory or, with --device-map auto, more GPUs")
+        say("  more memory or, with --device-map auto, more GPUs; no other flags are enough")
 
 
 def _duration(seconds: float) -> str:
