@@ -138,7 +138,7 @@ def test_interval_is_that_of_the_normal_approximation():
         ([1.0, 2.0], [False, False], {}, "got 0 anomalies among 2"),
         ([1.0, 2.0], [True, True], {}, "got 2 anomalies among 2"),
         ([1.0, 2.0], [True], {}, "a label per score; got 2 and 1"),
-        ([1.0, float("nan")], [True, False], {}, "not a number"),
+        ([1.0, float("nan")], [True, False], {}, "got NaN"),
         ([1.0, 2.0], [True, False], {"confidence": 1.0}, "confidence must be between 0 and 1"),
     ],
 )
