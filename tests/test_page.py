@@ -121,6 +121,40 @@ def test_curve_says_its_values_to_a_finger(browser, written_report):
     context.close()
 
 
+def test_cell_of_a_matrix_says_its_value_to_a_pointer_and_a_keyboard(opened):
+    page, heard = opened
+    panel, tip = page.locator("#transfer .panel"), page.locator("#tip")
+    panel.scroll_into_view_if_needed()
+    box = panel.bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 1.5 / 8, box["y"] + box["height"] * 4.5 / 8)
+    said = "KL(model ‖ lens), nats, translator of layer {} at layer {}\ntuned {}"
+    assert tip.inner_text() == said.format(3, 1, "3.0 ± 3.0")
+    page.mouse.move(5, 5)
+    panel.focus()
+    page.keyboard.press("Home")
+    for key in ("ArrowUp", "ArrowUp", "ArrowRight", "ArrowDown"):
+        page.keyboard.press(key)
+    assert tip.inner_text() == said.format(1, 1, "1.0 ± 1.0")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")  # there is none below
+    assert tip.inner_text() == said.format(0, 1, "2.0 ± 2.0")
+    assert len(heard) == 1
+
+
+def test_position_says_its_values(opened):
+    page, _ = opened
+    panel, tip = page.locator("#by_position .panel").nth(1), page.locator("#tip")
+    panel.focus()
+    page.keyboard.press("Home")
+    assert tip.inner_text().splitlines() == [
+        "KL(model ‖ lens), nats, layer 2, position 0",
+        "logit 6.00 ± 0.10",
+        "tuned 6.00 ± 0.10",
+    ]
+    page.keyboard.press("ArrowRight")
+    assert "position 1\nlogit 3.00 ± 0.10" in tip.inner_text()
+
+
 @pytest.mark.parametrize("width", [1280, 375])
 def test_page_is_no_wider_than_the_screen(opened, width):
     page, _ = opened

@@ -60,8 +60,7 @@ def write_report(evaluation: Evaluation, folder: str | Path) -> None:
             drawn = plots.in_all_formats(figure)
             contents |= {f"{name}.{kind}": content for kind, content in drawn.items()}
             svgs[name] = drawn["svg"]
-            if drawing.metrics:
-                panels[name] = values.panels(figure, evaluation, drawing.metrics)
+            panels[name] = values.panels(name, figure, evaluation)
     contents["report.md"] = _markdown_report(evaluation)
     contents["report.html"] = page(evaluation, svgs, panels)
     for name in _NAMES - {METRICS_JSON} - contents.keys():

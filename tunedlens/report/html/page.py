@@ -31,7 +31,7 @@ def page(
     Args:
         evaluation: the results.
         svgs: the plots by their names in `plots.DRAWINGS`.
-        panels: where the values of some of them are; see `values.panels`.
+        panels: where their values are; see `values.panels`.
     """
     run = evaluation.provenance
     if "overview" in svgs:
@@ -54,14 +54,14 @@ def page(
             svg,
             name=name,
             is_wide=name in _WIDE,
-            panels=panels.get(name, ()),
+            panels=panels[name],
         )
         for name, svg in svgs.items()
     )
     body = f"""<p class="note">{for_html(scored_text(evaluation))}</p>
 <p>{glossary.HOW_TO_READ} <a href="#terms">All terms and metrics</a> are explained below.</p>
 <ul>{sentences}</ul>
-<p class="note">Point at a curve for its values, or reach its panel with Tab and move with the
+<p class="note">Point at a figure for its values, or reach its panel with Tab and move with the
 arrow keys.</p>
 <div class="plots">{figures}</div>
 <h2>All metrics</h2>
