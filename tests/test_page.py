@@ -297,6 +297,25 @@ def test_explorer_says_in_words_what_a_cell_is_coloured_by(explorer, read):
     assert page.inner_text("#tip .coloured") == expected
 
 
+def test_last_token_has_no_cross_entropy(explorer, read):
+    page, _ = explorer
+    end = len(read.tokens) - 1
+    cell(page, 1, end).hover()
+    kl, entropy = (
+        one[1, end].item() for one in (read.values("kl_nats"), read.values("entropy_nats"))
+    )
+    assert page.inner_text("#tip").endswith(f"KL {kl:.2f}, entropy {entropy:.2f} nats")
+    for lens, metric in (("tuned − logit", "cross_entropy_nats"), ("logit", "probability")):
+        page.select_option("#lens", lens)
+        page.select_option("#metric", metric)
+        if metric == "probability":
+            page.select_option("#token", "next")
+        cell(page, 2, end).hover()
+        assert page.inner_text("#tip .coloured").endswith(": there is no next token")
+    cell(page, 2, end - 1).hover()
+    assert "no next token" not in page.inner_text("#tip")
+
+
 def test_difference_is_of_the_models_best_token_unless_another_one_is_chosen(explorer, read):
     page, _ = explorer
     page.select_option("#lens", label="tuned − logit")
