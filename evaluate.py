@@ -2,7 +2,7 @@
 
 import sys
 
-from tunedlens.cli.evaluate import evaluate_command
+from tunedlens_command import main
 
 if __name__ == "__main__":
-    sys.exit(evaluate_command())
+    sys.exit(main("evaluate"))

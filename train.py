@@ -2,7 +2,7 @@
 
 import sys
 
-from tunedlens.cli.train import train_command
+from tunedlens_command import main
 
 if __name__ == "__main__":
-    sys.exit(train_command())
+    sys.exit(main("train"))
