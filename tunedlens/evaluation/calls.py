@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Int
 from torch import Tensor
-from tqdm import tqdm
 
 from tunedlens import checkpoint
 from tunedlens.config import (
@@ -29,7 +28,7 @@ from tunedlens.evaluation.lens_specs import lens_specs, saved_lenses
 from tunedlens.evaluation.results import Evaluation
 from tunedlens.lenses import Lens, LogitLens
 from tunedlens.model import FrozenModel, load_model
-from tunedlens.progress import progress_bar
+from tunedlens.progress import ProgressBar, progress_bar
 from tunedlens.provenance import describe_run
 
 OneLens = Lens | str | Path
@@ -126,16 +125,23 @@ def evaluate(
     score = partial(pipeline.evaluate, config, model=model, beside=beside, lenses=in_memory)
     score = partial(score, accelerator=accelerator, command=command)
     is_main = accelerator is None or accelerator.is_main_process
+    processes = 1 if accelerator is None else accelerator.num_processes
     with progress_bar(0, "evaluating", show=is_main and progress is None) as bar:
-        shown = partial(_advance, bar)
-        return score(progress=progress or shown, sampled=sampled or shown)
+        return score(
+            progress=progress or partial(_advance, bar, processes),
+            sampled=sampled or partial(_advance, bar, 1),
+        )
 
 
-def _advance(bar: tqdm, count: int, total: int) -> None:
-    """Show more of a total on a progress bar, which begins anew with another total."""
+def _advance(bar: ProgressBar, processes: int, count: int, total: int) -> None:
+    """Show more of a total on a progress bar, which begins anew with another total.
+
+    Args:
+        processes: those that have done as much as this one.
+    """
     if bar.total != total:
         bar.reset(total)
-    bar.update(count)
+    bar.update(count * processes)
 
 
 def _is_path(text: str) -> bool:
