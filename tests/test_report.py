@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import html
 import json
 import math
@@ -9,12 +10,14 @@ from html.parser import HTMLParser
 import pytest
 from conftest import make_evaluation
 from matplotlib.colors import to_hex
-from tunedlens import InputError, report
-from tunedlens.evaluation import Estimate
+
+from tunedlens import CorpusConfig, EvaluateConfig, InputError, report
+from tunedlens.evaluation import Estimate, Grid
 from tunedlens.metrics import METRICS
 from tunedlens.report import plots
 from tunedlens.report.html import values
 from tunedlens.report.html.page import page
+from tunedlens.report.origin import origin
 
 
 @pytest.fixture
@@ -134,6 +137,54 @@ def test_page_and_markdown_explain_their_terms(folder):
         assert f"- **{term}:** " in markdown
         assert f"<dt>{term}</dt>" in text
     assert "<dt>transfer</dt>" not in page(make_evaluation(grids=False), {}, {})
+
+
+def test_origin_is_told_in_words():
+    evaluation = make_evaluation()
+    evaluation.provenance.update(
+        model="gpt2",
+        revision="607a30d",
+        fingerprint="0123456789abcdef" * 4,
+        device="cuda",
+        dtype="float32",
+        threads=16,
+        processes=2,
+        created="2026-01-02T03:04:05.678+00:00",
+        versions={"python": "3.11.7", "tunedlens": "0.2.0", "torch": "2.13.0"},
+        commit="fedcba9876543210fedcba9876543210fedcba98-dirty",
+        lenses={
+            "tuned": {"folder": "checkpoints/a", "sha256": "89abcdef01234567" * 4},
+            "unigram": {"kind": "unigram", "text": {"dataset": "x.txt"}, "tokens_at_most": 10**6},
+        },
+        corpus={"dataset": "x.txt", "documents": 7, "bytes": 12345, "dropped_tokens": 3},
+        config={
+            **dataclasses.asdict(EvaluateConfig(by_position=True, batch_size=4)),
+            "corpus": dataclasses.asdict(CorpusConfig(dataset="x.txt", seq_len=64, bos=True)),
+            "split": "validation",
+            "compile": True,  # of another version
+        },
+    )
+    assert origin(evaluation) == {
+        "model": "gpt2, revision 607a30d, SHA-256 of final norm and unembedding 0123456789abcdef…",
+        "lenses": "tuned: checkpoints/a, SHA-256 89abcdef01234567…; "
+        "unigram: from up to 1,000,000 tokens of x.txt",
+        "text": "x.txt (held-out side): 7 documents, 12,345 bytes, 3 tokens left over",
+        "scored": "100 positions in 4 blocks of 64 tokens",
+        "settings that are not the defaults": "BOS before every block, metrics by position, "
+        "batch size 4",
+        "device": "cuda, float32, 16 threads, 2 processes",
+        "software": "tunedlens 0.2.0 (commit fedcba987654 with uncommitted changes), "
+        "python 3.11.7, torch 2.13.0",
+        "created": "2026-01-02 03:04 UTC",
+    }
+    assert origin(make_evaluation()) == {"scored": "100 positions in 4 blocks"}
+
+
+def test_page_and_markdown_tell_the_origin(folder):
+    for name in ("report.html", "report.md"):
+        assert (
+            "100 positions in 4 blocks" in (folder / name).read_text().split("How this report")[1]
+        )
 
 
 def test_page_escapes_what_it_is_told():

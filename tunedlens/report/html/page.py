@@ -6,7 +6,8 @@ from tunedlens.escaping import for_html
 from tunedlens.evaluation import Evaluation
 from tunedlens.metrics import METRICS
 from tunedlens.report import glossary, plots
-from tunedlens.report.html.elements import definitions, document, figure, minute, table
+from tunedlens.report.html.elements import definitions, document, figure, table
+from tunedlens.report.origin import origin
 from tunedlens.report.tables import (
     depth_rows,
     difference_rows,
@@ -76,30 +77,10 @@ sideways.</p>
 {definitions(glossary.metric_terms(evaluation))}
 <h2>How this report was made</h2>
 <pre>{for_html(run.get("command", ""))}</pre>
-{_provenance(evaluation)}"""
+{definitions(origin(evaluation))}"""
     return document(title, body)
 
 
 def _meanings() -> dict[str, str]:
     """What the columns of metrics mean, by their headings."""
     return {metric.column or metric.title: metric.meaning for metric in METRICS.values()}
-
-
-def _provenance(evaluation: Evaluation) -> str:
-    run = evaluation.provenance
-    device = [run.get("dtype"), run.get("device"), run.get("threads")]
-    return definitions(
-        {
-            "model": run.get("model"),
-            "revision": run.get("revision"),
-            "fingerprint of final norm and unembedding": run.get("fingerprint"),
-            "lenses": run.get("lenses"),
-            "SHA-256 of the scored tokens": evaluation.tokens_sha256,
-            f"whole text, of which {evaluation.blocks:,} blocks are scored": run.get("corpus"),
-            "settings": run.get("config"),
-            "dtype, device, threads": ", ".join(str(part) for part in device if part is not None),
-            "versions": run.get("versions"),
-            "commit": run.get("commit"),
-            "created": minute(run.get("created", "")),
-        }
-    )
