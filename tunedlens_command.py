@@ -3,15 +3,24 @@
 That takes seconds and begins with `tunedlens` itself, so this module is outside it.
 """
 
-import sys
+import os
+import signal
+from contextlib import suppress
 
 
 def main(name: str | None = None) -> int:
     """Run one command, or the one that the arguments name. Returns the exit status."""
-    try:
-        from tunedlens import cli
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _stop)
+    from tunedlens import cli
 
-        return cli.main() if name is None else cli.COMMANDS[name]()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    signal.signal(signal.SIGINT, handler)
+    return cli.main() if name is None else cli.COMMANDS[name]()
+
+
+def _stop(*_: object) -> None:
+    # A KeyboardInterrupt would be taken for a missing package by some of those that are imported.
+    with suppress(OSError):
+        os.write(2, b"interrupted\n")
+    os._exit(130)

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -527,6 +528,8 @@ def test_interrupt_during_the_imports_is_one_line(program, tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
+        # Where the tests run in the background, it is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert (found.returncode, found.stdout, found.stderr) == (130, "", "interrupted\n")
 
