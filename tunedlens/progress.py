@@ -54,7 +54,7 @@ class ProgressLines:
         self._done += tokens
         now = time.monotonic()
         silence = min(max(_FIRST_LINE, self._last_line - self._start), _LONGEST_SILENCE)
-        if now - self._last_line < silence:
+        if now - self._last_line < silence or self._done >= self.total:
             return
         self._last_line = now
         seconds_per_token = (now - self._start) / max(1, self._done - self._before)
