@@ -141,6 +141,14 @@ def test_cell_of_a_matrix_says_its_value_to_a_pointer_and_a_keyboard(opened):
     assert len(heard) == 1
 
 
+def test_single_matrix_is_no_larger_than_the_page_of_the_other_figures(opened):
+    page, _ = opened
+    drawn, other = (
+        page.locator(f"#{name} img").bounding_box() for name in ("transfer", "overview")
+    )
+    assert drawn["width"] < 0.6 * other["width"]
+
+
 def test_position_says_its_values(opened):
     page, _ = opened
     panel, tip = page.locator("#by_position .panel").nth(1), page.locator("#tip")
@@ -325,6 +333,18 @@ def test_difference_is_of_the_models_best_token_unless_another_one_is_chosen(exp
     said = page.inner_text("#tip .coloured")
     for name, one in read.predictions.items():
         assert f"{name} {read.vocabulary[int(one.top_ids[1, 3, 0])].shown} " in said
+
+
+def test_tables_of_two_lenses_are_side_by_side_and_the_tip_has_no_room_to_spare(explorer):
+    page, _ = explorer
+    widths = []
+    for lens in ("tuned", "tuned − logit"):
+        page.select_option("#lens", lens)
+        cell(page, 1, 3).hover()
+        boxes = [table.bounding_box() for table in page.locator("#tip table").all()]
+        assert len({box["y"] for box in boxes}) == 1
+        widths.append(page.locator("#tip").bounding_box()["width"])
+    assert widths[0] < 0.7 * widths[1]
 
 
 def test_two_texts_have_their_difference_below(tiny_many_positions, lenses, open_page, tmp_path):

@@ -17,7 +17,7 @@ from tunedlens.report.tables import (
 )
 
 _WIDE = ("overview", "agreement_by_layer", "transfer", "by_position")
-"""Plots that take the width of the page."""
+"""Plots that take the width of the page; that of a single matrix does not."""
 _IN_OVERVIEW = ("kl_by_layer", "perplexity_by_layer", "prediction_depth")
 """Plots that the overview contains."""
 
@@ -49,12 +49,13 @@ def page(
         depths = f"""<h2>Prediction depth</h2>
 <p class="note">{glossary.ABOUT_DEPTHS}</p>
 {table(depth_rows(evaluation))}"""
+    wide = {*_WIDE} - ({"transfer"} if len(evaluation.transfer) == 1 else set())
     figures = "".join(
         figure(
             plots.DRAWINGS[name].caption,
             svg,
             name=name,
-            is_wide=name in _WIDE,
+            is_wide=name in wide,
             panels=panels[name],
         )
         for name, svg in svgs.items()
