@@ -141,7 +141,7 @@ def test_cell_of_a_matrix_says_its_value_to_a_pointer_and_a_keyboard(opened):
     assert len(heard) == 1
 
 
-def test_single_matrix_is_no_larger_than_the_page_of_the_other_figures(opened):
+def test_single_matrix_does_not_take_the_width_of_the_page(opened):
     page, _ = opened
     drawn, other = (
         page.locator(f"#{name} img").bounding_box() for name in ("transfer", "overview")
