@@ -3,7 +3,7 @@
 import sys
 import time
 from contextlib import suppress
-from typing import Self
+from typing import Self, TypeAlias
 
 from tqdm.auto import tqdm
 
@@ -77,7 +77,7 @@ class ProgressLines:
         """Nothing is left open."""
 
 
-ProgressBar = tqdm | ProgressLines
+ProgressBar: TypeAlias = tqdm | ProgressLines
 
 
 def progress_bar(

@@ -125,23 +125,20 @@ def evaluate(
     score = partial(pipeline.evaluate, config, model=model, beside=beside, lenses=in_memory)
     score = partial(score, accelerator=accelerator, command=command)
     is_main = accelerator is None or accelerator.is_main_process
-    processes = 1 if accelerator is None else accelerator.num_processes
     with progress_bar(0, "evaluating", show=is_main and progress is None) as bar:
-        return score(
-            progress=progress or partial(_advance, bar, processes),
-            sampled=sampled or partial(_advance, bar, 1),
-        )
+        shown = partial(_advance, bar, accelerator)
+        return score(progress=progress or shown, sampled=sampled or partial(_advance, bar, None))
 
 
-def _advance(bar: ProgressBar, processes: int, count: int, total: int) -> None:
+def _advance(bar: ProgressBar, accelerator: Accelerator | None, count: int, total: int) -> None:
     """Show more of a total on a progress bar, which begins anew with another total.
 
     Args:
-        processes: those that have done as much as this one.
+        accelerator: its processes have each done as much as this one.
     """
     if bar.total != total:
         bar.reset(total)
-    bar.update(count * processes)
+    bar.update(count * (accelerator.num_processes if accelerator else 1))
 
 
 def _is_path(text: str) -> bool:

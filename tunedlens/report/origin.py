@@ -1,8 +1,7 @@
 """What a report says of its own origin, in words; `metrics.json` has all of it in full."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from tunedlens.config import EvaluateConfig
 from tunedlens.evaluation import Evaluation
@@ -26,21 +25,19 @@ _SAID = {
 
 def origin(evaluation: Evaluation) -> dict[str, str]:
     """The model, lenses, text, settings and software of an evaluation, as far as they are known."""
-    run = evaluation.provenance
-    config: JsonObject = run.get("config", {})
-    corpus, split = run.get("corpus", {}), config.get("split")
-    sides: Mapping[str, Any] = {split: corpus} if "dataset" in corpus else corpus
-    second: JsonObject = run.get("beside", {})
+    run: JsonObject = dict(evaluation.provenance)
+    config, corpus, second = (run.get(part, {}) for part in ("config", "corpus", "beside"))
+    sides = {config.get("split"): corpus} if "dataset" in corpus else corpus
     lines = {
-        "model": _model(run.get("model"), {**config.get("model", {}), **run}),
+        "model": _model(run.get("model"), config.get("model", {}) | run),
         "second model": _model(second.get("name"), second),
         "lenses": "; ".join(f"{name}: {_lens(one)}" for name, one in run.get("lenses", {}).items()),
         "text": "; ".join(_text(about, _SIDES.get(side, "")) for side, about in sides.items()),
         "scored": _scored(evaluation, config.get("corpus", {}).get("seq_len")),
         "settings that are not the defaults": ", ".join(_settings(config)),
         "device": _device(run),
-        "software": software(run),
-        "created": minute(run),
+        "software": software(evaluation.provenance),
+        "created": minute(evaluation.provenance),
     }
     return {name: line for name, line in lines.items() if line}
 
@@ -73,7 +70,7 @@ def first_digits(digest: str) -> str:
     return f"{digest[:16]}…"
 
 
-def _model(name: str | None, about: Mapping[str, Any]) -> str:
+def _model(name: str | None, about: JsonObject) -> str:
     if name is None:
         return ""
     parts = [name]
@@ -130,7 +127,7 @@ def _settings(config: JsonObject) -> Iterator[str]:
             yield words if value is True else f"{words} {value}"
 
 
-def _device(run: Mapping[str, Any]) -> str:
+def _device(run: JsonObject) -> str:
     parts = [str(run[key]) for key in ("device", "dtype") if key in run]
     for key in ("threads", "processes"):
         if run.get(key, 1) > 1:

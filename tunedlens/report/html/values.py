@@ -14,6 +14,7 @@ from tunedlens.report.tables import plus_minus
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.typing import ColorType
 
 Json = dict[str, object]
 _KL = METRICS["kl_nats"].title
@@ -95,6 +96,9 @@ def _by_position(axes: "Axes", evaluation: Evaluation, layer: int) -> Json:
 def _by_translator(axes: "Axes", evaluation: Evaluation, lens: str) -> Json:
     """The points are the cells, row by row from the bottom."""
     place, (image,) = _places(axes), axes.images
+    shown = image.get_array()
+    assert shown is not None
+    colors = image.to_rgba(shown)
     grid, layers = evaluation.transfer[lens]["kl_nats"], translator_layers(evaluation)
     points = []
     for row, translator in enumerate(layers):
@@ -103,7 +107,7 @@ def _by_translator(axes: "Axes", evaluation: Evaluation, lens: str) -> Json:
             found, error = grid.values[translator][layer], grid.standard_errors[translator][layer]
             values = []
             if found is not None:
-                color = image.to_rgba(found)
+                color = tuple(colors[row, column])
                 values = [_value(lens, Estimate(found, error), color) | where]
             name = f"translator of layer {translator} at layer {layer}"
             points.append(Point(name=name, x=where["x"], y=where["y"], values=values))
@@ -119,7 +123,7 @@ def _panel(axes: "Axes", title: str, points: Sequence[Point]) -> Json:
     }
 
 
-def _value(name: str, estimate: Estimate, color: object) -> Json:
+def _value(name: str, estimate: Estimate, color: "ColorType") -> Json:
     from matplotlib.colors import to_hex
 
     return {"name": name, "text": plus_minus(estimate), "color": to_hex(color)}
