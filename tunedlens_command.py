@@ -1,6 +1,6 @@
-"""The commands, which Ctrl-C ends in one line even while packages are being imported.
+"""The entry point of the commands. Ctrl-C during the imports prints one line, not a traceback.
 
-That takes seconds and begins with `tunedlens` itself, so this module is outside it.
+Importing `tunedlens` takes seconds, so this module is outside of it.
 """
 
 import os

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from tunedlens.escaping import for_terminal
 
 _FIRST_LINE, _LONGEST_SILENCE = 10, 300
-"""Seconds before the first line of progress, and the most before another one."""
+"""Seconds until the first line of progress, and at most between two lines."""
 
 
 def say(message: str, *, has_colors: bool = False) -> None:
@@ -31,7 +31,7 @@ def say(message: str, *, has_colors: bool = False) -> None:
 
 
 class ProgressLines:
-    """What a progress bar shows, in lines on standard error: soon, then less and less often.
+    """Progress as lines on standard error, which are printed less and less often.
 
     Args:
         total: tokens of the whole.
@@ -68,7 +68,7 @@ class ProgressLines:
             )
 
     def set_postfix_str(self, text: str) -> None:
-        """A bar has room for more; a line says only how far it is."""
+        """Only a bar shows further text."""
 
     def __enter__(self) -> Self:
         return self
@@ -85,7 +85,7 @@ def progress_bar(
 ) -> ProgressBar:
     """A bar that counts tokens and shows their rate and the remaining time.
 
-    Where standard error is no terminal, as in a log file, it is a line now and then.
+    If standard error is not a terminal, as in a log file, lines are printed instead.
     """
     if show and not (sys.stderr.isatty() or is_notebook()):
         return ProgressLines(total_tokens, description, done)

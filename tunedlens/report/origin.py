@@ -1,4 +1,4 @@
-"""What a report says of its own origin, in words; `metrics.json` has all of it in full."""
+"""How an evaluation was made, in words. `metrics.json` has the full record."""
 
 import dataclasses
 from collections.abc import Iterator

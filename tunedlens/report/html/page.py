@@ -63,11 +63,11 @@ def page(
     body = f"""<p class="note">{for_html(scored_text(evaluation))}</p>
 <p>{glossary.HOW_TO_READ} <a href="#terms">All terms and metrics</a> are explained below.</p>
 <ul>{sentences}</ul>
-<p class="note">Point at a figure for its values, or reach its panel with Tab and move with the
+<p class="note">Point at a figure to see its values, or select a panel with Tab and move with the
 arrow keys.</p>
 <div class="plots">{figures}</div>
 <h2>All metrics</h2>
-<p class="note">Click a heading to sort, or point at it for its meaning. A wide table scrolls
+<p class="note">Click a heading to sort, or point at it to see its meaning. Wide tables scroll
 sideways.</p>
 {table(metric_rows(evaluation), _meanings())}
 {differences}

@@ -1,4 +1,4 @@
-"""Where the values of a figure are, so that a page can show them."""
+"""The places of the values in a figure, so that a page can show them."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NotRequired, TypedDict

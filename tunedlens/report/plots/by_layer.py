@@ -40,16 +40,16 @@ def by_layer(
 ) -> "Figure":
     """Metrics of every lens by layer, with a line for the model if it has a value.
 
-    Bands are two standard errors on either side. If the value of the first layer dwarfs all
-    others, it is written at the top instead of drawn. The prediction depth has bars, or lines if
-    there would be many bars.
+    Bands are two standard errors on either side. If the value of the first layer is far above all
+    others, it is written at the top instead of drawn. The prediction depth is drawn as bars, or
+    as lines if there would be many bars.
 
     Args:
         evaluation: the results.
         metrics: names of `metrics.METRICS`, one per panel.
         rows: the number of rows of panels.
         size: width and height in inches.
-        limits: of the y-axis that all panels share; by default each has its own.
+        limits: limits of a y-axis shared by all panels; by default each panel has its own.
     """
     with new_figure(*size) as figure:
         columns, is_shared = len(metrics) // rows, limits is not None

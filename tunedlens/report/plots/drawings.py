@@ -34,13 +34,13 @@ def _of_metrics(
     return Drawing(caption, draw, lambda evaluation: {*metrics} <= {*evaluation.metrics}, metrics)
 
 
-_BAND = "The bands are two standard errors wide on either side."
+_BAND = "Bands show two standard errors on either side."
 DRAWINGS = {
     "overview": _of_metrics(
         "KL, perplexity, top-1 agreement and prediction depth of every lens. Lower is better in "
         "(a) and (b), higher in (c). At the last depth, only the model itself predicts the token. "
-        "A value beside an arrow is above the scale. Bands and error bars are two standard errors "
-        "on either side.",
+        "An arrow marks a value above the scale. Bands and error bars show two standard errors on "
+        "either side.",
         *("kl_nats", "perplexity", "top1_agreement", "prediction_depth"),
         rows=2,
         size=(9.2, 6.2),
@@ -58,7 +58,8 @@ DRAWINGS = {
         "bits_per_byte",
     ),
     "bias_by_layer": _of_metrics(
-        f"Bias: KL between the mean distributions of model and lens (lower is closer). {_BAND}",
+        "Bias: KL from the model's mean distribution over the text to the lens's (lower is "
+        f"closer). {_BAND}",
         "bias_nats",
     ),
     "agreement_by_layer": _of_metrics(
@@ -70,7 +71,7 @@ DRAWINGS = {
     ),
     "prediction_depth": _of_metrics(
         "Fraction of tokens by the first layer from which the most probable token no longer "
-        "changes. The error bars are two standard errors long on either side.",
+        "changes. Error bars show two standard errors on either side.",
         "prediction_depth",
     ),
     "transfer": Drawing(
@@ -79,7 +80,7 @@ DRAWINGS = {
         lambda evaluation: bool(evaluation.transfer),
     ),
     "by_position": Drawing(
-        f"KL by position in the block; the first position is a separate mark. {_BAND}",
+        f"KL by position in the block; the first position has a separate marker. {_BAND}",
         by_position,
         lambda evaluation: bool(evaluation.by_position),
     ),

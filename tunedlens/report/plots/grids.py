@@ -67,7 +67,7 @@ def translator_layers(evaluation: Evaluation) -> list[int]:
 def by_position(evaluation: Evaluation) -> "Figure":
     """KL(model ‖ lens) by position in the block, at up to four layers.
 
-    Position 0 is a separate mark. Neighbouring positions are averaged to at most 64 points.
+    Position 0 has a separate marker. Neighbouring positions are averaged to at most 64 points.
     """
     lenses = [lens for lens in evaluation.lenses if lens in evaluation.by_position]
     layers = some_layers(evaluation)
