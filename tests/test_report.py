@@ -168,7 +168,7 @@ def test_origin_is_told_in_words():
         "model": "gpt2, revision 607a30d, SHA-256 of final norm and unembedding 0123456789abcdef…",
         "lenses": "tuned: checkpoints/a, SHA-256 89abcdef01234567…; "
         "unigram: from up to 1,000,000 tokens of x.txt",
-        "text": "x.txt (held-out side): 7 documents, 12,345 bytes, 3 tokens left over",
+        "text": "x.txt (held-out part): 7 documents, 12,345 bytes, 3 tokens left over",
         "scored": "100 positions in 4 blocks of 64 tokens",
         "settings that are not the defaults": "BOS before every block, metrics by position, "
         "batch size 4",

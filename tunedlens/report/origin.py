@@ -8,7 +8,7 @@ from tunedlens.evaluation import Evaluation
 from tunedlens.files import JsonObject
 from tunedlens.provenance import Provenance
 
-_SIDES = {"validation": "held-out side", "train": "training side"}
+_SIDES = {"validation": "held-out part", "train": "training part"}
 _SWITCHES = {
     "bos": "BOS before every block",
     "by_position": "metrics by position",
