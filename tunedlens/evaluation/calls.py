@@ -90,8 +90,7 @@ def evaluate(
     given. With several processes, each process scores a part, and all return the whole result.
 
     Args:
-        config: an `EvaluateConfig`, or the model: a loaded model, its name on the hub or its
-            folder.
+        config: an `EvaluateConfig`, or the model: loaded, its name on the hub or its folder.
         lenses: one lens, a list, or a dict by name, in addition to those of the config. Lenses
             are objects, paths, names on the hub, `logit`, `unigram` or `mean`. The logit lens is
             always added. If no lens is given, the newest saved lens is evaluated.
@@ -99,10 +98,8 @@ def evaluate(
         model: the model, if the first argument is a config.
         beside: a second model of the same shape, on which the same lenses are scored too.
         accelerator: the processes and the device.
-        progress: called with the number of positions just scored and the total, instead of
-            showing a progress bar.
-        sampled: called in the same way while tokens are sampled from the model, for the text
-            `self`.
+        progress: called with the positions just scored and the total, instead of a progress bar.
+        sampled: the same for tokens that are sampled from the model, for the text `self`.
         command: the command to record; by default that of this process.
         settings: fields of `EvaluateConfig` and of its parts, which replace those of `config`.
 
