@@ -51,12 +51,12 @@ def software(run: Provenance) -> str:
 
 def package(run: Provenance) -> str:
     """The version of this package, and the commit if it ran from a checkout."""
-    commit = run.get("commit")
+    version, commit = run["versions"].get("tunedlens", "of an unknown version"), run.get("commit")
     if not commit:
-        return f"tunedlens {run['versions']['tunedlens']}"
+        return f"tunedlens {version}"
     name = commit.removesuffix("-dirty")
     changes = "" if name == commit else " with uncommitted changes"
-    return f"tunedlens {run['versions']['tunedlens']} (commit {name[:12]}{changes})"
+    return f"tunedlens {version} (commit {name[:12]}{changes})"
 
 
 def minute(run: Provenance) -> str:
@@ -86,10 +86,11 @@ def _model(name: str | None, about: JsonObject) -> str:
 def _lens(made: JsonObject) -> str:
     """What a lens is: a saved one, a baseline, or one in memory."""
     if "sha256" in made:
-        place = made.get("hub") or made["folder"]
+        place = made.get("hub") or made.get("folder", "a file")
         return f"{place}, SHA-256 {first_digits(made['sha256'])}"
     if "text" in made:
-        return f"from up to {made['tokens_at_most']:,} tokens of {made['text']['dataset']}"
+        text, tokens = made["text"].get("dataset", "a text"), made.get("tokens_at_most", 0)
+        return f"from up to {tokens:,} tokens of {text}"
     return "in memory"
 
 
@@ -103,8 +104,8 @@ def _text(about: JsonObject, side: str) -> str:
         parts.append("sampled from the model")
     if about.get("streamed"):
         parts.append("read as a stream")
-    name = f"{about['dataset']} ({side})" if side else about["dataset"]
-    return f"{name}: {', '.join(parts)}"
+    name = about.get("dataset", "a text")
+    return f"{name} ({side}): {', '.join(parts)}" if side else f"{name}: {', '.join(parts)}"
 
 
 def _scored(evaluation: Evaluation, block_tokens: int | None) -> str:
