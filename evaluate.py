@@ -2,7 +2,7 @@
 
 import sys
 
-from tunedlens_command import main
+from tunedlens.cli.evaluate import evaluate_command
 
 if __name__ == "__main__":
-    sys.exit(main("evaluate"))
+    sys.exit(evaluate_command())

@@ -2,7 +2,7 @@
 
 import sys
 
-from tunedlens_command import main
+from tunedlens.cli.train import train_command
 
 if __name__ == "__main__":
-    sys.exit(main("train"))
+    sys.exit(train_command())

@@ -6,12 +6,10 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
-import tomllib
 from importlib.metadata import entry_points, version
 from pathlib import Path
 
@@ -505,33 +503,6 @@ def test_help_says_what_each_command_does(capsys, monkeypatch):
         with pytest.raises(SystemExit):
             main()
         assert capsys.readouterr().out.startswith(f"usage: tunedlens {name} ")
-
-
-def installed_command():
-    """A program like the one that is installed."""
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    module, _, function = scripts["tunedlens"].partition(":")
-    return f"import sys; from {module} import {function}; sys.exit({function}())"
-
-
-@pytest.mark.parametrize(
-    "program",
-    [[ROOT / "train.py"], [ROOT / "evaluate.py"], ["-c", installed_command(), "list"]],
-    ids=["train.py", "evaluate.py", "tunedlens"],
-)
-def test_interrupt_during_the_imports_is_one_line(program, tmp_path):
-    interrupted = "import signal, time; signal.raise_signal(signal.SIGINT); time.sleep(9)"
-    (tmp_path / "torch.py").write_text(interrupted)
-    found = subprocess.run(
-        [sys.executable, *program],
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        # Where the tests run in the background, it is ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert (found.returncode, found.stdout, found.stderr) == (130, "", "interrupted\n")
 
 
 def test_version_is_that_of_the_package(capsys, monkeypatch):

@@ -12,7 +12,6 @@ from tunedlens.errors import did_you_mean
 from tunedlens.provenance import own_version
 
 __all__ = [
-    "COMMANDS",
     "card_command",
     "doctor_command",
     "evaluate_command",
@@ -21,15 +20,6 @@ __all__ = [
     "plan_command",
     "train_command",
 ]
-
-COMMANDS = {
-    "train": train_command,
-    "evaluate": evaluate_command,
-    "list": list_command,
-    "plan": plan_command,
-    "doctor": doctor_command,
-    "card": card_command,
-}
 
 USAGE = """usage: tunedlens COMMAND [flags]
 
@@ -45,13 +35,21 @@ tunedlens COMMAND --help lists the flags of a command; tunedlens --version print
 
 
 def main() -> int:
-    """The command that the arguments of this process name. Returns the exit status."""
-    if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
-        return COMMANDS[sys.argv[1]](sys.argv[2:])
+    """The console script `tunedlens`."""
+    commands = {
+        "train": train_command,
+        "evaluate": evaluate_command,
+        "doctor": doctor_command,
+        "list": list_command,
+        "plan": plan_command,
+        "card": card_command,
+    }
+    if len(sys.argv) > 1 and sys.argv[1] in commands:
+        return commands[sys.argv[1]](sys.argv[2:])
     if sys.argv[1:] == ["--version"]:
         print(f"tunedlens {own_version()}")
         return 0
-    if sys.argv[1:] and (hint := did_you_mean(sys.argv[1], COMMANDS)):
+    if sys.argv[1:] and (hint := did_you_mean(sys.argv[1], commands)):
         print(f"error: there is no command {sys.argv[1]}{hint}", file=sys.stderr)
         return 2
     if sys.argv[1:] in (["-h"], ["--help"]):
