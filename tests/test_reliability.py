@@ -382,7 +382,7 @@ def test_run_goes_on_from_the_state_before_a_damaged_one(clean, config, tmp_path
         (tmp_path / "run" / "state").iterdir(), key=lambda path: path.stat().st_mtime
     )
     newest.write_bytes(newest.read_bytes()[:-1] + b"x")
-    with pytest.warns(UserWarning, match=f"{newest.name} is damaged.*{older.name}.*is used"):
+    with pytest.warns(UserWarning, match=f"{newest.name} is damaged.*earlier.*{older.name}"):
         train(saved_config(tmp_path / "run"), tmp_path / "run", resume=True)
     assert weights(tmp_path / "run") == weights(clean.folder)
 

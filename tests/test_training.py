@@ -147,7 +147,7 @@ def test_lens_of_another_shape_is_no_start(config, tokenizer, tmp_path):
     ],
 )
 def test_fits_without_a_start_or_biases_alone_say_so(config, settings):
-    with pytest.raises(InputError, match=r"--bias-only works with|uses no --init"):
+    with pytest.raises(InputError, match=r"--bias-only works with|does not use --init"):
         dataclasses.replace(config, **settings)
 
 

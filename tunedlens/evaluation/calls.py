@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Int
 from torch import Tensor
-from tqdm import tqdm
 
 from tunedlens import checkpoint
 from tunedlens.config import (
@@ -29,7 +28,7 @@ from tunedlens.evaluation.lens_specs import lens_specs, saved_lenses
 from tunedlens.evaluation.results import Evaluation
 from tunedlens.lenses import Lens, LogitLens
 from tunedlens.model import FrozenModel, load_model
-from tunedlens.progress import progress_bar
+from tunedlens.progress import ProgressBar, progress_bar
 from tunedlens.provenance import describe_run
 
 OneLens = Lens | str | Path
@@ -127,15 +126,19 @@ def evaluate(
     score = partial(score, accelerator=accelerator, command=command)
     is_main = accelerator is None or accelerator.is_main_process
     with progress_bar(0, "evaluating", show=is_main and progress is None) as bar:
-        shown = partial(_advance, bar)
-        return score(progress=progress or shown, sampled=sampled or shown)
+        shown = partial(_advance, bar, accelerator)
+        return score(progress=progress or shown, sampled=sampled or partial(_advance, bar, None))
 
 
-def _advance(bar: tqdm, count: int, total: int) -> None:
-    """Show more of a total on a progress bar, which begins anew with another total."""
+def _advance(bar: ProgressBar, accelerator: Accelerator | None, count: int, total: int) -> None:
+    """Show more of a total on a progress bar, which begins anew with another total.
+
+    Args:
+        accelerator: its processes have each done as much as this one.
+    """
     if bar.total != total:
         bar.reset(total)
-    bar.update(count)
+    bar.update(count * (accelerator.num_processes if accelerator else 1))
 
 
 def _is_path(text: str) -> bool:
