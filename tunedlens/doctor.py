@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from tunedlens.checkpoint import describe_lens, find_lens, load_lens
 from tunedlens.devices import float32_products
+from tunedlens.distributed import rank_and_count
 from tunedlens.engine import kl_by_layer
 from tunedlens.errors import InputError
 from tunedlens.lenses import AffineLens, LogitLens
@@ -101,7 +102,7 @@ def warn_of_faults(
     """Warn of each fault that makes numbers wrong and takes a few short forward passes to find.
 
     `train` and `evaluate` call this; whether the final state decodes to the model's logits is
-    checked when a model is loaded.
+    checked when a model is loaded. Of several processes, the first one warns.
 
     Args:
         is_bos_default: whether nobody chose how texts begin, so that the tokenizer's habit counts.
@@ -113,8 +114,9 @@ def warn_of_faults(
         checks.append(_bos(model, ids))
     if is_sampled:
         checks.append(_cache(model, ids))
+    is_main = rank_and_count()[0] == 0
     for check in checks:
-        if check.passed is False:
+        if check.passed is False and is_main:
             warnings.warn(
                 f"{model.name} fails a check ({check.name}): {check.detail} (tunedlens doctor "
                 "says more)",

@@ -99,8 +99,13 @@ def size_run(
             )
     device = "cpu" if on_cpu else "cuda"
     devices = 1 if on_cpu else gpus
-    is_spread = config.model.device_map is not None
+    is_spread, is_sharded = config.model.device_map is not None, config.model.fsdp
     processes = 1 if is_spread else devices
+    if is_sharded and processes == 1:
+        raise InputError(
+            "--fsdp divides the weights among processes, and there is one; give --gpus 2 or more, "
+            "and no --device-map"
+        )
     shape = load_shape(config.model) if shape is None else shape
     plan = resolve_without_model(config, shape, device)
     limit = None if memory_gb is None else 1e9 * memory_gb
@@ -112,7 +117,7 @@ def size_run(
         shape,
         device,
         processes=processes,
-        spread=devices if is_spread else 1,
+        spread=devices if is_spread or is_sharded else 1,
         limit=limit or float("inf"),
     ).memory()
     rate = 1e12 * (tflops or TFLOPS[device])
@@ -136,8 +141,11 @@ def ways_to_fit(config: TrainConfig, size: RunSize) -> list[tuple[str, RunSize]]
         spread = [_with_model(changed, device_map="auto") for changed in (config, *changes)]
         if can_divide(size.plan, size.shape, size.processes) and not size.plan.shard_layers:
             changes += [dataclasses.replace(c, shard_layers=True) for c in (config, *changes)]
-        changes += spread
-        smaller = _with_model(smaller, device_map="auto")
+        if not model.fsdp:
+            if size.shape.has_fsdp_plan:
+                changes += [_with_model(c, fsdp=True) for c in (config, *changes)]
+            changes += spread
+            smaller = _with_model(smaller, device_map="auto")
     gpus = 0 if size.device == "cpu" else size.devices
     limit = None if size.limit is None else size.limit / 1e9
 

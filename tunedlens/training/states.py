@@ -51,11 +51,15 @@ class StateReader:
     ) -> Iterator[list[Float[Tensor, "tokens d_model"]]]:
         """The states of this process's blocks and the final one, by micro-batch, in float32.
 
-        They are the model's own tensors if those are float32 and no position is skipped.
+        They are the model's own tensors if those are float32 and no position is skipped. The
+        iteration has to reach its end, where a process with fewer micro-batches lends its weights.
         """
-        for rows in self.micro_batches(input_ids):
+        micro_batches = self.micro_batches(input_ids)
+        for rows in micro_batches:
             states = self.states_of(rows)
             yield [state[:, self.plan.skip_first :].flatten(0, 1).float() for state in states]
+        for _ in range(self.rounds(len(input_ids)) - len(micro_batches)):
+            self.model.lend_weights()
 
     def states_of(
         self, rows: Int[Tensor, "batch seq"]
