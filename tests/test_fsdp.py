@@ -36,10 +36,6 @@ RUNS = {
 }
 
 
-def _model(folder, is_divided):
-    return ModelConfig(str(folder), device="cpu", fsdp=is_divided)
-
-
 def _save(folder, **settings):
     make_llama(3, **settings).save_pretrained(folder)
     AutoTokenizer.from_pretrained(builtin.FOLDER).save_pretrained(folder)
@@ -49,11 +45,6 @@ def _save(folder, **settings):
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return _save(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def tied(tmp_path_factory):
-    return _save(tmp_path_factory.mktemp("tied"), tie_word_embeddings=True)
 
 
 def _seen(folder, is_divided):
@@ -73,13 +64,16 @@ def _seen(folder, is_divided):
     }
 
 
-@pytest.mark.parametrize("name", ["llama", "tied"])
-def test_divided_model_is_the_model(name, request):
-    folder = request.getfixturevalue(name)
-    alone = _seen(folder, False)
-    whole = alone.pop("numbers in blocks")
-    for seen in in_two_processes(_seen, folder, True):
-        assert seen.pop("numbers in blocks") == whole / 2
+def _both_seen(folders, is_divided):
+    return [_seen(folder, is_divided) for folder in folders]
+
+
+def test_divided_models_are_the_models(llama, tmp_path):
+    folders = [llama, _save(tmp_path, tie_word_embeddings=True)]
+    alone = _both_seen(folders, False)
+    whole = [seen.pop("numbers in blocks") for seen in alone]
+    for seen in in_two_processes(_both_seen, folders, True):
+        assert [one.pop("numbers in blocks") for one in seen] == [count / 2 for count in whole]
         assert seen == alone
 
 
@@ -89,15 +83,15 @@ def _error(compute):
     return str(caught.value)
 
 
-def _train_and_evaluate(folder, text, output, is_divided):
-    """The held-out KL of all runs, an evaluation with more batches in one process, and errors."""
+def _train_and_evaluate(folder, text, output, is_divided, lens):
+    """The held-out KL of all runs, and an evaluation whose last batch is that of one process."""
     model, found = ModelConfig(str(folder), device="cpu", fsdp=is_divided), {}
     common = {"model": model, "tokens": 640, "init_tokens": 128, "batch_size": 5}
     for name, settings in RUNS.items():
         config = dataclasses.replace(short_run(folder, text), **common | settings)
         table = train(config, output / name)
         found[name] = {(r.lens, r.layer): r.value for r in table.results if r.metric == "kl_nats"}
-    lenses = (str(output / "steps"), "mean")
+    lenses = (str(lens), "mean")
     scored = evaluate(EvaluateConfig(165, batch_size=5, lenses=lenses, model=model))
     found["evaluation"] = [(r.lens, r.layer, r.metric, r.value) for r in scored.results]
     return found
@@ -112,3 +106,73 @@ def _refused(folder, text, output):
         _error(lambda: train(config, output / "cached", cache=CacheSettings(output / "states"))),
         _error(lambda: loaded.residual_stream(IDS, differentiable=True)),
     ]
+
+
+@pytest.fixture(scope="module")
+def outputs(llama, tmp_path_factory):
+    """What one process finds and what each of two finds, with the folders of their runs."""
+    text = write_text(tmp_path_factory.mktemp("text") / "text.txt")
+    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    alone = _train_and_evaluate(llama, text, one, False, one / "steps")
+    shared = in_two_processes(_train_and_evaluate, llama, text, two, True, one / "steps")
+    return alone, shared, one, two
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_lens_of_a_divided_model_is_that_of_the_model(name, outputs):
+    alone, shared, one, two = outputs
+    for found in shared:
+        assert found[name] == pytest.approx(alone[name], rel=1e-5)
+    expected, actual = (load_file(folder / name / "lens.safetensors") for folder in (one, two))
+    for key, value in expected.items():
+        assert (actual[key] - value).norm() <= 1e-5 * value.norm()
+
+
+@pytest.mark.slow
+def test_evaluation_of_a_divided_model_is_that_of_the_model(outputs):
+    alone, shared, _, _ = outputs
+    assert len(alone["evaluation"]) > 50
+    for found in shared:
+        for (*place, value), (*expected_place, expected) in zip(
+            found["evaluation"], alone["evaluation"], strict=True
+        ):
+            assert place == expected_place
+            assert value == pytest.approx(expected, rel=1e-8, abs=1e-8)
+
+
+@pytest.mark.slow
+def test_what_a_divided_model_cannot_do_is_refused(llama, text_file, tmp_path):
+    for found in in_two_processes(_refused, llama, text_file, tmp_path):
+        for error in found:
+            assert "--fsdp" in error
+
+
+def test_one_process_has_nothing_to_divide_a_model_among(llama):
+    with pytest.raises(InputError, match=r"there is one \(torchrun starts several\)"):
+        load_model(llama, device="cpu", fsdp=True)
+
+
+def test_model_that_cannot_be_divided_is_refused(llama, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(fsdp, "join_processes", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(InputError, match="no plan for the blocks of GPT2LMHeadModel; --device-map"):
+        load_model(tiny_folder, device="cpu", fsdp=True)
+    config = json.loads((llama / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="are quantised"):
+        load_model(tmp_path, device="cpu", fsdp=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "flag"),
+    [
+        ({"device_map": "auto"}, "--device-map"),
+        ({"dtype": "float16"}, "--dtype float16"),
+        ({"adapter": "adapter"}, "--adapter"),
+        ({"device": "meta"}, "--device meta"),
+    ],
+)
+def test_setting_that_excludes_division_is_refused(llama, settings, flag):
+    with pytest.raises(InputError, match=f"--fsdp does not work with {flag}; leave"):
+        load_model(llama, fsdp=True, **settings)
