@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,24 +18,29 @@ from transformers import AutoTokenizer
 from tunedlens import (
     CacheSettings,
     EvaluateConfig,
+    Evaluation,
     InputError,
     ModelConfig,
     builtin,
     evaluate,
     load_model,
+    report,
     train,
 )
+from tunedlens.checkpoint import read_manifest
+from tunedlens.cli import evaluate_command, train_command
 from tunedlens.model import fsdp
 from tunedlens.sampling import sample_documents
 
+ROOT = Path(__file__).parents[1]
 IDS = torch.arange(24).view(2, 12) * 167 % 4096
 RUNS = {
-    "steps": {},
+    "steps": {"micro_batch_size": 1},
     "a sample of the vocabulary": {"vocab_sample": 400},
     "closed form": {"fit": "closed-form", "tokens": None},
     "sgd at two sites": {"fit": "sgd", "sites": "resid_mid"},
     "no block for one": {"batch_size": 1, "micro_batch_size": None},
-    "layers divided": {"shard_layers": True},
+    "layers divided": {"shard_layers": True, "micro_batch_size": 1},
     "layers divided, no block for one": {"shard_layers": True, "batch_size": 1},
 }
 
@@ -77,6 +86,10 @@ def test_divided_models_are_the_models(llama, tmp_path):
         assert seen == alone
 
 
+def _kl(evaluation):
+    return {(r.lens, r.layer): r.value for r in evaluation.results if r.metric == "kl_nats"}
+
+
 def _error(compute):
     with pytest.raises(InputError) as caught:
         compute()
@@ -89,8 +102,7 @@ def _train_and_evaluate(folder, text, output, is_divided, lens):
     common = {"model": model, "tokens": 640, "init_tokens": 128, "batch_size": 5}
     for name, settings in RUNS.items():
         config = dataclasses.replace(short_run(folder, text), **common | settings)
-        table = train(config, output / name)
-        found[name] = {(r.lens, r.layer): r.value for r in table.results if r.metric == "kl_nats"}
+        found[name] = _kl(train(config, output / name))
     lenses = (str(lens), "mean")
     scored = evaluate(EvaluateConfig(165, batch_size=5, lenses=lenses, model=model))
     found["evaluation"] = [(r.lens, r.layer, r.metric, r.value) for r in scored.results]
@@ -176,3 +188,26 @@ def test_model_that_cannot_be_divided_is_refused(llama, tiny_folder, tmp_path, m
 def test_setting_that_excludes_division_is_refused(llama, settings, flag):
     with pytest.raises(InputError, match=f"--fsdp does not work with {flag}; leave"):
         load_model(llama, fsdp=True, **settings)
+
+
+@pytest.mark.slow
+def test_commands_of_three_processes_agree_with_those_of_one(llama, text_file, tmp_path):
+    run = ["--model", str(llama), "--dataset", str(text_file), "--device", "cpu"]
+    run += ["--seq-len", "16", "--tokens", "640", "--init-tokens", "128", "--batch-size", "5"]
+    run += ["--micro-batch-size", "1", "--precision", "fp32", "--kernel", "products"]
+    lens = ["--device", "cpu", "--lens", str(tmp_path / "run"), "--output"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    for command in (
+        ["train.py", *run, "--output", str(tmp_path / "run"), "--fsdp", "--shard-layers"],
+        ["evaluate.py", *lens, str(tmp_path / "three"), "--tokens", "200", "--fsdp"],
+    ):
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run([*launch, *command], check=True, cwd=ROOT, env=environment)
+    train_command([*run, "--output", str(tmp_path / "alone")])
+    evaluate_command([*lens, str(tmp_path / "one"), "--tokens", "200"])
+    tables = [read_manifest(tmp_path / name)["held_out"] for name in ("run", "alone")]
+    trained = [_kl(Evaluation.from_json(table)) for table in tables]
+    assert trained[0] == pytest.approx(trained[1], rel=1e-5)
+    scored = [report.read_evaluation(tmp_path / name).results for name in ("three", "one")]
+    for three, one in zip(*scored, strict=True):
+        assert three.value == pytest.approx(one.value, rel=1e-8, abs=1e-8)
