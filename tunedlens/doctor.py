@@ -114,9 +114,8 @@ def warn_of_faults(
         checks.append(_bos(model, ids))
     if is_sampled:
         checks.append(_cache(model, ids))
-    is_main = rank_and_count()[0] == 0
     for check in checks:
-        if check.passed is False and is_main:
+        if check.passed is False and rank_and_count()[0] == 0:
             warnings.warn(
                 f"{model.name} fails a check ({check.name}): {check.detail} (tunedlens doctor "
                 "says more)",

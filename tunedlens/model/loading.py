@@ -48,8 +48,7 @@ def load_model(
         device_map: how transformers spreads the model over several devices, instead of `device`:
             `auto`, or the device of every module by name. Lenses are on the device of the
             unembedding.
-        fsdp: whether the weights are divided among the processes that `torchrun` has started.
-            Every process then has to do the same with the model.
+        fsdp: whether to divide the weights among the processes, which then all run the model.
         adapter: folder or hub name of a PEFT adapter, which is merged into the model.
         gguf_file: the name of a GGUF file in the folder or on the hub to read the weights from.
         trust_remote_code: whether to run code that the model's repository brings along. Without
