@@ -172,6 +172,8 @@ def replace_node(data: object, where: float, value: object) -> None:
         nodes += [one for one in inner if isinstance(one, dict | list) and one]
     node = nodes[int(where * len(nodes))]
     keys = list(node) if isinstance(node, dict) else range(len(node))
+    if not keys:
+        return
     key = keys[int(where * 7919 * len(keys)) % len(keys)]
     if int(where * 104729) % 5 == 0:
         del node[key]
@@ -249,7 +251,7 @@ def targets(model: FrozenModel) -> dict[str, Target]:
         evaluation = report.read_evaluation(folder)
         report.terminal_table(evaluation)
         report.files._markdown_report(evaluation)
-        report.files.page(evaluation, {})
+        report.files.page(evaluation, {}, {})
 
     def yaml_in(folder: Path) -> None:
         flags = parse(make_parser("x", "", TrainConfig), ["--config", str(folder / "run.yaml")])

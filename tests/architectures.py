@@ -526,33 +526,33 @@ def table(results: dict[Architecture, dict[str, bool | Exception | None]]) -> st
 # ruff: disable[E501] - a row of a Markdown table is one line
 PAGE = """# Architectures
 
-tunedlens has no list of supported models: it finds the blocks, the final norm and the unembedding of
-a model by their structure. This table shows what it does with {count} tiny random models, each of
-another architecture in transformers {version} or of a variant of one. To make the table again, run
-`python tests/architectures.py --output docs/architectures.md`. The tests run the same checks: a quarter
-of the architectures by default, and the others with `pytest -m slow`.
+tunedlens has no list of supported models: it finds the blocks, the final norm and the unembedding of a model by
+their structure. The table below shows the results of checks on {count} tiny random models, each of a different
+architecture in transformers {version}, or of a variant of one. To generate this page again, run
+`python tests/architectures.py --output docs/architectures.md`. The tests run the same checks: a quarter of the
+architectures by default, and the others with `pytest -m slow`.
 
 | column | a tick means |
 |---|---|
 | found | The parts of the model are found without being named. |
-| logits | The decoded last state equals the model's own logits, near 0 and far beyond any cap. |
+| logits | The decoded last state equals the model's own logits, for logits near 0 and far beyond any cap. |
 | states | The states of the residual stream equal the `hidden_states` that transformers returns. |
-| terms | What attention and MLP add equals the outputs of modules that are named by hand. A dash means that some block is not its input plus one attention plus one MLP. `sites` then says so, and the states between blocks still work. |
+| terms | The terms that attention and MLP add to the residual stream equal the outputs of modules that the test names. A dash means that some block is not its input plus one attention plus one MLP. `model.sites` then raises an `InputError` for these terms; the states between blocks are available. |
 | tuned | After {steps} steps of {step_tokens} tokens, the held-out KL of the tuned lens is below that of the logit lens at every layer. |
 | saved | A lens that was saved and loaded gives equal logits. |
-| trajectory | The last row of a `trajectory` has the log-probabilities of the model. |
+| trajectory | The last row of a `trajectory` contains the log-probabilities of the model. |
 | generate | At the last layer, the lens continues a text as the model does. |
 
 {table}
 
-The largest logit of every model is at least {min_logit:g} before a cap, so a cap, a scale or a norm that
-was missed would show. A tiny model shows that an architecture is read correctly. It says nothing about
-how well a lens predicts a trained model of this architecture.
+The largest logit of every model is at least {min_logit:g} before a cap, so the checks would detect a cap, a
+scale or a norm that was missed. The checks show that an architecture is read correctly. They do not show how well
+a lens predicts a trained model of this architecture.
 
 ## If a model is not found
 
-Loading a model checks that its decoded last state gives its own logits, and refuses a model where
-it does not. If the message says that the blocks or the final norm are not found, name them:
+When a model is loaded, its decoded last state is compared with its own logits, and the model is refused if they
+differ. If the error message says that the blocks or the final norm are not found, name them:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -563,9 +563,9 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 model = FrozenModel(loaded, tokenizer, blocks="model.layers", final_norm="model.norm")
 ```
 
-`blocks` is the path of the list of blocks, and `final_norm` that of the norm after the last one, or
-`none` for a model without one; `print(loaded)` shows both. If the message says that the model applies a
-function to its logits that its config does not declare, tunedlens cannot decode this model.
+`blocks` is the path of the list of blocks. `final_norm` is the path of the norm after the last block, or `none`
+for a model without a final norm. `print(loaded)` shows both paths. If the error message says that the model
+applies a function to its logits that its config does not declare, tunedlens cannot decode this model.
 """
 # ruff: enable[E501]
 

@@ -305,7 +305,7 @@ def test_long_prompt_is_drawn_in_part_and_read_in_windows(here, tiny_folder):
     flags = ["--prompt", prompt, "--model", str(tiny_folder), "--stride", "16"]
     assert evaluate_command(flags) == 0
     page = (here / "prompts" / "report.html").read_text()
-    assert "These are the last 44 of 151 positions; the page has all." in page
+    assert "Only the last 44 of 151 positions are drawn here." in page
     (table,) = (here / "prompts").glob("*/table.csv")
     rows = table.read_text().splitlines()
     assert len(rows) > 4 * 150

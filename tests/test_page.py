@@ -316,7 +316,7 @@ def test_token_is_pinned_by_search(explorer, read):
     assert page.inner_text("#pins figcaption").startswith(read.vocabulary[token].shown)
     page.fill("#find input", "zebra")
     page.keyboard.press("Enter")
-    assert "zebra was not read at position 5" in page.inner_text("#said")
+    assert "zebra was not tracked at position 5" in page.inner_text("#said")
 
 
 def test_token_is_pinned_by_search_within_a_report_of_texts(read, open_page, tmp_path):

@@ -154,7 +154,7 @@ def test_card_says_what_was_measured(saved, tiny, tmp_path):
         assert float(further[str(layer)][2].split()[0]) == pytest.approx(
             grid.values[layer - 1][layer], rel=1e-3
         )
-    assert "one pass, so there is no learning curve" in card
+    assert "no learning curve, because the lens was made in one pass" in card
     for name in ("overview", "transfer"):
         assert f"(card/{name}.png)" in card
         assert (saved / "card" / f"{name}.png").exists()
@@ -185,7 +185,7 @@ def test_card_of_a_lens_of_another_library_says_what_is_unknown(tmp_path, text_f
     assert card_command([str(folder), *asked, "--tokens", "20"]) == 0
     card = (folder / "README.md").read_text()
     assert "in the format of another library" in card
-    assert "- Text and tokens of its fit: not known." in card
+    assert "- Training text and tokens: not known." in card
     assert "- *Convergence*: not known." in card
     assert "held out" not in card
     assert "Warning" not in card

@@ -249,7 +249,7 @@ def test_card_says_what_went_wrong(clean):
     manifest["progress"] |= {"bad_blocks": 17, "ended_early": "17 blocks had bad numbers"}
     lines = report.card("run", manifest).splitlines()
     assert "- The steps ended early: 17 blocks had bad numbers." in lines
-    assert "- Blocks with numbers that are not finite, left out: 17." in lines
+    assert "- Blocks left out because of values that are not finite: 17." in lines
 
 
 def _count_bad_blocks(config, folder):

@@ -249,13 +249,14 @@ def test_path_that_the_system_refuses_is_refused(tiny):
         ("streming: null", "streming is not a setting"),
         ("help: true", "help is not a setting"),
         ("config: other.yaml", "config is not a setting"),
+        ("trust_remote_code: true", "can only be given on the command line"),
         ("tokens: {a: 1}", "tokens must be text, a number"),
         ("model: no", "model must be text"),
         ("tokens: [1, [2]]", "tokens must be text, a number"),
         ("a: &a [*a]", "alias"),
         ("- 1", "expected lines like"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_yaml_with_anything_but_settings_is_refused(tmp_path, text, message):
     path = tmp_path / "run.yaml"

@@ -1,4 +1,4 @@
-"""Lenses on the residual stream of a language model: train, evaluate, look.
+"""Train, evaluate and use lenses on the residual stream of a language model.
 
 >>> from tunedlens import TunedLens, load_model
 >>> model = load_model()

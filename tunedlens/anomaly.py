@@ -1,7 +1,7 @@
-"""Texts that a model reads in an unusual way: a detector on trajectories, fitted on normal texts.
+"""Detects texts with unusual trajectories. A detector is fitted on trajectories of normal texts.
 
-The features of a text are a metric at every row of its trajectory, from the first layer to the
-last. `features` says how the many positions of a text become one number per row.
+The features of a text are the values of a metric at every row of its trajectory, from the first
+layer to the last. `features` reduces the positions of a text to one number per row.
 """
 
 import math
@@ -23,7 +23,7 @@ from tunedlens.trajectories import Trajectory
 Method = Literal["mahalanobis", "isolation-forest", "local-outlier-factor"]
 Positions = Literal["mean", "last"]
 METRICS = ("kl_nats", "entropy_nats", "cross_entropy_nats", "rank")
-"""The metrics that can be features. A rank is that of the model's most probable token."""
+"""The metrics that can be features. `rank` is the rank of the model's most probable token."""
 _ZERO_FOR_MODEL = ("kl_nats", "rank")
 """The metrics that are the same at the model's row of every text."""
 FORMAT = 1
@@ -49,16 +49,17 @@ def features(
 ) -> Float[Tensor, " rows"]:
     """One number per row of a trajectory.
 
-    The model's own row is included where it differs between texts: for the entropy and the
-    cross-entropy. Of a rank the logarithm is taken, since ranks span several orders of magnitude.
+    For entropy and cross-entropy, the model's own row is included; for other metrics it is the
+    same in all texts. Ranks are replaced by their logarithms, because they span several orders of
+    magnitude.
 
     Args:
-        metric: one of `METRICS`, or short for one.
-        lens: a name; by default the first.
-        positions: `mean` averages over the positions of the text, which depends little on its
-            length but dilutes what concerns few positions; `last` takes the last position, which
-            has read the whole text but is noisier. The cross-entropy has no value at the last
-            position of a text, so its last one is the one before.
+        metric: one of `METRICS`, or its short name.
+        lens: the name of a lens; by default the first.
+        positions: `mean` averages over the positions of the text. The mean depends little on the
+            length of the text, but an anomaly at a few positions changes it little. `last` takes
+            the last position, whose state depends on the whole text but is noisier. The
+            cross-entropy has no value at the last position, so `last` takes the one before it.
 
     Raises:
         InputError: there is no such metric or lens, `positions` is neither, or no position has a
@@ -80,9 +81,9 @@ def features(
 
 @dataclass(frozen=True)
 class Detector:
-    """Scores how unlike some normal texts a text is read. It is plain data: their features.
+    """Scores how much the trajectory of a text differs from those of normal texts.
 
-    Make one with `fit`.
+    `fit` makes a detector. It is plain data: the features of the normal texts.
     """
 
     model: str
@@ -96,7 +97,7 @@ class Detector:
     normal: list[list[float]]
     """The features of the normal texts."""
     seed: int = 0
-    """Of the isolation forest."""
+    """The seed of the isolation forest."""
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
@@ -120,11 +121,11 @@ class Detector:
         )
 
     def score(self, trajectory: Trajectory) -> float:
-        """How unlike the normal texts this one is; higher is more unlike.
+        """The score of one text. A higher score means a larger difference from normal texts.
 
         Raises:
-            InputError: another model or other layers were read than of the normal texts, or the
-                lens is missing.
+            InputError: the model or the layers are not those of the normal texts, or the lens is
+                missing.
         """
         return self.scores([trajectory])[0]
 
@@ -155,7 +156,7 @@ class Detector:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a saved detector. The detector is fitted again, from the features in the file.
+        """Read a saved detector. It is fitted again from the features in the file.
 
         Raises:
             InputError: there is no such file, or it is damaged or not a detector.
@@ -178,13 +179,15 @@ def fit(
     """Fit a detector on the trajectories of normal texts.
 
     Args:
-        trajectories: of one model, at the same layers.
-        metric: see `features`, also for `lens` and `positions`.
-        method: `mahalanobis` is the distance to the mean of the standardised features, with their
-            covariance shrunk as Ledoit and Wolf do, so that there may be fewer texts than rows.
-            `isolation-forest` and `local-outlier-factor` need scikit-learn
+        trajectories: trajectories of one model at the same layers.
+        metric: see `features`.
+        lens: see `features`.
+        positions: see `features`.
+        method: `mahalanobis` is the distance to the mean of the standardised features, with a
+            covariance that is shrunk by the method of Ledoit and Wolf, so there may be fewer texts
+            than rows. `isolation-forest` and `local-outlier-factor` need scikit-learn
             (`pip install "residual-lens[anomaly]"`).
-        seed: of the isolation forest.
+        seed: the seed of the isolation forest.
 
     Raises:
         InputError: there are fewer than three trajectories, they are of different models or layers,
@@ -216,10 +219,9 @@ def auroc(
     resamples: int = 2000,
     seed: int = 0,
 ) -> AUROC:
-    """The probability that an anomaly has a higher score than a normal text; ties count half.
+    """The probability that an anomaly has a higher score than a normal text; ties count as half.
 
-    The interval is that of a percentile bootstrap, which draws anomalies and normal texts
-    separately.
+    The interval is from a percentile bootstrap that draws anomalies and normal texts separately.
 
     Raises:
         InputError: there are not as many scores as labels, no anomalies or no normal texts, a

@@ -1,4 +1,4 @@
-"""Examines a model, and a lens on it: which parts were found, and whether they do their work."""
+"""Checks a model, and a lens for it: which parts were found, and whether they are correct."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -43,18 +43,18 @@ class Check:
     passed: bool | None
     """None if the check does not apply to the model."""
     detail: str = ""
-    """What was found, and what to do about it."""
+    """The finding, and what to do about it."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What the doctor found."""
+    """The result of `doctor`; `print` shows it as text."""
 
     facts: dict[str, str]
     """The parts of the model, by name."""
     checks: list[Check]
     norms: list[tuple[float, float]] = field(default_factory=list)
-    """Norm of the state at position 0 and median norm at later positions, by layer."""
+    """By layer: the norm of the state at position 0, and the median norm at later positions."""
 
     @property
     def passed(self) -> bool:
@@ -78,12 +78,12 @@ class Diagnosis:
 @float32_products()
 @torch.no_grad()
 def doctor(model: FrozenModel, lens: str | Path | None = None, text: str = _TEXT) -> Diagnosis:
-    """Examine a model, and optionally a saved lens on it.
+    """Check a model, and optionally a saved lens for it.
 
     Args:
-        model: may be made with `check=False`, so that faults are reported instead of raised.
+        model: can be loaded with `check=False`; faults are then reported instead of raised.
         lens: the folder of a saved lens, or its name on the hub.
-        text: what the model reads; the first 128 tokens are used.
+        text: the text that the model reads; the first 128 tokens are used.
     """
     ids = _first_tokens(model, text)
     checks = list(_model_checks(model, ids))
@@ -130,12 +130,11 @@ def _first_tokens(model: FrozenModel, text: str) -> Int[Tensor, "1 seq"]:
 def _facts(model: FrozenModel) -> dict[str, str]:
     parts, identity, config = model.parts, model.identity, model.model.config
     names = {module: name for name, module in model.model.named_modules()}
-    block = type(parts.blocks[0]).__name__
     head, embeddings = parts.head, model.model.get_input_embeddings()
     is_tied = getattr(head, "weight", None) is getattr(embeddings, "weight", False)
     return {
         "model": f"{identity.name} ({type(model.model).__name__})",
-        "blocks": f"{len(parts.blocks)} × {block} at {names[parts.blocks]}",
+        "blocks": f"{len(parts.blocks)} × {type(parts.blocks[0]).__name__} at {names[parts.blocks]}",
         "width": f"{identity.d_model}",
         "final norm": (
             f"{type(parts.entry).__name__} at {names[parts.entry]}" if parts.entry else "none"

@@ -5,9 +5,10 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """A request that cannot be fulfilled.
+    """An invalid argument, setting or file.
 
-    The message says what was expected, what came and what to do. The commands print it as one line.
+    The message states what was expected, what was given and what to do. The commands print it as
+    one line.
     """
 
 

@@ -1,4 +1,4 @@
-"""Generates text from the predictions of one layer, or of the first that is sure enough."""
+"""Generates text from the predictions of one layer, or with early exits."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -19,16 +19,16 @@ from tunedlens.sampling import only_settings
 
 
 class ExitedText(NamedTuple):
-    """A text that was written with early exits."""
+    """A text that was generated with early exits."""
 
     text: str
     layers: list[int]
-    """The layer that wrote each token; n is the model itself."""
+    """The layer from which each token was predicted; n is the model itself."""
     n_layers: int
 
     @property
     def layers_saved(self) -> float:
-        """The mean number of blocks after the layers that wrote the text; 0 if it is empty."""
+        """The mean number of blocks after the exit; 0 if the text is empty."""
         return sum(self.n_layers - layer for layer in self.layers) / max(1, len(self.layers))
 
 
@@ -47,29 +47,31 @@ def generate(
     eos_token_id: int | list[int] | None = None,
     seed: int = 0,
 ) -> str | list[str] | ExitedText | list[ExitedText]:
-    """Continue a text; every new token comes from the lens's distribution at one layer.
+    """Continue a text with tokens from the lens's distribution at one layer.
 
-    At the last layer the model itself generates, in its own dtype. The model's generation config
-    only decides which tokens end a text.
+    At the last layer, the model itself generates, in its own dtype. The model's generation config
+    is used only for the tokens that end a text.
 
     Args:
-        prompt: text, or several texts that are continued together.
-        early_exit: instead of a layer, a rule that chooses one for each token. All layers still
-            run, because later tokens attend to their states.
-        do_sample: whether to sample; otherwise the best token is taken.
-        temperature: divides the logits of the distribution sampled from.
-        top_k: sample from this number of best tokens; 0 means all.
-        top_p: sample from the best tokens that together have this probability.
+        prompt: a text, or several texts that are continued together.
+        layer: the layer that the lens reads; by default the last.
+        early_exit: a rule that chooses the layer for each token, instead of `layer`. All layers
+            still run, because later tokens attend to their states.
+        do_sample: whether to sample; otherwise the most probable token is taken.
+        temperature: divides the logits before sampling.
+        top_k: sample from this number of most probable tokens; 0 means all.
+        top_p: sample from the most probable tokens that together have this probability.
         eos_token_id: tokens that end a text; by default the model's own.
-        seed: the seed of the samples.
+        seed: the seed for sampling.
 
     Returns:
-        The text after the prompt, without the token that ended it, and with a rule the layers
-        that wrote it; for several prompts, a list.
+        The text after the prompt, without the token that ended it. With `early_exit`, an
+        `ExitedText`. For several prompts, a list.
 
     Raises:
-        InputError: the lens was made for another model, there is no such layer, a setting is
-            out of range, a prompt is empty or leaves no room, or there is a layer beside a rule.
+        InputError: the lens was made for another model, there is no such layer, a setting is out
+            of range, a prompt is empty or leaves no room in the context, or both a layer and
+            `early_exit` are given.
     """
     require_made_for(model, {type(lens).__name__: lens})
     if early_exit is not None and layer != -1:

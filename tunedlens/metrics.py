@@ -34,8 +34,8 @@ class Metric(NamedTuple):
 METRICS = {
     "kl_nats": Metric(
         "KL(model ‖ lens), nats",
-        "divergence of the lens's distribution from the model's final one; 0 if both are equal, "
-        "and lower is closer to the model",
+        "divergence of the lens's distribution from the model's; 0 if both are equal, and lower is "
+        "closer to the model",
         heading="KL to the model's output",
         column="KL, nats",
         is_log=True,
@@ -96,15 +96,15 @@ METRICS = {
     ),
     "bias_nats": Metric(
         "bias, nats",
-        "KL between the mean distributions of model and lens over the text; high if the lens "
-        "predicts some tokens too often on the whole, and lower is closer to the model",
+        "KL from the model's mean distribution over the text to the lens's; it is high if the lens "
+        "predicts some tokens too often on average, and lower is closer to the model",
         is_log=True,
         where_lens_is_model=0,
     ),
     "kl_nats_position_0": Metric(
         "KL at position 0, nats",
-        "KL(model ‖ lens) at the first position of each block alone, where many models have states "
-        "unlike all others; the KL over all positions includes it",
+        "KL(model ‖ lens) at the first position of each block, where the states of many models "
+        "differ strongly from those at other positions; the KL over all positions includes it",
         is_log=True,
         where_lens_is_model=0,
     ),

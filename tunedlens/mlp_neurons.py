@@ -1,4 +1,4 @@
-"""Neurons of an MLP: how strongly they fire, and what they write."""
+"""Neurons of an MLP: their coefficients, and the tokens that they promote."""
 
 from typing import TYPE_CHECKING
 
@@ -18,17 +18,18 @@ def neurons(
 ) -> "DataFrame":
     """The neurons of a block's MLP with the largest absolute coefficients at one position.
 
-    A neuron adds its coefficient (its activation) times its output vector to the residual
-    stream. The tokens that it promotes are those whose logits this raises most, decoded with
-    the unembedding alone: the final norm is left out because its scale depends on the text.
+    A neuron adds its coefficient (activation) times its output vector to the residual stream. The
+    tokens that it promotes are those whose logits this increases most. The logits are decoded
+    with the unembedding only, without the final norm, whose scale depends on the text.
 
     Args:
         k: the number of neurons.
         promoted: the number of promoted tokens of each neuron.
 
     Returns:
-        One line per neuron: its coefficient, then the tokens that it promotes, in descending
-        order, each with the logit that it adds minus the mean over the vocabulary.
+        A table with one row per neuron: its coefficient, and the tokens that it promotes in
+        descending order, each with the logit that the neuron adds minus the mean over the
+        vocabulary.
 
     Raises:
         InputError: there is no such layer or position, the text cannot be read, or the MLP

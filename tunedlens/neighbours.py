@@ -1,4 +1,4 @@
-"""Hands lenses to other libraries, in the form that they take."""
+"""Converts lenses for use in other libraries."""
 
 from collections.abc import Callable
 
@@ -16,19 +16,21 @@ _CENTRED = 3e-7
 def as_transformer_lens(
     lens: AffineLens, *, incl_mid: bool = False
 ) -> Callable[[Tensor, int], Tensor]:
-    """The translators, as `logit_lens(model, ..., lens=...)` of TransformerLens 4 takes them.
+    """The translators as a function for `logit_lens(model, ..., lens=...)` of TransformerLens 4.
 
     TransformerLens calls the function with an entry of its accumulated stack and the index of
-    the entry, then applies the model's own final norm and unembedding. Without `incl_mid` entry i
-    is the stream entering block i. With it, entry 2i is that and entry 2i + 1 is the stream
-    between attention and MLP of block i. The last entry is the final state, which stays as it is.
+    the entry, then applies the model's own final norm and unembedding. Without `incl_mid`, entry i
+    is the stream entering block i. With it, entry 2i is the stream entering block i, and entry
+    2i + 1 is the stream between attention and MLP of block i. The last entry is the final state,
+    which is not changed.
 
-    The function raises InputError where the lens has no translator for an entry, where there is
-    no such entry, and where two states or more in a row have a mean of zero: then TransformerLens
-    has centred the weights that write to the stream, and the lens was trained without that.
+    The function raises InputError if the lens has no translator for an entry, if there is no such
+    entry, or if two or more states in a row have a mean of zero. A mean of zero shows that
+    TransformerLens has centred the weights that write to the stream; the lens was trained on a
+    model without this change.
 
     Args:
-        incl_mid: as in the call of `logit_lens`. The function cannot see what was given there.
+        incl_mid: must have the same value as in the call of `logit_lens`.
     """
     centred_states = 0
 

@@ -31,20 +31,22 @@ def push_to_hub(
     license: str | None = None,  # noqa: A002 - the word of the hub
     evaluation: Evaluation | None = None,
 ) -> str:
-    """Upload a lens with its card, for `load_lens` and `--lens` to read by its name.
+    """Upload a lens with its card to the Hugging Face hub.
 
-    `config.json`, `lens.safetensors` and `README.md` come to the root of the repository. The card
-    is that of the folder, or a new one; front matter and the evaluation are added to it.
+    `load_lens` and `--lens` read it by its name. `config.json`, `lens.safetensors` and `README.md`
+    are uploaded to the root of the repository. The card is that of the folder, or a new one, with
+    front matter and the evaluation added.
 
     Args:
-        lens: the folder of a saved lens, with all that is known of its training; or a lens in
-            memory, with its translators alone.
-        repo_id: `user/name`, or a name of your own; it is created if it does not exist.
-        private: whether a new repository is private; by default as your account has it.
-        create_pr: open a pull request instead of a commit.
-        revision: a branch to commit to, created if it does not exist.
-        license: for the card, such as `mit`.
-        evaluation: for the card; by default that in the folder's `evaluation/`, if there is one.
+        lens: the folder of a saved lens, which includes a record of its training, or a lens in
+            memory, of which only the translators are known.
+        repo_id: `user/name`, or `name` for your own account; it is created if it does not exist.
+        private: whether a new repository is private; by default the setting of your account.
+        create_pr: whether to open a pull request instead of committing.
+        revision: a branch to commit to, which is created if it does not exist.
+        license: the license in the card, such as `mit`.
+        evaluation: the evaluation in the card; by default that in the folder's `evaluation/`, if
+            there is one.
 
     Returns:
         The address of the commit or of the pull request.

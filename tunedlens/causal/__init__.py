@@ -1,4 +1,4 @@
-"""Causes: ablation in the model's run, causal bases, and how well a lens foresees their effects."""
+"""Ablation in the model's run, causal bases, and their effects on a lens and on the model."""
 
 from tunedlens.causal.ablation import ablated
 from tunedlens.causal.basis import CausalBasis, causal_basis

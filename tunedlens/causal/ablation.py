@@ -1,4 +1,4 @@
-"""Ablation in the model's own run: values become zero, their mean, or those of other positions."""
+"""Ablation in the model's run: values are replaced by zero, their mean, or other positions'."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,26 +25,27 @@ def ablated(
     seed: int = 0,
     skip_first: int = 0,
 ) -> Iterator[FrozenModel]:
-    """The model with some of its values ablated in every run, until the context is left.
+    """Ablate values of a model in every run inside the `with` block.
 
-    Everything that runs the model sees the ablation: its states and logits, trajectories,
-    evaluations, generation.
+    All uses of the model are affected: its states and logits, trajectories, evaluations and
+    generation.
 
     Args:
-        targets: `Directions`, `Block`, `Head` or `Neuron`, or several of them.
-        mode: `mean` is the mean over the positions, `zero` is zero, and `resample` the value of
-            another position, drawn at random; the values of a target are drawn together.
-        reference: token ids whose positions the mean is taken over and values are drawn from. By
-            default they are the positions of all sequences of the run itself; a run that
-            continues with a cache of keys and values sees only its new ones.
-        seed: of the values drawn.
-        skip_first: this number of positions at the start of every sequence is left alone and
-            does not count. Many models have states at the first position that are far from all
-            others, and that move the mean.
+        targets: `Directions`, `Block`, `Head` or `Neuron`, or a list of them.
+        mode: replaces the values by their `mean` over the positions, by `zero`, or by those at
+            another position, drawn at random (`resample`). All values of a target are drawn from
+            the same position.
+        reference: token ids of a text over whose positions means are taken, and from which values
+            are drawn. By default these are the positions of all sequences of the run itself. A
+            run that continues with a key-value cache has only its new positions.
+        seed: the seed for drawing values.
+        skip_first: this number of positions at the start of every sequence is not changed, and is
+            left out of means and draws. In many models, the state at the first position is far
+            from all others and would change the mean.
 
     Raises:
         InputError: the model has no such target, there is no such mode, or a run has too few
-            positions to take other values from.
+            positions for means or draws.
 
     Source:
         Belrose et al. 2023, arXiv:2303.08112, section 4 (mean, resample).
@@ -80,11 +81,11 @@ def replacements(
     mode: Mode,
     generator: torch.Generator,
 ) -> Float[Tensor, "positions values"]:
-    """What takes the place of the values.
+    """The values that replace the given ones.
 
     Args:
-        pool: what means are taken over and values are drawn from; by default the values
-            themselves, each of which then goes to another position.
+        pool: values for means and draws; by default the given values themselves, each of which is
+            then moved to another position.
 
     Raises:
         InputError: there are no other values.

@@ -30,7 +30,7 @@ Form = Float[Tensor, "d_model d_model"]
 
 @dataclass(frozen=True, eq=False)
 class CausalBasis:
-    """Orthonormal directions of a state, by falling influence on a lens."""
+    """Orthonormal directions of a state, in descending order of their influence on a lens."""
 
     vectors: Float[Tensor, "directions d_model"]
     influence_nats: Float[Tensor, " directions"]
@@ -53,7 +53,7 @@ class CausalBasis:
         )
 
     def directions(self, count: int | None = None) -> Directions:
-        """The first directions as a target of `ablated`; all by default."""
+        """The first `count` directions (by default all) as a target of `ablated`."""
         return Directions(self.vectors[:count], self.layer, self.site)
 
     def save(self, path: str | Path) -> None:
@@ -113,23 +113,25 @@ def causal_basis(
 ) -> CausalBasis:
     """Find the directions of a state whose ablation changes the lens's output most.
 
-    They are found one after another, each of them orthogonal to those before, by L-BFGS on the
-    unit sphere with the exact gradient. The influence is not concave, so each is a local
-    maximum; the search starts from the best of several eigenvectors of the state's covariance
-    and of the lens's Fisher information.
+    The directions are found one after another, each orthogonal to those before it, by L-BFGS on
+    the unit sphere with the exact gradient. The influence of a direction is not a concave
+    function, so each direction is a local maximum. The search starts from the best of several
+    eigenvectors of the state's covariance and of the lens's Fisher information.
 
     Args:
-        input_ids: token ids whose states the influence is a mean over.
-        layer: the layer of the state, from 0 to n; negative counts from the end.
+        input_ids: token ids; the influence is a mean over their positions.
+        layer: the layer of the state, from 0 to n. A negative layer counts from the end.
         k: the number of directions.
+        site: one of `model.SITES`.
         mode: the ablation, as in `ablated`.
-        seed: of the values that `resample` draws and of the estimate of the Fisher information.
-        skip_first: this number of positions at the start of every sequence does not count.
-        max_steps: the most steps of L-BFGS for one direction.
+        seed: the seed for the values that `resample` draws, and for the estimate of the Fisher
+            information.
+        skip_first: the number of positions at the start of every sequence that are left out.
+        max_steps: the largest number of L-BFGS steps for one direction.
 
     Raises:
-        InputError: the lens was made for another model, or there is no such layer or site, or
-            more directions than dimensions are wanted, or there are too few positions.
+        InputError: the lens was made for another model, there is no such layer or site, `k` is
+            larger than the width, or there are too few positions.
 
     Source:
         Belrose et al. 2023, arXiv:2303.08112, section 4.1.

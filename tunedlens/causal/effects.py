@@ -35,11 +35,14 @@ class Correlation(NamedTuple):
 
 @dataclass(frozen=True)
 class CausalEffects:
-    """The mean KL from the output as it is to that under an ablation, for each of some targets."""
+    """The effect of each ablation on a lens and on the model.
+
+    An effect is the mean KL from the output without the ablation to the output with it.
+    """
 
     targets: list[str]
     lens_nats: list[Estimate]
-    """KL(lens ‖ lens under ablation), where the ablation first changes the stream."""
+    """KL(lens ‖ lens under ablation), at the first state that the ablation changes."""
     model_nats: list[Estimate]
     """KL(model ‖ model under ablation)."""
 
@@ -56,7 +59,7 @@ class CausalEffects:
         return spearman(lens, model)
 
     def to_dataframe(self) -> "DataFrame":
-        """A table with one line per target."""
+        """A table with one row per target."""
         import pandas as pd
 
         columns: dict[str, Sequence[object]] = {"target": self.targets}
@@ -99,15 +102,15 @@ def causal_effects(
     seed: int = 0,
     skip_first: int = 0,
 ) -> CausalEffects:
-    """Ablate targets one at a time in the model's own run, and measure what changes.
+    """Ablate targets one at a time in the model's run, and measure the effects.
 
-    The lens reads the state of the ablated directions, or the stream after the block of a head,
-    a neuron or a whole block. Standard errors are clustered by sequence.
+    The lens reads the state whose directions are ablated. For a block, head or neuron, it reads
+    the stream after the block. Standard errors are clustered by sequence.
 
     Args:
         input_ids: token ids; all sequences run together.
-        targets: the rows of one `Directions` one by one, or any targets.
-        mode: as in `ablated`, like `seed` and `skip_first`.
+        targets: a list of targets, or one `Directions`, whose rows are ablated one by one.
+        mode, seed, skip_first: as in `ablated`.
 
     Raises:
         InputError: the lens was made for another model or does not read such a state, or as

@@ -1,4 +1,4 @@
-"""A state of a layer in which a lens sees a wanted distribution."""
+"""Finds a state that a lens decodes to a wanted distribution."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ class Inversion(NamedTuple):
     kl_nats: Float[Tensor, "*positions"]
     """KL(wanted ‖ lens), at these states."""
     steps: Int[Tensor, "*positions"]
-    """Steps of L-BFGS."""
+    """The number of L-BFGS steps."""
 
 
 def invert(
@@ -33,18 +33,20 @@ def invert(
 ) -> Inversion:
     """Find a state of a layer whose lens output has the wanted distribution.
 
-    Minimises KL(wanted ‖ lens(h)) + penalty · ‖h − start‖² / ‖start‖² by L-BFGS. A model of
-    vocabulary V and width d can express few of all distributions, so the KL reached says how near
-    the best state comes. Without a penalty the state is one of many, and need not be one that the
-    model ever has.
+    Minimises KL(wanted ‖ lens(h)) + penalty · ‖h − start‖² / ‖start‖² by L-BFGS. A state of d
+    dimensions can express only a small part of all distributions over the vocabulary, and the KL
+    shows how close the best state comes. Without a penalty, the result is one of many states with
+    this output, and it may differ from all states that occur in the model.
 
     Args:
-        logits: the logits wanted, whose softmax alone matters; for probabilities give their
-            logarithms, where -inf is allowed.
+        logits: the wanted logits, of which only the softmax is used. For probabilities, pass their
+            logarithms; -inf is allowed.
+        layer: the layer of the state.
+        site: one of `model.SITES`.
         start: the states to start from, such as those of a text; by default the mean row of the
             unembedding under the wanted distribution, with a mean square of 1.
-        penalty: nats for a distance to the start that is as long as the start itself.
-        max_steps: the most steps of L-BFGS.
+        penalty: in nats, for a distance to the start that equals the norm of the start.
+        max_steps: the largest number of L-BFGS steps.
 
     Raises:
         InputError: the number of tokens or dimensions is not the model's, no token has any

@@ -1,4 +1,4 @@
-"""Stimulus-response alignment: whether a lens and the model change alike under an ablation."""
+"""Stimulus-response alignment: how similarly a lens and the model change under an ablation."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,12 +22,12 @@ OverVocab = Float[Tensor, "*positions vocab"]
 
 
 class Alignment(NamedTuple):
-    """How alike a lens and the model respond to the ablation of one target."""
+    """The similarity of the responses of a lens and of the model to the ablation of one target."""
 
     lens: str
     site: str
     layer: int
-    """Where the lens reads."""
+    """The layer that the lens reads."""
     similarity: Estimate
     """Mean cosine similarity over positions, with its error clustered by sequence."""
 
@@ -43,18 +43,21 @@ def response_alignment(
     seed: int = 0,
     skip_first: int = 0,
 ) -> list[Alignment]:
-    """Compare the changes of a lens's and of the model's output under the same ablation.
+    """Compare how the outputs of a lens and of the model change under the same ablation.
 
-    The stimulus is the change of the lens's logits, the response that of the model's. Their
-    similarity is the cosine of `aitchison_similarity`, weighted by the model's distribution
-    without ablation. In the paper a target is the span of the first ten vectors of a lens's causal
-    basis, one at each layer, and the mode is `resample`.
+    The stimulus is the change of the lens's logits, and the response is the change of the model's
+    logits. Their similarity is the cosine in Aitchison geometry, weighted by the model's
+    distribution without ablation. In the paper, a target is the span of the first ten vectors of a
+    lens's causal basis at one layer, and the mode is `resample`.
 
     Args:
-        lenses: by name; all of them read the same states.
+        lenses: the lenses by name, which all read the same states.
         input_ids: token ids; all sequences run together.
-        targets: each is ablated as a whole, such as all directions of one `Directions`.
-        mode: as in `ablated`, like `seed` and `skip_first`.
+        targets: each target is ablated as a whole, such as all directions of one `Directions`.
+        mode, seed, skip_first: as in `ablated`.
+
+    Returns:
+        An `Alignment` for every target and lens.
 
     Raises:
         InputError: a lens was made for another model or does not read such a state, or as
@@ -73,7 +76,7 @@ def response_alignment(
 
 
 def alignment_table(alignments: Sequence[Alignment]) -> "DataFrame":
-    """A table with one line per lens and target."""
+    """A table with one row per lens and target."""
     import pandas as pd
 
     lines = [(*one[:3], one.similarity.value, one.similarity.standard_error) for one in alignments]

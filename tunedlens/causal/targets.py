@@ -1,4 +1,4 @@
-"""What can be ablated: directions of the residual stream, blocks, attention heads, MLP neurons."""
+"""Targets of an ablation: directions of a state, blocks, attention heads, MLP neurons."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -32,12 +32,14 @@ _TOLERANCE = 1e-4
 
 @dataclass(frozen=True, eq=False)
 class Directions:
-    """Directions of a state: its coordinates along them are ablated.
+    """Directions of a state, whose coordinates are ablated.
 
     Args:
         basis: orthonormal rows, or one vector of any length.
-        layer: the block, or n for the state that the final norm reads; negative counts from there.
-        site: one of `model.SITES`. `attn_out` and `mlp_out` are what attention and MLP add.
+        layer: the block, or n for the state that the final norm reads. A negative layer counts
+            from n.
+        site: one of `model.SITES`. `attn_out` and `mlp_out` are the outputs that attention and MLP
+            add to the stream.
     """
 
     basis: Float[Tensor, "directions d_model"] | Float[Tensor, " d_model"]
@@ -45,7 +47,7 @@ class Directions:
     site: str = "resid_pre"
 
     def each(self) -> list["Directions"]:
-        """Every direction as a target of its own."""
+        """Each direction as a separate target."""
         return [Directions(row[None], self.layer, self.site) for row in self.rows()]
 
     def rows(self) -> Float[Tensor, "directions d_model"]:
@@ -78,10 +80,10 @@ class Directions:
         return HookPoint(self.site, _index("layer", self.layer, count, model.name))
 
     def find(self, model: FrozenModel) -> Place:
-        """Where the coordinates are in a model.
+        """Find the coordinates in a model.
 
         Raises:
-            InputError: there is no such state, or its width is another one.
+            InputError: there is no such state, or its width differs from that of the directions.
         """
         rows, width = self.rows(), model.identity.d_model
         if rows.shape[1] != width:
@@ -108,7 +110,7 @@ class Directions:
 
 @dataclass(frozen=True)
 class Block:
-    """A whole block: what it adds to the residual stream is ablated."""
+    """A whole block, whose addition to the residual stream is ablated."""
 
     layer: int
 
@@ -117,13 +119,13 @@ class Block:
         return _after_block(model, self.layer)
 
     def find(self, model: FrozenModel) -> Place:
-        """Where the block is in a model."""
+        """Find the block in a model."""
         return partial(_on_addition, model.blocks[_block_index(model, self.layer)])
 
 
 @dataclass(frozen=True)
 class Head:
-    """An attention head: its part of what attention's output projection reads is ablated."""
+    """An attention head, whose part of the input to attention's output projection is ablated."""
 
     layer: int
     head: int
@@ -133,7 +135,7 @@ class Head:
         return _after_block(model, self.layer)
 
     def find(self, model: FrozenModel) -> Place:
-        """Where the head is in a model.
+        """Find the head in a model.
 
         Raises:
             InputError: there is no such head, or the heads of this architecture are not found.
@@ -158,7 +160,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Neuron:
-    """A neuron of an MLP: its coefficient, which `model.mlp_neurons` reads, is ablated."""
+    """A neuron of an MLP, whose coefficient (as in `model.mlp_neurons`) is ablated."""
 
     layer: int
     neuron: int
@@ -168,7 +170,7 @@ class Neuron:
         return _after_block(model, self.layer)
 
     def find(self, model: FrozenModel) -> Place:
-        """Where the coefficient is in a model.
+        """Find the coefficient in a model.
 
         Raises:
             InputError: there is no such neuron, or the MLP is not a sum over neurons.

@@ -1,4 +1,4 @@
-"""Lenses in every format that can be read, recognised by what a path holds."""
+"""Reads and writes lenses in all supported formats; the content of a path decides the format."""
 
 import hashlib
 import os
@@ -60,19 +60,18 @@ def load_lens(
 ) -> AffineLens:
     """Read a lens of any kind that was made for this model.
 
-    What the source holds decides the format. Nothing in a file is run.
+    The content of the source decides the format. No code in a file is run.
 
     Args:
-        source: a folder that `train.py` or `save_lens` has written; a folder with a lens of the
-            library `tuned-lens`; a `.pt` file with a Jacobian lens of TransformerLens 4 or `jlens`;
-            or the name of such a folder or file on the hub,
-            `[space:]user/name[@revision][:subfolder]`.
+        source: a folder written by `train` or `lens.save`; a folder with a lens of the library
+            `tuned-lens`; a `.pt` file with a Jacobian lens of TransformerLens 4 or `jlens`; or the
+            name of such a folder or file on the hub, `[space:]user/name[@revision][:subfolder]`.
         model: the model that the lens was made for.
-        subfolder: the folder, or the `.pt` file, of the lens within `source`.
+        subfolder: the folder or `.pt` file of the lens within `source`.
         revision: branch, tag or commit on the hub.
-        check: whether to warn if the model's predictions have changed since the lens was made or,
-            for a tuned lens of another library, if it is farther from the model than the logit
-            lens on a short text.
+        check: whether to warn if the model's predictions have changed since the lens was made. For
+            a tuned lens of another library, whether to warn if its KL on a short text is higher
+            than that of the logit lens.
 
     Raises:
         InputError: there is no lens, it is damaged, it belongs to another model, or the hub
@@ -111,7 +110,7 @@ def load_lens_of_kind(
 
 
 def describe_lens(path: Path) -> JsonObject:
-    """What a lens says of itself, without its model.
+    """The description of a saved lens, read without its model.
 
     Args:
         path: as `find_lens` returns it.
@@ -135,16 +134,16 @@ def describe_lens(path: Path) -> JsonObject:
 
 
 def export_lens(lens: AffineLens, path: str | Path) -> None:
-    """Write a lens for other libraries; `load_lens` reads it too.
+    """Write a lens in the format of another library; `load_lens` reads it too.
 
     Args:
-        path: for a tuned lens, a folder: it gets `config.json` and `params.pt`, which the library
+        path: for a tuned lens, a folder for `config.json` and `params.pt`, which the library
             `tuned-lens` reads. For a Jacobian lens, a `.pt` file, which TransformerLens 4 and
             `jlens` read.
 
     Raises:
-        InputError: the format has no place for something in the lens, the folder holds something
-            else, or the path cannot be written.
+        InputError: the format does not support something in the lens, the folder holds another
+            `config.json`, or the path cannot be written.
     """
     path = Path(path)
     if lens.sites != ("resid_pre",):

@@ -34,7 +34,7 @@ KINDS: dict[str, type[AffineLens]] = {"tuned": TunedLens, "jacobian": JacobianLe
 def save_lens(
     lens: AffineLens, folder: str | Path, metadata: Mapping[str, object] | None = None
 ) -> None:
-    """Write a lens: first its translators, then the manifest with their hash.
+    """Write a lens to a folder: first its translators, then the manifest with their hash.
 
     Args:
         folder: created if it does not exist; a lens in it is replaced.

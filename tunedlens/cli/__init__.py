@@ -26,8 +26,8 @@ USAGE = """usage: tunedlens COMMAND [flags]
   train       train a lens
   evaluate    score lenses on a text, or show a prompt through the layers
   list        show the saved lenses
-  plan        show the memory and time that a training needs
-  doctor      examine a model, and a lens on it
+  plan        show the memory and time that a training run needs
+  doctor      check a model, and a lens for it
   card        measure a lens and write its card
 
 tunedlens COMMAND --help lists the flags of a command; tunedlens --version prints the version.

@@ -18,8 +18,8 @@ from tunedlens.report.tables import plus_minus
 CARD = """Measure a lens and write its card: KL by layer, bias, transfer, convergence, warnings.
 
   tunedlens card checkpoints/RUN
-  tunedlens card checkpoints/RUN --also other.txt      its KL on another text too
-  tunedlens card user/name --dataset text.txt          any lens that evaluate takes
+  tunedlens card checkpoints/RUN --also other.txt      also measure the KL on another text
+  tunedlens card user/name --dataset text.txt          a lens on the hub
 
 The card is README.md in the folder of the lens, with pictures in card/.
 """
@@ -64,13 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--dataset",
         metavar="NAME",
-        help="text to score (default: the text of the lens's training, where it was held out)",
+        help="text to score (default: the held-out part of the lens's training text)",
     )
     group.add_argument(
         "--also",
         action="append",
         metavar="NAME",
-        help="another text to score the lens on; give it several times for several texts",
+        help="another text on which the lens is scored; can be given several times",
     )
     group.add_argument(
         "--tokens",

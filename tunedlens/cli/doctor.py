@@ -9,7 +9,7 @@ from tunedlens.evaluation.lens_specs import SavedLens
 from tunedlens.model import load_configured
 from tunedlens.progress import say
 
-DOCTOR = """Examine a model, and a lens on it: which parts were found, and whether they are right.
+DOCTOR = """Check a model, and a lens for it: which parts were found, and whether they are correct.
 
   tunedlens doctor --model gpt2
   tunedlens doctor --lens checkpoints/RUN                the lens, on the model it was trained on

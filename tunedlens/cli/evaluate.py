@@ -25,13 +25,13 @@ from tunedlens.evaluation.text import require_as_trained
 from tunedlens.progress import say
 from tunedlens.tracking import Tracker
 
-EVALUATE = """Evaluate lenses side by side on held-out text, always including the logit lens.
+EVALUATE = """Evaluate lenses on held-out text. The logit lens is always included.
 
-Without flags it evaluates the newest lens under checkpoints/ on the text it was trained on.
+Without flags, the newest lens in checkpoints/ is evaluated on the text that it was trained on.
 
   tunedlens evaluate --lens checkpoints/RUN --tokens 1e6
   tunedlens evaluate --lens unigram --lens mean --lens checkpoints/A --lens mine=checkpoints/B
-  tunedlens evaluate --dataset other.txt        all of it, since no lens was trained on it
+  tunedlens evaluate --dataset other.txt        all of this text, because no lens was trained on it
   tunedlens evaluate --lens checkpoints/RUN --beside MODEL   the same lens on a fine-tuned model
   tunedlens evaluate --prompt "The Eiffel Tower is in the city of"
   tunedlens evaluate --redraw DIR               write all tables and plots again, without a model
@@ -95,11 +95,11 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         metavar="[NAME=]LENS",
         help="path of a lens, name on the hub (user/name[@revision][:subfolder]), unigram or mean; "
-        "give it several times for several lenses (default: the newest saved lens)",
+        "can be given several times (default: the newest saved lens)",
     )
     texts = {
-        "output": "folder for the results (default: evaluation/ beside the lens, or under "
-        "checkpoints/ for a lens from the hub)",
+        "output": "folder for the results (default: evaluation/ in the folder of the lens, or a "
+        "folder in checkpoints/ for a lens from the hub)",
         "redraw": "write tables and plots again from the results saved in this folder",
     }
     for name, text in texts.items():
@@ -114,7 +114,7 @@ def _redraw(folder: Path, others: list[str]) -> int:
         other = f"--{others[0].replace('_', '-')}"
         raise InputError(f"--redraw needs no {other}: it reads {folder} and no model")
     report.write_report(report.read_evaluation(folder), folder)
-    say(f"the tables, plots and report.html in {folder} are written again")
+    say(f"wrote the tables, plots and report.html in {folder} again")
     return 0
 
 

@@ -38,7 +38,7 @@ def make_parser(name: str, description: str, config: type) -> argparse.ArgumentP
     )
     parser.add_argument("--version", action="version", version=f"tunedlens {own_version()}")
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="YAML file with any of these; flags override it"
+        "--config", type=Path, metavar="FILE", help="YAML file of settings; flags override it"
     )
     hints = typing.get_type_hints(config)
     parts = [name for name, hint in hints.items() if dataclasses.is_dataclass(hint)]
@@ -124,6 +124,8 @@ def _arguments(parser: argparse.ArgumentParser, name: str, value: object) -> lis
     if flag not in known or name in ("help", "config", "version"):
         hint = did_you_mean(name, (one.removeprefix("--") for one in known))
         raise InputError(f"{name} is not a setting{hint} (--help lists the flags)")
+    if name == "trust-remote-code" and value:
+        raise InputError(f"{flag} runs code, so it can only be given on the command line")
     if isinstance(value, bool) and negative in known:
         return [flag if value else negative]
     if value is None or (value is False and known[flag].nargs == "?"):

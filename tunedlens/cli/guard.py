@@ -46,7 +46,7 @@ def _in_one_line(message: Warning | str, *_: object, **__: object) -> str:
 
 
 def keep_streams_open() -> None:
-    """Let a command go on when nobody reads its output: `| head`, or a closed stream."""
+    """Let a command continue when its output is not read: `| head`, or a closed stream."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:

@@ -10,7 +10,7 @@ from tunedlens.training.sizing import RunSize, size_run, ways_to_fit
 
 PLAN = """Show what training a lens needs: memory by part, operations, tokens and hours.
 
-Nothing but the model's configuration is read or downloaded. The flags of `train` change the result.
+Only the model's configuration is read or downloaded. The command takes the flags of `train`.
 
   tunedlens plan --model meta-llama/Llama-3.1-8B --dtype bfloat16 --gpus 8 --memory 80
   tunedlens plan --gpus 0 --memory 16                the built-in model on a CPU
@@ -26,13 +26,13 @@ def plan_command(arguments: Arguments = None) -> int:
     group = parser.add_argument_group("the machine")
     group.add_argument("--gpus", type=int, metavar="N", help="0 plans for a CPU (default: 1)")
     group.add_argument(
-        "--memory", type=float, metavar="X", help="gigabytes of a GPU, or of the machine with a CPU"
+        "--memory", type=float, metavar="X", help="gigabytes of one GPU, or of the machine on a CPU"
     )
     group.add_argument(
         "--tflops",
         type=float,
         metavar="X",
-        help="10^12 operations per second that a device is assumed to do (default: 100 for a GPU, "
+        help="assumed speed of a device, in 10^12 operations per second (default: 100 for a GPU, "
         "which is 13%% of an H100's bfloat16 rate; 0.5 for a CPU)",
     )
     flags = parse(parser, arguments)
@@ -108,7 +108,7 @@ def _say_whether_it_fits(config: TrainConfig, size: RunSize) -> None:
     if size.fits:
         say(f"memory    enough: {needed}")
         return
-    say(f"memory    not enough: {needed}, of which a tenth is left for libraries; it fits with")
+    say(f"memory    not enough: {needed}, with a tenth reserved for libraries; it fits with")
     ways = ways_to_fit(config, size)
     for flags, new in ways:
         say(f"  {flags}  ({new.memory.peak / 1e9:,.3g} GB, {_duration(new.seconds)})")

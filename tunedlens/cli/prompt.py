@@ -27,18 +27,18 @@ _OWN_FLAGS = ("whole_file", "stride", "top_k", "sites")
 
 def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of this command."""
-    group = parser.add_argument_group("texts to look at instead of a corpus to score")
+    group = parser.add_argument_group("prompts, which replace the text to score")
     group.add_argument(
         "--prompt",
         action="append",
         metavar="TEXT",
-        help="show one text through the layers; give it several times for several texts",
+        help="show this text through the layers; can be given several times",
     )
     group.add_argument(
         "--prompt-file",
         type=Path,
         metavar="PATH",
-        help=r"file with one prompt in each line; \n in a line stands for a line break",
+        help=r"file with one prompt per line; \n in a line stands for a line break",
     )
     group.add_argument(
         "--whole-file",
@@ -49,7 +49,7 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
         "--stride",
         type=int,
         metavar="TOKENS",
-        help="split a prompt that is longer than the context into windows that start this many "
+        help="divide a prompt that is longer than the context into windows that start this many "
         "tokens apart",
     )
     group.add_argument(
@@ -61,7 +61,7 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--sites",
         metavar="SITES",
-        help="where the lenses read, separated by commas: resid_pre (default), attn_out, "
+        help="sites that the lenses read, separated by commas: resid_pre (default), attn_out, "
         "resid_mid, mlp_out, resid_post",
     )
 

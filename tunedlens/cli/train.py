@@ -15,7 +15,7 @@ from tunedlens.training import CacheSettings, Interrupted, new_folder, train
 
 TRAIN = """Train a tuned lens: one affine translator per layer of a frozen language model.
 
-Without flags it trains on the GPT-2 and the text that ship with the package.
+Without flags, it trains a lens for the GPT-2 that ships with the package, on its own text.
 
   tunedlens train --model gpt2 --dataset my-texts/ --tokens 5e6
   tunedlens train --resume                      continue the last interrupted run
@@ -43,13 +43,13 @@ def train_command(arguments: Arguments = None) -> int:
         "--cache-states",
         type=Path,
         metavar="DIR",
-        help="folder that keeps the model's states for other runs on the same text",
+        help="folder where the model's states are stored for further runs on the same text",
     )
     group.add_argument(
         "--cache-gb",
         type=float,
         metavar="X",
-        help="gigabytes that the folder of --cache-states may take (default: 50)",
+        help="largest size of the folder of --cache-states, in gigabytes (default: 50)",
     )
     add_wandb_flag(group)
     flags = parse(parser, arguments)
@@ -80,5 +80,5 @@ def train_command(arguments: Arguments = None) -> int:
     if main:
         say(f"\nheld-out KL(model ‖ lens) on {evaluation.tokens:,} tokens, ± one standard error\n")
         say(report.kl_table(evaluation))
-        say(f"\nsaved to {output}; look closer with: tunedlens evaluate --lens {output}")
+        say(f"\nsaved to {output}; for all metrics, run: tunedlens evaluate --lens {output}")
     return 0

@@ -13,16 +13,16 @@ class ScoringConfig(Config):
     """How many positions are scored, and which metrics are computed."""
 
     tokens: int | None = option(
-        None, "positions to score, exactly (default: 65,536, or all if the text has fewer)"
+        None, "number of positions to score (default: 65,536, or all if the text has fewer)"
     )
     metrics: MetricSet = option(
         "standard",
-        "all: also the reverse KL, Jensen-Shannon, ranks, confidence and calibration",
+        "all adds the reverse KL, Jensen-Shannon, ranks, confidence and calibration",
     )
     by_position: bool = option(False, "also compute every metric by position in the block")
     transfer: bool = option(
         False,
-        "also apply every layer's translator at every other layer, which multiplies the work by "
+        "also apply every layer's translator at every other layer; this multiplies the work by "
         "the number of layers",
     )
     batch_size: int = option(8, "blocks in one forward pass; changes memory, not results")
@@ -30,26 +30,26 @@ class ScoringConfig(Config):
 
 @dataclass(frozen=True)
 class EvaluateConfig(ScoringConfig):
-    """Which lenses are evaluated, and on which model and text.
+    """The lenses to evaluate, and the model and text to evaluate them on.
 
-    Settings of `model` and `corpus` that keep their defaults are those that the first saved lens
-    was trained with, as long as its own model and text are used.
+    Settings of `model` and `corpus` that have their default values are replaced by those that the
+    first saved lens was trained with, as long as its own model and text are used.
     """
 
     lenses: tuple[str, ...] = ()
-    """Folders of saved lenses, names on the hub, `unigram` or `mean`, each with an optional `NAME=`
-    in front. The logit lens is always added. If empty, the newest saved lens."""
+    """Folders of saved lenses, names on the hub, `unigram` or `mean`, each with an optional prefix
+    `NAME=`. The logit lens is always added. If empty, the newest saved lens is evaluated."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
     beside: str | None = option(
         None,
-        "a second model of the same shape, such as a fine-tuned one (or the folder of a PEFT "
-        "adapter for the first), on which the same lenses are scored beside the first",
+        "second model of the same shape, such as a fine-tuned one, or folder of a PEFT adapter for "
+        "the first model; the same lenses are scored on it too",
         metavar="[NAME=]MODEL",
     )
     split: Split | None = option(
         None,
-        "side of the text to score (default: the held-out side of a text that a lens was trained "
+        "part of the text to score (default: the held-out part of a text that a lens was trained "
         "on, and all of any other text)",
     )
 

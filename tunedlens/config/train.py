@@ -21,7 +21,7 @@ from tunedlens.files import JsonObject, as_type
 
 @dataclass(frozen=True)
 class TrainConfig(Config):
-    """Everything that a trained lens depends on. None leaves a choice to the run."""
+    """All settings that a trained lens depends on. The run chooses a setting that is None."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
@@ -32,11 +32,11 @@ class TrainConfig(Config):
     )
     tokens: int | None = option(
         None,
-        "positions to train on, rounded up to whole steps; without it, until held-out KL has "
-        "converged (published baselines: 512,000)",
+        "positions to train on, rounded up to whole steps (default: until held-out KL has "
+        "converged; published baselines: 512,000)",
     )
     max_tokens: int | None = option(
-        None, "the largest number of positions without --tokens (default: 2,048 × d_model)"
+        None, "largest number of positions if --tokens is not given (default: 2,048 × d_model)"
     )
     init_tokens: int | None = option(
         None,
@@ -46,32 +46,33 @@ class TrainConfig(Config):
     )
     sites: str | None = option(
         None,
-        "further sites that get translators besides the stream entering each block (resid_pre), "
-        "separated by commas: resid_mid, attn_out, mlp_out",
+        "further sites that get translators, separated by commas: resid_mid, attn_out, mlp_out "
+        "(the stream entering each block, resid_pre, always gets them)",
         metavar="SITES",
     )
     layers: str | None = option(
         None,
-        "layers that get translators, separated by commas; negative ones count from the last layer "
-        "that can have one, so 0,6,-1 is the embeddings, layer 6 and the stream entering the last "
-        "block (default: all)",
+        "layers that get translators, separated by commas; negative numbers count from the last "
+        "layer that can have one, so 0,6,-1 means the embeddings, layer 6 and the stream entering "
+        "the last block (default: all)",
         metavar="LAYERS",
     )
     low_rank: int | None = option(
-        None, "the largest rank of A in a translator h + A h + b, which makes the file smaller"
+        None, "largest rank of A in a translator h + A h + b; a low rank makes the file smaller"
     )
     shard_layers: bool | None = option(
         None,
-        "divide the layers among the processes instead of giving all to each (default: if the "
-        "optimizer of all would take more than half of a device's memory)",
+        "divide the layers among the processes, instead of training all layers in each process "
+        "(default: only if the optimizer of all layers would take more than half of a device's "
+        "memory)",
     )
     bias_only: bool = option(
         False, "train only the bias of every translator, h + b: the debiased logit lens"
     )
     init: str | None = option(
         None,
-        "folder of a saved tuned lens, for this model or another one of the same shape, that the "
-        "steps start from instead of the closed form",
+        "folder of a saved tuned lens from which the steps start, instead of the closed form; it "
+        "may be for another model of the same shape",
         metavar="LENS",
     )
     jacobian_targets: JacobianTargets = option(
@@ -81,8 +82,8 @@ class TrainConfig(Config):
     )
     ridge: float | None = option(
         None,
-        "ridge of the closed form, relative to the mean square of a state; it pulls towards the "
-        "logit lens; without it, chosen for each layer on held-out text",
+        "ridge of the closed form, relative to the mean square of a state; a larger ridge gives a "
+        "lens closer to the logit lens (default: chosen for each layer on held-out text)",
     )
     batch_size: int | None = option(
         None,
@@ -92,23 +93,26 @@ class TrainConfig(Config):
     micro_batch_size: int | None = option(
         None,
         "blocks in one forward pass; changes memory, not results (default: about 2,048 tokens on a "
-        "CPU, elsewhere a whole step)",
+        "CPU, a whole step on other devices)",
     )
-    skip_first: int = option(0, "positions at the start of each block that are not trained on")
+    skip_first: int = option(
+        0, "number of positions at the start of each block that are left out of training"
+    )
     precision: Precision | None = option(
         None,
-        "precision of matrix products while training; without it, the run measures the faster "
-        "one when it starts",
+        "precision of matrix products in training (default: the faster one, which the run measures "
+        "at its start)",
     )
     kernel: Kernel | None = option(
         None,
-        "how the objective is computed: with two matrix products and a chunk of logits, or with "
-        "attention (CPUs only) and no logits; without it, the run measures the faster one",
+        "how the objective is computed: products uses two matrix products and a chunk of logits, "
+        "attention (CPUs only) uses an attention kernel and no logits (default: the faster one, "
+        "which the run measures at its start)",
     )
     vocab_sample: int | None = option(
         None,
-        "tokens of the vocabulary that a step's gradient is estimated from; 0 takes all of them "
-        "(default: 6,144 if the vocabulary is over four times as large, else 0)",
+        "number of vocabulary tokens from which the gradient of a step is estimated; 0 uses all of "
+        "them (default: 6,144 if the vocabulary is over four times as large, else 0)",
     )
     lr: float | None = option(
         None,
@@ -122,8 +126,8 @@ class TrainConfig(Config):
     seed: int = option(0, "seed of the order of the blocks and of the vocabulary samples")
     shuffle_window: int = option(
         0,
-        "blocks of a stream that are put in random order together, as --seed says; 0 keeps the "
-        "order of the text",
+        "number of consecutive blocks of a streamed text that are shuffled together, with --seed; "
+        "0 keeps the order of the text",
     )
     validation_tokens: int | None = option(
         None,
@@ -155,12 +159,12 @@ class TrainConfig(Config):
 
     @property
     def further_sites(self) -> list[str]:
-        """The sites that `sites` names."""
+        """The names in `sites`."""
         return self.sites.split(",") if self.sites else []
 
     @property
     def chosen_layers(self) -> list[int] | None:
-        """The layers that `layers` names; None for all."""
+        """The numbers in `layers`; None for all layers."""
         if self.layers is None:
             return None
         try:
@@ -175,7 +179,7 @@ class TrainConfig(Config):
         """The inverse of `dataclasses.asdict`, also for manifests of 0.1.0.
 
         Args:
-            what: what messages call the data.
+            what: a name for the data in error messages.
 
         Raises:
             InputError: a value is not known or of another type.

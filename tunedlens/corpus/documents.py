@@ -60,14 +60,16 @@ class Packer:
 
     def encode(self, texts: list[str]) -> list[Int[Tensor, " tokens"]]:
         """Token ids of each text, with EOS at the end."""
-        eos, documents = torch.tensor([self.eos_id], dtype=torch.int32), []
+        documents = []
         starts = ends = False
         for text, ids in zip(texts, token_ids(self._tokenizer, texts, self._is_chat), strict=True):
-            document = torch.cat([eos, ids, eos])
-            self._compare_bytes(text, document[:-1])
             if self._is_chat:
                 starts = ids[:1].tolist() == [self._bos_id]
-                ends = ids[starts:][-1:].tolist() == eos.tolist()
+                ends = ids[starts:][-1:].tolist() == [self.eos_id]
+            ids.insert(0, self.eos_id)
+            ids.append(self.eos_id)
+            document = torch.frombuffer(ids, dtype=torch.int32)
+            self._compare_bytes(text, document[:-1])
             documents.append(document[1 + starts : len(document) - ends])
         return documents
 

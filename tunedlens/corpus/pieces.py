@@ -4,13 +4,12 @@ The pieces overlap. A text is cut between two tokens only where both pieces agre
 around the cut, so that the tokens are those of the whole text.
 """
 
+from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import NamedTuple
 
-import torch
-from jaxtyping import Int
-from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from tunedlens.errors import InputError
@@ -38,8 +37,8 @@ class _Tokens(NamedTuple):
 
 def token_ids(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], is_chat: bool
-) -> list[Int[Tensor, " tokens"]]:
-    """The token ids of each text.
+) -> list["array[int]"]:
+    """The token ids of each text, in 32 bits.
 
     A tokenizer that does not say where its tokens start gets every text whole.
 
@@ -62,9 +61,9 @@ def token_ids(
     short = [text for text in texts if len(text) <= PIECE or not tokenizer.is_fast]
     of_short = iter(tokenise(short)["input_ids"] if short else [])
     return [
-        torch.cat([torch.tensor(piece, dtype=torch.int32) for piece in _pieces(text, tokenise)])
+        array("i", chain.from_iterable(_pieces(text, tokenise)))
         if len(text) > PIECE and tokenizer.is_fast
-        else torch.tensor(next(of_short), dtype=torch.int32)
+        else array("i", next(of_short))
         for text in texts
     ]
 

@@ -228,8 +228,11 @@ def _text_column(features: dict[str, Any], wanted: str | None, where: str) -> st
 
 def _in_memory(texts: list[str]) -> "Dataset":
     import datasets
+    import pyarrow
 
-    return datasets.Dataset.from_dict({"text": texts}, features=_features())
+    rows = pyarrow.table({"text": pyarrow.array(texts, pyarrow.large_string())})
+    # Without a fingerprint, `datasets` would copy all texts several times to compute one.
+    return datasets.Dataset(rows, datasets.DatasetInfo(features=_features()), fingerprint="texts")
 
 
 def _features(kind: str = "large_string") -> "Features":

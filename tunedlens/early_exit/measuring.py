@@ -1,4 +1,4 @@
-"""A corpus to what every threshold saves and costs, in one pass."""
+"""Measures the savings and the cost of every threshold on a corpus, in one pass."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -33,15 +33,15 @@ def early_exits(
     *,
     first_layer: int = 0,
 ) -> EarlyExits:
-    """What every exit rule of `rules_of` saves and costs, for every lens.
+    """Measure the layers saved and the cost of early exits, for every lens, signal and threshold.
 
     Blocks alternate between the half of the text where thresholds are chosen and the half where
     they are tested. A lens without translators is read at the layers of the others.
 
     Args:
         lenses: the lenses by name.
-        blocks: token ids, in blocks of one length.
-        config: how many positions are read at most, and the batch size.
+        blocks: token ids, in blocks of equal length.
+        config: the largest number of positions, and the batch size.
         first_layer: see `ExitRule`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What early exits save and what they cost, as plain data."""
+"""The savings and the cost of early exits, as plain data."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,12 +39,12 @@ class ExitPoint:
 
 @dataclass(frozen=True)
 class ExitCurve:
-    """A point for every threshold on each half of a text; the first one never exits."""
+    """A point for every threshold on each half of a text. With the first one, no token exits."""
 
     first_half: list[ExitPoint]
-    """Thresholds are chosen here."""
+    """The half where thresholds are chosen."""
     second_half: list[ExitPoint]
-    """And tested here."""
+    """The half where thresholds are tested."""
 
 
 class ChosenExit(NamedTuple):
@@ -57,7 +57,7 @@ class ChosenExit(NamedTuple):
 
 @dataclass(frozen=True)
 class EarlyExits:
-    """What every lens, signal and threshold saves and costs on a corpus."""
+    """The layers saved and the cost for every lens, signal and threshold on a corpus."""
 
     # Bound in `tunedlens/__init__.py`, from `tunedlens.report`.
     table: ClassVar[Callable[..., str]]
@@ -107,11 +107,13 @@ class EarlyExits:
         agreement: float | None = None,
         perplexity_ratio: float | None = None,
     ) -> ChosenExit:
-        """The threshold that saves most layers on the first half, within a limit.
+        """Choose the threshold that saves the most layers on the first half, within a limit.
+
+        Give one of the two limits.
 
         Args:
-            agreement: the smallest agreement with the model, from 0 to 1.
-            perplexity_ratio: instead, the largest perplexity, as a multiple of the model's.
+            agreement: the lowest agreement with the model that is allowed, from 0 to 1.
+            perplexity_ratio: the highest perplexity that is allowed, as a multiple of the model's.
 
         Raises:
             InputError: there is no such lens or signal, not exactly one limit is given, or the

@@ -1,4 +1,4 @@
-"""When a token needs no further layer."""
+"""Rules for the layer at which a token exits."""
 
 import math
 from dataclasses import dataclass
@@ -25,23 +25,25 @@ IsMet = Bool[Tensor, "layers *positions"]
 
 @dataclass(frozen=True)
 class ExitRule:
-    """Takes the prediction of the first layer that is sure enough, or else the model's own.
+    """Takes the prediction of the first layer whose signal passes a threshold.
 
-    The layers are those that the lens reads, from `first_layer` to the last.
+    If no layer passes it, the model's own prediction is taken. The layers are those that the lens
+    reads, from `first_layer` to the last.
 
     Raises:
         InputError: there is no such signal, or the threshold is outside its range.
     """
 
     signal: Signal
-    """What tells how sure a layer is: the entropy of its distribution, the probability of its most
-    probable token (`confidence`), or how many layers in a row, up to this one, have the same most
-    probable token (`agreement`)."""
+    """The `entropy` of the layer's distribution; the probability of its most probable token
+    (`confidence`); or the number of layers in a row, up to this one, with the same most probable
+    token (`agreement`)."""
     threshold: float
-    """The entropy in nats must be below it, the probability above it, the number of layers at
-    least it."""
+    """An entropy (in nats) must be below the threshold, a probability above it, and a number of
+    layers equal to it or larger."""
     first_layer: int = 0
-    """Layers before it are not read: a lens may be sure of its prediction there and wrong."""
+    """Earlier layers are not read. At early layers, a lens may give a high probability to a wrong
+    token."""
 
     def __post_init__(self) -> None:
         if self.signal not in get_args(Signal):
@@ -64,7 +66,7 @@ class ExitRule:
             raise InputError(f"first_layer must be 0 or more, got {self.first_layer}")
 
     def is_met(self, signal: ByLayer) -> IsMet:
-        """Whether a layer is sure enough, given the values of `signal_of`."""
+        """Whether a layer passes the threshold, given the values of `signal_of`."""
         if self.signal == "entropy":
             return signal < self.threshold
         if self.signal == "confidence":

@@ -84,25 +84,28 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate lenses as `evaluate.py` does; `tunedlens.write_report` writes the results.
 
-    `evaluate(model, lenses, text)` scores a text in memory or, given a path, the text there.
+    `evaluate(model, lenses, text)` scores a text in memory, or the text at a path.
     `evaluate(model, lenses, tokens=10_000)` is short for an `EvaluateConfig` with this setting.
 
-    A dataset that a lens was trained on is scored where it was held out, unless `split` says
-    otherwise. In several processes, each one scores its part and all return the whole.
+    Of a dataset that a lens was trained on, only the held-out part is scored, unless `split` is
+    given. With several processes, each process scores a part, and all return the whole result.
 
     Args:
-        config: an `EvaluateConfig`, or the model: loaded, its name on the hub or its folder.
-        lenses: one, several, or several by name, besides those of the config: objects, paths,
-            names on the hub, `logit`, `unigram` or `mean`. The logit lens is always added. Without
-            any, it is the newest saved lens.
-        text: a text, scored whole in blocks of equal length, or the path of a dataset.
+        config: an `EvaluateConfig`, or the model: a loaded model, its name on the hub or its
+            folder.
+        lenses: one lens, a list, or a dict by name, in addition to those of the config. Lenses
+            are objects, paths, names on the hub, `logit`, `unigram` or `mean`. The logit lens is
+            always added. If no lens is given, the newest saved lens is evaluated.
+        text: a text, all of which is scored in blocks of equal length, or the path of a dataset.
         model: the model, if the first argument is a config.
         beside: a second model of the same shape, on which the same lenses are scored too.
         accelerator: the processes and the device.
-        progress: called with the positions just scored and those to score, instead of a bar.
-        sampled: the same for tokens that are sampled from the model, for the text `self`.
-        command: recorded as the command that was run; by default this process's own.
-        settings: fields of `EvaluateConfig` and of its parts, in place of those of `config`.
+        progress: called with the number of positions just scored and the total, instead of
+            showing a progress bar.
+        sampled: called in the same way while tokens are sampled from the model, for the text
+            `self`.
+        command: the command to record; by default that of this process.
+        settings: fields of `EvaluateConfig` and of its parts, which replace those of `config`.
 
     Raises:
         InputError: a setting is unknown; a lens, the model or the text is missing, damaged or does

@@ -157,9 +157,9 @@ def score_lenses(
     Args:
         model: the model that the lenses belong to.
         lenses: the lenses by name.
-        blocks: token ids, in blocks of one length. Each process scores its part of them.
-        config: how many positions are scored (by default all) and which metrics.
-        accelerator: adds up the sums of several processes.
+        blocks: token ids, in blocks of equal length. Each process scores a part of them.
+        config: the number of positions to score (by default all) and the metrics.
+        accelerator: the processes, whose sums are added up.
         progress: called with the number of positions that were just scored.
 
     Raises:

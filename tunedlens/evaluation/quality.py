@@ -1,4 +1,4 @@
-"""How good a saved lens is, for its card, and what its numbers warn of."""
+"""The quality of a saved lens, for its card, with warnings."""
 
 import statistics
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ from tunedlens.fit import MIN_GAIN, MIN_TOKENS_PER_DIMENSION, Doubling, last_dou
 from tunedlens.model import FrozenModel, HookPoint, hook_points, load_configured
 
 OFF_CORPUS = 1.5
-"""Times its share of the logit lens's KL on its own text, what a lens may have on another one."""
+"""On another text, a lens may have this many times its share of the logit lens's KL on its own."""
 _LEAST_NATS = 1e-12
 
 
 class QualityWarning(NamedTuple):
-    """What speaks against a lens."""
+    """A problem of a lens."""
 
     kind: Literal["undertrained", "off corpus"]
     message: str
@@ -34,7 +34,7 @@ class QualityWarning(NamedTuple):
 
 @dataclass(frozen=True)
 class Quality:
-    """What was measured of a saved lens."""
+    """The measured quality of a saved lens."""
 
     lens: str
     """Its name in the evaluations, such as tuned."""
@@ -43,9 +43,10 @@ class Quality:
     manifest: JsonObject
     """As `describe_lens` returns it."""
     own: Evaluation
-    """On held-out text of its corpus, or another text if that is not known; see `is_held_out`."""
+    """On held-out text of its corpus, or on another text if its corpus is not known; see
+    `is_held_out`."""
     transfer: Evaluation
-    """Of every translator at every layer, on the first positions of the same text."""
+    """Every translator at every layer, on the first positions of the same text."""
     others: list[Evaluation]
     """On other corpora."""
 
@@ -58,12 +59,12 @@ class Quality:
 
     @property
     def doubling(self) -> Doubling | None:
-        """The last doubling of the tokens of its training, if that is known."""
+        """The last doubling of the number of training tokens, if its history is known."""
         return last_doubling(checkpoint.validations(self.manifest))
 
     @property
     def gains(self) -> dict[HookPoint, float]:
-        """The fraction of its KL that each translator gained from that doubling."""
+        """The fraction by which the last doubling lowered the KL of each translator."""
         if self.doubling is None:
             return {}
         sites, layers = self.manifest.get("sites", ["resid_pre"]), self.manifest.get("layers")
@@ -77,7 +78,7 @@ class Quality:
 
     @property
     def warnings(self) -> list[QualityWarning]:
-        """That the lens had too few tokens, or is worse on another text than on its own."""
+        """Warnings of too few training tokens, or of a worse fit on another text than its own."""
         return [*self._undertrained(), *self._off_corpus()]
 
     def _undertrained(self) -> list[QualityWarning]:
@@ -99,8 +100,8 @@ class Quality:
             wanted = MIN_TOKENS_PER_DIMENSION * int(self.manifest["model"]["d_model"])
             if tokens < wanted:
                 found.append(
-                    f"The lens is undertrained: it was fitted to {tokens:,} tokens, and its width "
-                    f"asks for at least {wanted:,} ({MIN_TOKENS_PER_DIMENSION} times d_model)."
+                    f"The lens is undertrained: it was fitted to {tokens:,} tokens, and needs at "
+                    f"least {wanted:,} ({MIN_TOKENS_PER_DIMENSION} times d_model)."
                 )
         return [QualityWarning("undertrained", message) for message in found]
 
@@ -112,9 +113,9 @@ class Quality:
             there = share_of_logit_lens(other, self.lens)
             if there > OFF_CORPUS * here:
                 message = (
-                    f"The lens is off its corpus on {text_title(other)}: its KL there is "
-                    f"{percent(there)} of the logit lens's (at the median layer), instead of "
-                    f"{percent(here)} on held-out text of its own corpus."
+                    f"The lens does not fit {text_title(other)}: its KL there is {percent(there)} "
+                    f"of the logit lens's (at the median layer), compared with {percent(here)} on "
+                    "held-out text of its own corpus."
                 )
                 found.append(QualityWarning("off corpus", message))
         return found
@@ -164,15 +165,14 @@ def measure_quality(
     """Measure a saved lens for its card; `write_card` writes it.
 
     Args:
-        source: a path or a name on the hub, as `load_lens` takes it.
-        dataset: another text than that of the lens's training, which is scored where it was held
-            out.
-        also: further texts, to which the lens is compared.
-        tokens: positions of each text (by default as in an evaluation). Transfer is measured on
-            this number divided by the number of layers, so that it takes as long.
-        model: by default as the lens was trained.
+        source: a path or a name on the hub, as for `load_lens`.
+        dataset: the text to score; by default the held-out part of the lens's training text.
+        also: further texts on which the lens is scored.
+        tokens: the number of positions of each text; by default as in an evaluation. Transfer is
+            measured on this number divided by the number of layers, which takes as long.
+        model: by default the model that the lens was trained on.
         accelerator: the processes and the device.
-        command: recorded as the command that was run; by default this process's own.
+        command: the command to record; by default that of this process.
 
     Raises:
         InputError: the lens, the model or a text is missing, damaged or does not fit the others,

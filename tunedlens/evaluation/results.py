@@ -42,7 +42,7 @@ class Difference:
     metric: str
     value: float
     standard_error: float | None
-    """Of the paired difference: variation that both lenses share cancels."""
+    """The error of the paired difference, in which variation that both lenses share cancels."""
 
 
 @dataclass(frozen=True)
@@ -108,18 +108,18 @@ class Evaluation:
     tokens: int
     """Scored positions, the same for every metric."""
     text_bytes: int
-    """Bytes of text that the predicted tokens stand for."""
+    """The number of bytes of text that the predicted tokens represent."""
     blocks: int
     tokens_sha256: str = ""
     """Hash of the token ids (int32) of the scored blocks."""
     constant: list[str] = field(default_factory=list)
     """Names of the lenses that have the same distribution at every layer and position."""
     sites: dict[str, str] = field(default_factory=dict)
-    """The site of every lens that reads another one than the stream between blocks, by name."""
+    """By lens: the site that it reads, if that is not the stream between blocks."""
     beside: dict[str, str] = field(default_factory=dict)
-    """The title of the second model by the name of every lens that was scored on it."""
+    """By lens: the title of the second model, for lenses that were scored on it."""
     differences: list[Difference] = field(default_factory=list)
-    """Every lens minus each one before it on the same model."""
+    """Each lens minus every earlier lens on the same model."""
     by_position: Grids = field(default_factory=dict)
     """Rows are layers, columns are positions in the block."""
     transfer: Grids = field(default_factory=dict)
@@ -137,23 +137,23 @@ class Evaluation:
 
     @property
     def lenses(self) -> list[str]:
-        """Names of the lenses, in the order in which they were given."""
+        """The names of the lenses, in the order in which they were given."""
         models = self.models
         return list(dict.fromkeys(r.lens for r in self.results if r.lens not in models))
 
     @property
     def models(self) -> dict[str, str | None]:
-        """The title of every model, None for the first, by what results call the model itself."""
+        """By the name of each model in the results: its title, None for the first model."""
         seconds = dict.fromkeys(self.beside.values())
         return {MODEL: None} | {name_on(MODEL, title): title for title in seconds}
 
     def lenses_on(self, title: str | None = None) -> list[str]:
-        """Names of the lenses on the first model, or on the one with this title."""
+        """The names of the lenses on the first model, or on the model with this title."""
         return [lens for lens in self.lenses if self.beside.get(lens) == title]
 
     @property
     def metrics(self) -> list[str]:
-        """Names of the metrics that every lens has at each of its layers."""
+        """The names of the metrics that every lens has at each of its layers."""
         models = self.models
         of_layers = (r for r in self.results if r.lens not in models and r.layer is not None)
         return list(dict.fromkeys(r.metric for r in of_layers))
@@ -169,11 +169,11 @@ class Evaluation:
         return [layer for layer in range(self.n_layers) if layer in kl]
 
     def by_layer(self, lens: str, metric: str) -> list[Estimate]:
-        """A metric at each of `layers_of(lens)` (and last at n, for prediction depth)."""
+        """A metric at each of `layers_of(lens)`; prediction depth also has layer n, at the end."""
         return self._results(lens, metric, range(self.n_layers + 1))
 
     def of_model(self, metric: str, name: str = MODEL) -> Estimate:
-        """A metric of the model itself, or of another one of `models`."""
+        """A metric of the model itself, or of another model in `models`."""
         return self._results(name, metric, [self.n_layers])[0]
 
     def of_lens(self, lens: str, metric: str) -> Estimate:
@@ -190,7 +190,7 @@ class Evaluation:
         return self._differences(lens, other, metric, range(self.n_layers))
 
     def mean_difference(self, lens: str, other: str, metric: str) -> Estimate:
-        """The mean of that difference over the layers that both lenses have."""
+        """The mean of `difference` over the layers that both lenses have."""
         return self._differences(lens, other, metric, [None])[0]
 
     def _results(self, lens: str, metric: str, layers: Iterable[int | None]) -> list[Estimate]:

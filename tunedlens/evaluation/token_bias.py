@@ -1,4 +1,4 @@
-"""Which tokens a lens predicts too often: its mean distribution beside the model's."""
+"""The tokens that a lens predicts too often: its mean distribution compared with the model's."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -32,13 +32,13 @@ class TokenMean:
 
 @dataclass(frozen=True)
 class LayerBias:
-    """The mean distribution of a lens at one layer, beside the model's."""
+    """The mean distribution of a lens at one layer, compared with the model's."""
 
     layer: int
     bias_nats: Estimate
     """KL from the model's mean distribution to the lens's."""
     excess: float
-    """Half the sum of absolute differences: the probability that would have to move."""
+    """Half the sum of absolute differences (total variation) of both mean distributions."""
     over: list[TokenMean]
     """The tokens with the largest difference, lens minus model."""
     under: list[TokenMean]
@@ -66,13 +66,14 @@ def token_bias(
     *,
     k: int = 5,
 ) -> TokenBias:
-    """The tokens that each lens predicts too often or too rarely, on average over a text.
+    """Find the tokens that each lens predicts too often or too rarely, on average over a text.
 
     Args:
         lenses: the lenses by name.
-        blocks: token ids, in blocks of one length.
-        config: how many positions are read at most, and the batch size.
-        k: the number of tokens to keep, too frequent and too rare ones.
+        blocks: token ids, in blocks of equal length.
+        config: the largest number of positions, and the batch size.
+        k: the number of tokens to keep that are predicted too often, and that are predicted too
+            rarely.
 
     Raises:
         InputError: there is nothing to score, blocks differ in length, a lens belongs to another

@@ -57,15 +57,15 @@ class LowRankTranslator(nn.Module):
 class AffineLens(ResidualLens):
     """An affine translator per site and layer, then the model's final norm and unembedding.
 
-    Its parameters are those of the translators and nothing else: `translators.state_dict()`
-    has the keys `<site>.<layer>.weight` and `<site>.<layer>.bias`, as has the file of a lens. In a
-    lens of low rank, `left` and `right` take the place of `weight`, which is their product.
-    Only lenses of this class can be saved.
+    Its only parameters are those of the translators. `translators.state_dict()` and the file of
+    a lens have the keys `<site>.<layer>.weight` and `<site>.<layer>.bias`. A lens of low rank has
+    `left` and `right` instead of `weight`, which is their product. Only lenses of this class can
+    be saved.
 
     Args:
         sites: the sites that have translators, from `model.TRANSLATED_SITES`.
         layers: the layers that have translators, counted from 0; all by default.
-        rank: the rank that no translator's A exceeds; by default it may have any.
+        rank: the largest rank of a translator's A; not limited by default.
 
     Raises:
         InputError: there is no such site or layer, or the rank is not between 1 and d_model.
@@ -111,7 +111,7 @@ class AffineLens(ResidualLens):
         self.layers = tuple(sorted(set(layers)))
         """The layers that have translators, at every one of these sites."""
         self.rank = rank
-        """The rank that no A exceeds; None if they may have any."""
+        """The largest rank of a translator's A; None if it is not limited."""
         self.translators = nn.ModuleDict({
             site: nn.ModuleDict({str(layer): self._new_translator() for layer in self.layers})
             for site in self.sites
@@ -135,7 +135,7 @@ class AffineLens(ResidualLens):
 
     @property
     def points(self) -> tuple[HookPoint, ...]:
-        """Where the translators are, by site and then by layer."""
+        """The sites and layers of the translators, by site and then by layer."""
         return hook_points(self.sites, self.layers)
 
     def translator(self, layer: int, site: str = "resid_pre") -> Translator | LowRankTranslator:
@@ -175,7 +175,7 @@ class AffineLens(ResidualLens):
 
 
 class TunedLens(AffineLens):
-    """Translators trained so that each layer predicts what the model predicts in the end.
+    """Translators that are trained so that each layer predicts the model's final output.
 
     Source:
         Belrose et al. 2023, arXiv:2303.08112, section 3.
@@ -183,7 +183,7 @@ class TunedLens(AffineLens):
 
 
 class JacobianLens(AffineLens):
-    """Translators that are the mean Jacobian J of the final state in the layer's state: J h.
+    """Translators J h, where J is the mean Jacobian of the final state by the layer's state.
 
     Source:
         Gurnee et al. 2026, "Verbalizable Representations Form a Global Workspace in
@@ -197,7 +197,7 @@ class JacobianLens(AffineLens):
         jacobians: Float[Tensor, "layers d_model d_model"],
         layers: Sequence[int] | None = None,
     ) -> Self:
-        """The lens with these Jacobians, d final / d state, in ascending order of their layers."""
+        """Create a lens from Jacobians, d final / d state, in ascending order of their layers."""
         lens = cls.from_model(model, layers=layers)
         identity = torch.eye(jacobians.shape[-1], device=jacobians.device)
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What every lens has in common."""
+"""The base classes of all lenses."""
 
 import dataclasses
 from abc import ABC, abstractmethod
@@ -15,9 +15,9 @@ from tunedlens.model import FrozenModel, ModelIdentity, Unembedding, require_sam
 class Lens(nn.Module, ABC):
     """Maps each of the `n_layers + 1` states of the residual stream to logits.
 
-    State `layer` is the residual stream entering block `layer`; the last one, also -1, is
-    what the final norm sees. A lens computes in float32, whatever the model's dtype, until it
-    is itself converted to another dtype.
+    State `layer` is the residual stream entering block `layer`. The last one (also -1) is the
+    input of the final norm. A lens computes in float32 for any dtype of the model, unless the
+    lens itself is converted to another dtype.
     """
 
     def __init__(self, identity: ModelIdentity) -> None:
@@ -35,7 +35,7 @@ class Lens(nn.Module, ABC):
 
     @property
     def kind_name(self) -> str:
-        """What the lens is called where it has no other name: `logit`, `tuned`, `jacobian`."""
+        """The name of a lens that has no other name: `logit`, `tuned`, `jacobian`."""
         return type(self).__name__.removesuffix("Lens").lower()
 
     @property
@@ -44,7 +44,7 @@ class Lens(nn.Module, ABC):
         return self.identity.n_layers
 
     def resolve(self, layer: int) -> int:
-        """The layer as an index from 0; a negative layer counts from the end.
+        """The layer as an index from 0. A negative layer counts from the end.
 
         Raises:
             InputError: there is no such layer.
@@ -60,12 +60,12 @@ class Lens(nn.Module, ABC):
     def forward(
         self, hidden: Float[Tensor, "*positions d_model"], layer: int, site: str = "resid_pre"
     ) -> Float[Tensor, "*positions vocab"]:
-        """Raw logits of the state of `layer`.
+        """Decode a state to raw logits.
 
         Args:
             hidden: the state.
-            layer: where it comes from.
-            site: one of `model.SITES`: by default the stream entering the block.
+            layer: the layer of the state.
+            site: one of `model.SITES`; by default the stream entering the block.
 
         Raises:
             InputError: there is no such layer or site, or the width is not the model's.
@@ -75,7 +75,7 @@ class Lens(nn.Module, ABC):
 class ResidualLens(Lens):
     """Predicts the final state, then decodes it with the model's final norm and unembedding.
 
-    At the last state every such lens gives the model's own logits.
+    At the last state, every such lens gives the model's own logits.
     """
 
     generate: ClassVar[Callable]
@@ -103,7 +103,7 @@ class ResidualLens(Lens):
         """
 
     def reads(self, site: str, layer: int) -> bool:  # noqa: ARG002 - without translators, all
-        """Whether the lens reads the state of a layer, counted from 0. All read the last state."""
+        """Whether the lens reads a state; layers count from 0. Every lens reads the last state."""
         return True
 
     def forward(

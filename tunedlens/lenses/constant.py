@@ -8,7 +8,7 @@ from tunedlens.model import ModelIdentity
 
 
 class ConstantLens(Lens):
-    """Predicts the same distribution at every state: the baseline of a KL.
+    """Predicts the same distribution at every state; a baseline for other lenses.
 
     Args:
         log_probs: the log-probability of every token, in nats.

@@ -30,14 +30,16 @@ from tunedlens.tokenizer import beginning_of_sequence, required_bos
 
 
 class FrozenModel(nn.Module):
-    """A causal language model that is never trained.
+    """A causal language model whose weights are frozen.
 
     Args:
         model: a `transformers` model with a language-modelling head.
-        name: what files and messages call the model.
-        fingerprint: the fingerprint if it is known already; otherwise it is computed.
-        blocks: the path of the list of blocks, such as `model.layers`, if it is not found.
-        final_norm: the path of the final norm, if it is not found; `none` for a model without.
+        name: the name of the model in files and messages.
+        fingerprint: the fingerprint, if it is known; otherwise it is computed.
+        blocks: the path of the list of blocks in the model, such as `model.layers`, if it is not
+            found automatically.
+        final_norm: the path of the final norm in the model, if it is not found automatically;
+            `none` for a model without a final norm.
         check: whether to check that decoding the last state gives the model's own logits.
 
     Raises:
@@ -75,7 +77,7 @@ class FrozenModel(nn.Module):
                 f"{len(tokenizer):,} tokens; expected the tokenizer that it was trained with"
             )
         self.bos_id = beginning_of_sequence(tokenizer)
-        """The token that every text starts with; None if there is none. See `set_bos`."""
+        """The token at the start of every text; None if there is none. See `set_bos`."""
         self._fingerprint = fingerprint
         if check:
             self.check_parts()
@@ -101,7 +103,7 @@ class FrozenModel(nn.Module):
         )
 
     def set_bos(self, has_bos: bool) -> None:
-        """Begin every text with the tokenizer's BOS token, or leave it out.
+        """Set whether every text begins with the tokenizer's BOS token.
 
         Raises:
             InputError: the tokenizer has no BOS token.
@@ -110,7 +112,7 @@ class FrozenModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the states are decoded; those of a model on several devices are moved there."""
+        """The device of the unembedding. States of a model on several devices are moved there."""
         return self.unembedding.weight.device
 
     def _run(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
@@ -142,9 +144,10 @@ class FrozenModel(nn.Module):
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def encode(self, text: str, *, is_any_length: bool = False) -> Int[Tensor, "1 seq"]:
-        """Token ids of one text, on the model's device, with BOS in front if the model has one.
+        """Token ids of one text, on the model's device, after a BOS token if the model uses one.
 
-        A text that spells out BOS at its start, as chat templates do, gets no second one.
+        If the text already begins with the BOS token, as with chat templates, no second one is
+        added.
 
         Args:
             is_any_length: whether the text may be longer than the context.
@@ -173,17 +176,18 @@ class FrozenModel(nn.Module):
     ) -> list[Float[Tensor, "batch seq d_model"]]:
         """The n + 1 states: the input of each block, then the input of the final norm.
 
-        The indices are those of `hidden_states` in transformers, whose last entry, however,
-        is the output of the final norm. The model's logits are not computed.
+        The indices are those of `hidden_states` in transformers, except that the last entry of
+        `hidden_states` is the output of the final norm. The model's logits are not computed.
 
         Args:
             input_ids: token ids, or one text.
-            attention_mask: 0 where there is padding.
-            differentiable: whether autograd can differentiate later states in earlier ones. Then
-                each state stays on the device that computes it.
+            attention_mask: 0 at padding tokens, 1 elsewhere.
+            differentiable: whether later states can be differentiated with respect to earlier
+                ones by autograd. Each state then stays on the device that computes it.
 
         Raises:
-            InputError: states of a model that is divided among processes should be differentiable.
+            InputError: the states cannot be differentiated, because the weights are divided among
+                processes.
         """
         if differentiable and self.is_sharded:
             raise InputError(
@@ -219,7 +223,7 @@ class FrozenModel(nn.Module):
         Args:
             points: sites and layers. The layer of `resid_pre` may be n, the last state.
             input_ids: token ids, or one text.
-            attention_mask: 0 where there is padding.
+            attention_mask: 0 at padding tokens, 1 elsewhere.
 
         Raises:
             InputError: a block has no such site; see `sites`.
@@ -238,14 +242,14 @@ class FrozenModel(nn.Module):
         attention_mask: Int[Tensor, "batch seq"] | None = None,
         wanted: Collection[str] = SITES,
     ) -> dict[str, list[Float[Tensor, "batch seq d_model"]]]:
-        """The residual stream and its terms in every block, by the names in `SITES`.
+        """The states at every site of every block, by the names in `SITES`.
 
         `resid_pre` has one more entry, the input of the final norm.
 
         Args:
             input_ids: token ids, or one text.
-            attention_mask: 0 where there is padding.
-            wanted: the names from `SITES` to keep.
+            attention_mask: 0 at padding tokens, 1 elsewhere.
+            wanted: the names from `SITES` to return.
 
         Raises:
             InputError: there is no such site, a block is not its input plus attention plus MLP,
@@ -274,8 +278,8 @@ class FrozenModel(nn.Module):
     ) -> tuple[Float[Tensor, "batch seq d_mlp"], Float[Tensor, "d_mlp d_model"]]:
         """Coefficients and output vectors of the neurons of a block's MLP.
 
-        The MLP adds the sum of their products, and its bias, to the residual stream. In a
-        gated MLP a coefficient is the product of gate and value.
+        The MLP adds the sum of coefficient times output vector over the neurons, and its bias, to
+        the residual stream. In a gated MLP, a coefficient is the product of gate and value.
 
         Raises:
             InputError: the MLP is not such a sum.
@@ -295,9 +299,9 @@ class FrozenModel(nn.Module):
         decode: Callable[..., Float[Tensor, "batch seq vocab"]],
         layers: Sequence[int],
     ) -> Iterator[PreTrainedModel]:
-        """The model, with the logits decoded from earlier states in place of its own.
+        """The model with its logits replaced by logits decoded from earlier states.
 
-        It serves what transformers does with logits, such as `generate`, with its cache.
+        It works with methods of transformers that use logits and the cache, such as `generate`.
 
         Args:
             decode: maps the states of the layers, one argument each, to logits.
@@ -321,7 +325,7 @@ class FrozenModel(nn.Module):
     @float32_products()
     @torch.no_grad()
     def check_parts(self) -> None:
-        """Check that the parts give the model's own logits, as they are and scaled up.
+        """Check that decoding the last state gives the model's logits, also for a larger state.
 
         Raises:
             InputError: they do not; the message says what differs.

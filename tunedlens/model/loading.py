@@ -50,9 +50,9 @@ def load_model(
             unembedding.
         fsdp: whether to divide the weights among the processes, which then all run the model.
         adapter: folder or hub name of a PEFT adapter, which is merged into the model.
-        gguf_file: the name of a GGUF file in the folder or on the hub to read the weights from.
-        trust_remote_code: whether to run code that the model's repository brings along. Without
-            it, a model that needs such code is refused.
+        gguf_file: the name of a GGUF file with the weights, in the folder or on the hub.
+        trust_remote_code: whether to run code from the model's repository. If not, a model that
+            needs such code is refused.
         blocks: see `FrozenModel`; only for a model whose structure is not recognised.
         final_norm: see `FrozenModel`.
         check: see `FrozenModel`.

@@ -51,8 +51,8 @@ def about(manifest: JsonObject) -> str:
     made_for = "an unknown model" if model is None else code(model)
     is_recorded = {"config", "corpus", "progress", "provenance"} <= manifest.keys()
     lines = [
-        *(_training(manifest) if is_recorded else ["- Text and tokens of its fit: not known."]),
-        f"- {'Everything else is in `config.json`; load' if is_ours else 'Load'} the lens with "
+        *(_training(manifest) if is_recorded else ["- Training text and tokens: not known."]),
+        f"- {'All settings are in `config.json`. Load' if is_ours else 'Load'} the lens with "
         "`tunedlens.load_lens`.",
     ]
     return f"A {manifest['lens']} lens for {made_for}, {maker}.\n\n" + "\n".join(lines)
@@ -90,7 +90,7 @@ def _training(manifest: JsonObject) -> list[str]:
         ended.append(f"- The steps ended early: {for_markdown(progress['ended_early'])}.")
     if progress.get("bad_blocks"):
         ended.append(
-            f"- Blocks with numbers that are not finite, left out: {progress['bad_blocks']}."
+            f"- Blocks left out because of values that are not finite: {progress['bad_blocks']}."
         )
     return [
         *shape,

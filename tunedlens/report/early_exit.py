@@ -11,13 +11,15 @@ def exit_table(
     perplexity_ratio: float | None = None,
     is_markdown: bool = False,
 ) -> str:
-    """The rule of every lens and signal that saves most layers within a limit.
+    """The rule that saves the most layers within a limit, for every lens and signal.
 
-    All columns but the threshold are for the half of the text where it was not chosen.
+    Thresholds are chosen on the first half of the text. All other columns are measured on the
+    second half.
 
     Args:
-        agreement: the smallest agreement with the model, from 0 to 1; 0.95 without any limit.
-        perplexity_ratio: instead, the largest perplexity, as a multiple of the model's.
+        agreement: the lowest agreement with the model that is allowed, from 0 to 1; 0.95 if
+            neither limit is given.
+        perplexity_ratio: the highest perplexity that is allowed, as a multiple of the model's.
         is_markdown: whether the table is in Markdown.
 
     Raises:

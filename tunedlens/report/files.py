@@ -37,8 +37,9 @@ _NAMES = {
 def write_report(evaluation: Evaluation, folder: str | Path) -> None:
     """Write an evaluation as JSON, CSV, plots, Markdown and one HTML page.
 
-    `metrics.json` holds everything and is enough to write the rest again. The CSV files have one
-    row per value. `report.html` needs no other file. Files of an earlier report are replaced.
+    `metrics.json` holds all results; the other files can be written again from it. The CSV files
+    have one row per value. `report.html` needs no other file. Files of an earlier report are
+    replaced.
 
     Raises:
         InputError: the folder cannot be written.
@@ -123,7 +124,7 @@ def _list(terms: Mapping[str, str]) -> str:
 
 
 def read_evaluation(folder: str | Path) -> Evaluation:
-    """Read the results that `write_report` wrote.
+    """Read results that were written by `write_report`.
 
     Raises:
         InputError: there is no evaluation in the folder, or it is damaged.

@@ -1,4 +1,4 @@
-"""What a notebook shows for a value at the end of a cell."""
+"""How values are displayed in a notebook."""
 
 import base64
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ def to_html(trajectory: Trajectory, *others: Trajectory | str | Path) -> Page:
 
     Args:
         trajectory: the first text.
-        others: further texts, and the path of a file that the page is written to, if any.
+        others: further texts, and optionally the path of a file to which the page is written.
 
     Raises:
         InputError: the texts were read with different lenses, or the file cannot be written.

@@ -1,4 +1,4 @@
-"""The card of a lens with what was measured of it, and warnings where the numbers ask for them."""
+"""The card of a lens with its measured quality and warnings."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -21,8 +21,8 @@ _Columns = dict[str, dict[int | None, Estimate]]
 def write_card(quality: Quality, folder: str | Path) -> Path:
     """Write the card of a lens, and its pictures; returns the path of the card.
 
-    The card is `README.md`. The front matter and what somebody wrote around the generated part of
-    an earlier card stay.
+    The card is `README.md`. If there is an earlier card, its front matter and the text around its
+    generated part are kept.
 
     Raises:
         InputError: the folder cannot be written.
@@ -82,14 +82,14 @@ def _convergence(quality: Quality) -> str:
     if doubling is None:
         reason = "not known"
         if fit in ONE_PASS:
-            reason = "the lens was made in one pass, so there is no learning curve"
+            reason = "there is no learning curve, because the lens was made in one pass"
         return f"- *Convergence*: {reason}."
     before, after = doubling
     mean = 1 - after.mean_kl_nats / before.mean_kl_nats
     return (
         f"- *Convergence*: from {before.tokens:,} to {after.tokens:,} tokens of the steps, the "
-        f"mean KL on the held-out text of the training fell by {percent(mean)}; at the layer that "
-        f"gained most, by {percent(max(doubling.gains))}."
+        f"mean KL on held-out text fell by {percent(mean)}. At the layer with the largest gain, it "
+        f"fell by {percent(max(doubling.gains))}."
     )
 
 
@@ -99,20 +99,21 @@ def _bias(quality: Quality) -> str:
         biases = quality.own.by_layer(lens, "bias_nats")
         largest.append(f"{lens} {plus_minus(max(biases, key=lambda bias: bias.value))}")
     return (
-        "- *Bias*: the KL from the mean of the model's distributions over the text to the mean of "
-        f"the lens's, in nats, is at most {for_markdown(', '.join(largest))}."
+        "- *Bias*: the largest KL at a layer from the model's mean distribution over the text to "
+        f"the lens's, in nats: {for_markdown(', '.join(largest))}."
     )
 
 
 def _transfer(quality: Quality) -> str:
     column = _from_layer_before(quality)
     if not column:
-        return "- *Transfer*: not measured, because there is one translator."
+        return "- *Transfer*: not measured, because the lens has only one translator."
     own: dict[int | None, Estimate] = dict(_by_layer(quality.transfer, quality.lens, "kl_nats"))
     factors = sorted(column[layer].value / own[layer].value for layer in column)
     return (
-        "- *Transfer*: the translator of the layer before in place of a layer's own multiplies its "
-        f"KL by {factors[0]:.3g} to {factors[-1]:.3g} ({quality.transfer.tokens:,} positions)."
+        "- *Transfer*: if the translator of a layer is replaced by that of the layer before, its "
+        f"KL is multiplied by {factors[0]:.3g} to {factors[-1]:.3g} "
+        f"({quality.transfer.tokens:,} positions)."
     )
 
 

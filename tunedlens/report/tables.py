@@ -158,7 +158,7 @@ def summary(evaluation: Evaluation) -> list[str]:
 
 
 def _about_second_model(evaluation: Evaluation) -> list[str]:
-    """Says which model's parts decode the lenses, if there is a second model."""
+    """Which model's parts decode the lenses, if there is a second model."""
     run = evaluation.provenance
     if "beside" not in run:
         return []
@@ -166,9 +166,9 @@ def _about_second_model(evaluation: Evaluation) -> list[str]:
     is_same = second["fingerprint"] == run["fingerprint"]
     return [
         f"{second['title']} is {second['name']}. On it, the translators of the lenses for "
-        f"{run['model']} are followed by its own final norm and unembedding, which have "
-        f"{'the same' if is_same else 'other'} values, and each lens is compared with its own "
-        "model's distribution."
+        f"{run['model']} are followed by the final norm and unembedding of {second['title']}, "
+        f"which have {'the same' if is_same else 'other'} values. Each lens is compared with the "
+        "distribution of the model that it reads."
     ]
 
 
@@ -214,7 +214,7 @@ def scored_text(evaluation: Evaluation) -> str:
 
 @dataclass(frozen=True)
 class TopK:
-    """The best tokens at one position; `print` shows a table in plain text."""
+    """The best tokens at one position; `print` writes them as a table in plain text."""
 
     rows: list[Row]
     row_names: list[str]
@@ -229,7 +229,7 @@ class TopK:
         return f"TopK({len(self.probs[0])} tokens in each of {len(self.rows)} rows)"
 
     def to_dataframe(self) -> "DataFrame":
-        """A line per site and layer; a token and its probability per rank."""
+        """One row per site and layer, with a token and its probability for each rank."""
         import pandas as pd
 
         ranks = range(1, len(self.probs[0]) + 1)
@@ -261,7 +261,7 @@ class TopK:
         return self.to_text(is_coloured=False)
 
     def cells(self, is_code: bool = False) -> Rows:
-        """Layers down, the best tokens across, each with its probability."""
+        """One row per layer, with the best tokens and their probabilities."""
         rows = [["layer", *(str(rank + 1) for rank in range(len(self.probs[0])))]]
         for name, *line in zip(self.row_names, self.tokens, self.probs, strict=True):
             cells = zip(*line, strict=True)

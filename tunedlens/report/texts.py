@@ -44,8 +44,8 @@ def write_texts(
     Args:
         trajectories: those of whole texts, read with the same lenses.
         folder: created if needed.
-        run: what the page says of the model, the command and the date.
-        lenses: what the page says of each lens, by name.
+        run: the model, the command and the date, which the page shows.
+        lenses: a description of each lens by name, which the page shows.
         k: the number of best tokens in the tables of the page.
 
     Returns:
@@ -94,7 +94,7 @@ def _figures(trajectory: Trajectory) -> dict[str, Figure]:
     end = trajectory[:, -_MAX_POSITIONS:]
     part = ""
     if count > _MAX_POSITIONS:
-        part = f" These are the last {_MAX_POSITIONS} of {count:,} positions; the page has all."
+        part = f" Only the last {_MAX_POSITIONS} of {count:,} positions are drawn here."
     width = _WIDTH if min(count, _MAX_POSITIONS) > _NARROW else None
     heatmap = plots.heatmap(end, "probability", lenses, width=width)
     kl = plots.heatmap(end, "kl_nats", lenses, width=width)
@@ -105,12 +105,12 @@ def _figures(trajectory: Trajectory) -> dict[str, Figure]:
     last = shown[int(trajectory.input_ids[-1])]
     about_curves = (
         f"Probabilities of {tokens} after “{last}”, the last token (position "
-        f"{trajectory.positions[-1]}), through the layers of the lenses {', '.join(first)}. Of the "
-        "tokens that are the best one at some layer, the model finds these the most probable."
+        f"{trajectory.positions[-1]}), by layer, for the lenses {', '.join(first)}. Of the tokens "
+        "that are the best one at some layer, these have the highest probability in the model."
     )
     return {
         "heatmap": Figure(
-            f"The best token of every layer and position, coloured by its probability.{part}",
+            f"The best token at every layer and position, coloured by its probability.{part}",
             plots.in_svg(heatmap),
         ),
         "kl": Figure(

@@ -8,7 +8,7 @@ from tunedlens.report.tables import aligned, markdown, plus_minus
 def bias_table(bias: TokenBias, lens: str | None = None, *, is_markdown: bool = False) -> str:
     """The bias of a lens by layer, and the tokens that it predicts too often.
 
-    Each token stands with its mean probability by the lens and by the model, in percent.
+    Each token has its mean probability in the lens and in the model, in percent.
 
     Args:
         lens: a name; by default the first.
@@ -20,7 +20,7 @@ def bias_table(bias: TokenBias, lens: str | None = None, *, is_markdown: bool = 
     lens = next(iter(bias.lenses)) if lens is None else lens
     if lens not in bias.lenses:
         raise InputError(f"lens must be one of {', '.join(bias.lenses)}; got {lens!r}")
-    rows = [["layer", "bias, nats", "excess, %", "too frequent tokens: by the lens, the model, %"]]
+    rows = [["layer", "bias, nats", "excess, %", "tokens predicted too often: lens %, model %"]]
     for one in bias.lenses[lens]:
         tokens = ", ".join(
             f"{mean.token.shown} {100 * mean.lens:.2g} {100 * mean.model:.2g}" for mean in one.over

@@ -47,28 +47,28 @@ def train(
     """Train a lens and save it in a folder.
 
     `train(model, "folder", dataset="my-texts/")` is short for a `TrainConfig` with these settings.
-    A run is a function of its config: interrupted and resumed, it takes the steps that it
-    would have taken, bit for bit on the same device.
+    The result depends only on the config: on the same device, a run that is interrupted and
+    resumed takes bit for bit the same steps as one that is not.
 
     Args:
-        config: a `TrainConfig`, or the model: loaded, its name on the hub or its folder. Of a
-            loaded model the run records the name, revision, dtype and device; what else it was
-            loaded with, such as an adapter, is given as settings instead.
+        config: a `TrainConfig`, or the model: a loaded model, its name on the hub or its folder.
+            The run records the name, revision, dtype and device of a loaded model. If it was
+            loaded with other options, such as an adapter, pass these as settings instead.
         output: the run's folder; `checkpoints/<model>-<time>` by default.
         model: the model, if the first argument is a config.
-        resume: continue the interrupted run in `output`, or extend the finished one there to
-            the larger number of `tokens`.
+        resume: continue the interrupted run in `output`, or extend the finished run there to a
+            larger number of `tokens`.
         wandb: whether metrics are sent to Weights & Biases.
-        cache: where the model's states are kept for other runs; by default nowhere.
-        settings: fields of `TrainConfig` and of its parts, in place of those of `config`.
+        cache: where the model's states are stored for other runs; by default they are not stored.
+        settings: fields of `TrainConfig` and of its parts, which replace those of `config`.
 
     Returns:
         Held-out metrics of the logit lens and the trained lens.
 
     Raises:
         InputError: a setting is unknown or impossible, or a file cannot be read or written.
-        Interrupted: after Ctrl-C, SIGTERM or SIGHUP; the run is saved.
-        KeyboardInterrupt: the same, while there is nothing to save.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP was received, and the run is saved.
+        KeyboardInterrupt: one of these was received while there was nothing to save.
     """
     if not isinstance(config, TrainConfig):
         model = config if model is None else model

@@ -27,11 +27,11 @@ _CHECKED_TOKENS = 16
 
 
 class CacheSettings(NamedTuple):
-    """Where states are kept, and how many."""
+    """The folder for stored states, and its size limit."""
 
     folder: str | Path
     max_gb: float = 50.0
-    """Gigabytes, of 10^9 bytes, that the folder may take."""
+    """The largest size of the folder, in gigabytes of 10^9 bytes."""
 
 
 class CachedStateReader(StateReader):

@@ -1,4 +1,4 @@
-"""Two lenses, texts or models beside each other, as plain data."""
+"""Comparisons of two lenses, texts or models, as plain data."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ class Comparison:
     """A trajectory and a baseline with the same rows and aligned positions.
 
     A lens is compared with the lens of the same name in the baseline, or with the baseline's
-    first lens. `comparison[layers, positions]` selects a part as in a `Trajectory`.
+    first lens. `comparison[layers, positions]` selects a part, as for a `Trajectory`.
     """
 
     # Bound in `tunedlens/__init__.py`, from `frames`, `storage` and `tunedlens.report`.
@@ -35,7 +35,7 @@ class Comparison:
     trajectory: Trajectory
     baseline: Trajectory
     divergences: dict[str, dict[str, Float[Tensor, "rows positions"]]]
-    """By lens and by the names of `metrics.DIVERGENCES`; empty without a model's logits."""
+    """By lens and by the names of `metrics.DIVERGENCES`; empty for a `difference`."""
 
     def __repr__(self) -> str:
         return f"Comparison({self.trajectory!r}, baseline={self.baseline!r})"
@@ -63,14 +63,14 @@ class Comparison:
         *,
         token: str | int | None = None,
     ) -> Float[Tensor, "rows positions"]:
-        """A difference, this minus baseline, or a divergence at every row and position.
+        """A difference (first side minus baseline) or a divergence at every row and position.
 
         Args:
             metric: one of `metrics.TRAJECTORY_METRICS` or `metrics.DIVERGENCES`.
-            lens: a name; by default the first.
+            lens: the name of a lens; by default the first.
             token: as for `Trajectory.values`. `top1` and `next` are each side's own token;
                 any other token is the same on both sides. The default is `final`, the best
-                token of this side's model.
+                token of the first side's model.
 
         Raises:
             InputError: there is no such metric, lens or tracked token.
@@ -91,7 +91,7 @@ class Comparison:
 
     @property
     def has_one_text(self) -> bool:
-        """Whether both sides are the same text, read with the same model."""
+        """Whether both sides have the same text and model."""
         ours, theirs = self.trajectory, self.baseline
         return ours.model == theirs.model and torch.equal(ours.input_ids, theirs.input_ids)
 

@@ -52,21 +52,21 @@ def trajectory(
     track: Tokens = (),
     stride: int | None = None,
 ) -> Trajectory | list[Trajectory]:
-    """Read one text, or several, with one lens or several.
+    """Compute the predictions of lenses at every layer and position of a text.
 
     Args:
-        lenses: one, several (by name if two are of one kind), or None for the logit lens. The path
-            of a saved lens, or its name on the hub, stands for it.
-        text: a text or its token ids; a list of them gives a list of trajectories, and the
-            texts go through the model together.
-        sites: names of `model.sites.SITES`; the model's own row is always the last. Rows at which
+        lenses: one lens, a list, a dict by name, or None for the logit lens. Lenses are objects,
+            paths, or names on the hub. Two lenses of one kind need names.
+        text: a text or its token ids. A list of texts gives a list of trajectories; the texts go
+            through the model together.
+        sites: names in `model.sites.SITES`. The model's own row is always the last. Rows at which
             a lens has no translator are left out.
-        k: the number of best tokens to keep at each row and position.
-        track: tokens to follow at every position, as text or ids, in addition to those that
-            are the best token of some row of some lens.
-        stride: reads a text that is longer than the context in windows that start `stride`
-            tokens apart. Each position is read in the first window that contains it, so it
-            sees at least context - stride tokens before it.
+        k: the number of most probable tokens to keep at each row and position.
+        track: further tokens whose probabilities are kept at every position, as text or ids. The
+            most probable tokens of each row and lens are always tracked.
+        stride: read a text that is longer than the context in windows that start `stride` tokens
+            apart. Each position is read in the first window that contains it, with at least
+            context - stride tokens before it.
 
     Raises:
         InputError: a text is empty, or longer than the context without a stride; a token to
@@ -109,15 +109,20 @@ def compare(
 ) -> Comparison:
     """Compare lenses on a text with a baseline: another text, other lenses or another model.
 
-    Whatever is not given for the baseline is that of the first side, except the lenses of
-    another model, which are its logit lens. Both sides track the same tokens at aligned
-    positions: the best ones of every row of both.
+    Arguments that are not given for the baseline are those of the first side, except that the
+    default lens of another model is its logit lens. At aligned positions, both sides track the
+    same tokens: the most probable ones of every row of both sides.
 
     Args:
-        baseline_lenses: a lens is compared with the one of the same name, or with the first.
+        model: the model of the first side.
+        lenses: as for `trajectory`.
+        text: a text or its token ids.
+        baseline_text: the text of the baseline.
+        baseline_lenses: the lenses of the baseline. A lens is compared with the baseline lens of
+            the same name, or with the first one.
         baseline_model: a model with the same vocabulary and number of layers.
         positions: the positions of the text to compare.
-        baseline_positions: those of the baseline text; by default the same.
+        baseline_positions: the positions of the baseline text; by default the same.
         sites, k, track, stride: as for `trajectory`.
 
     Raises:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def to_dataframe(trajectory: Trajectory) -> "DataFrame":
-    """A tidy table with one line per lens, site, layer and position."""
+    """A tidy table with one row per lens, site, layer and position."""
     import pandas as pd
 
     vocabulary = trajectory.vocabulary
@@ -44,9 +44,10 @@ def to_dataframe(trajectory: Trajectory) -> "DataFrame":
 
 
 def words(trajectory: Trajectory, lens: str | None = None) -> "DataFrame":
-    """A wide table of the best tokens: sites and layers down, positions across.
+    """A wide table of the best tokens: rows are sites and layers, columns are positions.
 
-    White space is visible in it; `to_dataframe` has the tokens as plain text, and their ids.
+    White space is shown as visible characters. `to_dataframe` has the tokens as text, and their
+    ids.
     """
     best = trajectory.predictions[trajectory.lens_name(lens)].top_ids[..., 0].tolist()
     return _wide(trajectory, [[trajectory.vocabulary[i].shown for i in line] for line in best])
@@ -59,7 +60,7 @@ def scores(
     *,
     token: str | int | None = None,
 ) -> "DataFrame":
-    """A wide table of one metric: sites and layers down, positions across.
+    """A wide table of one metric: rows are sites and layers, columns are positions.
 
     The arguments are those of `Trajectory.values` and `Comparison.values`.
     """
@@ -74,14 +75,14 @@ def probabilities(
     lens: str | None = None,
     position: int | None = None,
 ) -> "DataFrame":
-    """The probabilities of tracked tokens: one line per site, layer and position.
+    """The probabilities of tracked tokens, with one row per site, layer and position.
 
-    A value is NaN where the token was not tracked. `.corr()` correlates the tokens.
+    A value is NaN where the token was not tracked. `.corr()` of the table correlates the tokens.
 
     Args:
         tokens: tracked tokens as text or ids.
-        lens: a name; by default the first.
-        position: restricts the table to one position; its lines are then sites and layers.
+        lens: the name of a lens; by default the first.
+        position: restricts the table to one position; its rows are then sites and layers.
 
     Raises:
         InputError: a token was not tracked, or there is no such lens or position.

@@ -94,12 +94,12 @@ class LensPredictions:
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """The predictions of lenses on one text, row by row of the model's depth.
+    """The predictions of lenses on one text, at every layer and position.
 
-    It is plain data: it needs neither the model nor the lenses. `read[layers, positions]`
-    selects a part by numbers or slices. Layers are those of the model in every part, and the
-    model's row, the last one, always stays. Positions are counted within the part;
-    `positions` holds them within the text.
+    It is plain data, and needs neither the model nor the lenses. `read[layers, positions]` selects
+    a part by numbers or slices. Layers keep their numbers in every part, and the last row (the
+    model) is always kept. Positions count from the start of the part; `positions` has their
+    numbers in the whole text.
     """
 
     # Bound in `tunedlens/__init__.py`, from `frames`, `storage` and `tunedlens.report`.
@@ -118,7 +118,7 @@ class Trajectory:
     model: str
     """The name of the model."""
     text: str
-    """The whole text, also in a part."""
+    """The whole text, even if this is a part."""
     input_ids: Int[Tensor, " positions"]
     next_ids: Int[Tensor, " positions"]
     """The true next tokens; -1 after the last token of the text."""
@@ -126,13 +126,13 @@ class Trajectory:
     rows: list[Row]
     n_layers: int
     predictions: dict[str, LensPredictions]
-    """By the names of the lenses."""
+    """By lens."""
     tracked_ids: Int[Tensor, "positions tracked"]
-    """Tokens that are followed through the rows at each position, padded with -1."""
+    """The tokens at each position whose probabilities are known in all rows, padded with -1."""
     track: dict[str, int]
-    """The ids of the tokens that were given as text to be tracked."""
+    """The ids of the tokens that were passed as text in `track`."""
     vocabulary: dict[int, TokenText]
-    """Every token that occurs."""
+    """The text of every token that occurs, by id."""
 
     def __repr__(self) -> str:
         start = "".join(self.tokens[:12]) + "…" * (len(self.positions) > 12)
@@ -143,19 +143,19 @@ class Trajectory:
 
     @cached_property
     def tokens(self) -> list[str]:
-        """The input tokens as plain text."""
+        """The input tokens as text."""
         return [self.vocabulary[i].text for i in self.input_ids.tolist()]
 
     @property
     def row_names(self) -> list[str]:
-        """Layers, with sites if there are several; the last row is the model's."""
+        """The layers, with their sites if there are several; the last row is `model`."""
         is_plain = len({row.site for row in self.rows[:-1]}) <= 1
         names = [str(row.layer) if is_plain else f"{row.layer} {row.site}" for row in self.rows]
         return [*names[:-1], "model"]
 
     @property
     def final_ids(self) -> Int[Tensor, " positions"]:
-        """The model's most probable tokens."""
+        """The model's most probable next tokens."""
         return next(iter(self.predictions.values())).top_ids[-1, :, 0]
 
     def all_ids(self) -> set[int]:
@@ -177,18 +177,18 @@ class Trajectory:
         )
 
     def part_indices(self, key: PartKey) -> tuple[list[int], list[int]]:
-        """The indices of the rows and of the positions of a part, which must not be empty."""
+        """The indices of the rows and positions of a part, which must not be empty."""
         layers, positions = key if isinstance(key, tuple) and len(key) == 2 else (key, slice(None))
         wanted = selected(layers, self.n_layers + 1, "layer")
         rows = [index for index, row in enumerate(self.rows[:-1]) if row.layer in wanted]
         return [*rows, len(self.rows) - 1], selected(positions, len(self.positions), "position")
 
     def position_index(self, position: int) -> int:
-        """The index of a position within this part, from 0; negative ones count from the end."""
+        """The index of a position in this part, from 0. Negative positions count from the end."""
         return selected(position, len(self.positions), "position")[0]
 
     def lens_name(self, lens: str | None = None) -> str:
-        """The name of a lens, checked; by default the first."""
+        """The name of a lens, checked to exist; by default the first."""
         lens = next(iter(self.predictions)) if lens is None else lens
         if lens not in self.predictions:
             raise InputError(f"lens must be one of {', '.join(self.predictions)}; got {lens!r}")
@@ -213,7 +213,7 @@ class Trajectory:
         return found
 
     def ids_at(self, token: str | int) -> Int[Tensor, " positions"]:
-        """One token per position: the model's best ones for `final`, else the same everywhere."""
+        """One token per position: the model's best tokens for `final`, else always this token."""
         if token == "final":
             return self.final_ids
         return torch.full_like(self.input_ids, self.token_id(token))
@@ -228,12 +228,13 @@ class Trajectory:
         """One metric of a lens at every row and position.
 
         Args:
-            metric: one of `metrics.TRAJECTORY_METRICS`, or short for one: `kl`, `prob`.
-            lens: a name; by default the first.
-            token: the token of a probability, log_prob, logit or rank: `top1` is the best
-                token of every row and position, `final` the model's best token, `next` the
-                true next token; else a tracked token as text or id, with NaN where it was
-                not tracked. The default is `top1`, and `final` for a rank.
+            metric: one of `metrics.TRAJECTORY_METRICS`; short names such as `kl` and `prob` are
+                allowed.
+            lens: the name of a lens; by default the first.
+            token: the token of a probability, log_prob, logit or rank. `top1` is the best token
+                of every row and position, `final` the model's best token, and `next` the true
+                next token. Any other value is a tracked token, as text or id; its values are NaN
+                where it was not tracked. The default is `top1`, and `final` for a rank.
 
         Raises:
             InputError: there is no such metric, lens or tracked token.
@@ -291,7 +292,7 @@ def _metric_of_token(
 
 
 def _not_tracked(name: str) -> InputError:
-    return InputError(f"{name} was not tracked; give it as `track` to trajectory")
+    return InputError(f"{name} was not tracked; pass it to trajectory as `track`")
 
 
 def as_list(tokens: Tokens) -> Sequence[str | int]:

@@ -35,11 +35,11 @@ Tensors = dict[str, Tensor]
 
 
 def save(data: Trajectory | Comparison, path: str | Path | None = None) -> Path:
-    """Write a trajectory or comparison to one file; its `load` reads it without the model.
+    """Write a trajectory or comparison to one file, which `load` reads without the model.
 
     Args:
-        path: by default a file in the working directory, whose name has the first words of the
-            text and a hash of the content.
+        path: by default, a file in the working directory with a name made of the first words of
+            the text and a hash of the content.
 
     Returns:
         The path of the file.

@@ -74,7 +74,7 @@ def table(rows: Rows, meanings: Mapping[str, str] | None = None) -> str:
 
     Args:
         rows: the cells.
-        meanings: what a heading says when one points at it.
+        meanings: the tooltips of the headings.
     """
     header, *body = rows
     names = ' class="lenses"' if "lens" in header else ""

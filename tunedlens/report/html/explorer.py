@@ -28,10 +28,10 @@ _BYTES = re.compile("⟨((?:[0-9a-f]{2} ?)+)⟩")
 def explorer(*trajectories: Trajectory) -> str:
     """An interactive heatmap of one text, or of several texts one above the other.
 
-    Switch the lens (or the difference of two) and the metric, point at a cell for its best
-    tokens, click it to follow its token through the layers. Two texts have their difference
-    below, position by position. The page draws; every number, limit, label and colour in it is
-    computed here. All lenses have the same colours.
+    A reader can switch the lens (or the difference of two) and the metric, point at a cell to see
+    its best tokens, and click it to follow its token through the layers. With two texts, the page
+    also shows their difference at each position. All lenses share one colour scale. Every number,
+    limit, label and colour is computed here; the page only draws.
 
     Raises:
         InputError: the texts were read with different lenses.

@@ -61,11 +61,11 @@ def page(
     body = f"""<p class="note">{for_html(scored_text(evaluation))}</p>
 <p>{glossary.HOW_TO_READ} <a href="#terms">All terms and metrics</a> are explained below.</p>
 <ul>{sentences}</ul>
-<p class="note">Point at a curve for its values, or reach its panel with Tab and move with the
+<p class="note">Point at a curve to see its values, or select its panel with Tab and move with the
 arrow keys.</p>
 <div class="plots">{figures}</div>
 <h2>All metrics</h2>
-<p class="note">Click a heading to sort, or point at it for its meaning. A wide table scrolls
+<p class="note">Click a heading to sort, or point at it to see its meaning. Wide tables scroll
 sideways.</p>
 {table(metric_rows(evaluation), _meanings())}
 {differences}
@@ -95,7 +95,7 @@ def _provenance(evaluation: Evaluation) -> str:
             "fingerprint of final norm and unembedding": run.get("fingerprint"),
             "lenses": run.get("lenses"),
             "SHA-256 of the scored tokens": evaluation.tokens_sha256,
-            f"whole text, of which {evaluation.blocks:,} blocks are scored": run.get("corpus"),
+            f"whole text ({evaluation.blocks:,} blocks of it are scored)": run.get("corpus"),
             "settings": run.get("config"),
             "dtype, device, threads": ", ".join(str(part) for part in device if part is not None),
             "versions": run.get("versions"),

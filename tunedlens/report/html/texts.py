@@ -81,8 +81,8 @@ def _section(number: int, text: TextReport, k: int) -> str:
     last = read.vocabulary[int(read.input_ids[-1])].shown
     best = top_k(read, k=1)
     said = (
-        f"{len(read.positions):,} tokens. After “{last}”, the last one, the model finds "
-        f"“{best.tokens[-1][0].shown}” most probable, with {best.probs[-1][0]:.3f}."
+        f"{len(read.positions):,} tokens. The last token is “{last}”. The model's most probable "
+        f"next token is “{best.tokens[-1][0].shown}”, with probability {best.probs[-1][0]:.3f}."
     )
     tables = "".join(
         f"<h4>{for_html(lens)} lens</h4>{table(top_k(read, k=k, lens=lens).cells())}"
@@ -106,7 +106,7 @@ def _section(number: int, text: TextReport, k: int) -> str:
 <h3>Figures</h3>
 {figures}
 <h3>Best tokens after “{for_html(last)}”, the last token</h3>
-<p class="note">Columns are ranks; a cell has the token and its probability.</p>
+<p class="note">Columns are ranks. Each cell shows a token and its probability.</p>
 {tables}
 <p class="note">Files: {links}.</p>
 </section>"""

@@ -1,4 +1,4 @@
-"""Where the values of a figure stand, so that a page can say them."""
+"""The places of the values in a figure, so that a page can show them."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING

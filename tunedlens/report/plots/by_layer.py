@@ -44,16 +44,16 @@ def by_layer(
 ) -> "Figure":
     """Metrics of every lens by layer, with a line for the model if it has a value.
 
-    Bands are two standard errors on either side. If the value of the first layer dwarfs all
-    others, it is written at the top instead of drawn. The prediction depth has bars, or lines if
-    there would be many bars.
+    Bands are two standard errors on either side. If the value of the first layer is far above all
+    others, it is written at the top instead of drawn. The prediction depth is drawn as bars, or
+    as lines if there would be many bars.
 
     Args:
         evaluation: the results.
         metrics: names of `metrics.METRICS`, one per panel.
         rows: the number of rows of panels.
         size: width and height in inches.
-        limits: of the y-axis that all panels share; by default each has its own.
+        limits: limits of a y-axis shared by all panels; by default each panel has its own.
     """
     with new_figure(*size) as figure:
         columns, is_shared = len(metrics) // rows, limits is not None
@@ -109,7 +109,7 @@ def transfer(evaluation: Evaluation) -> "Figure":
 def by_position(evaluation: Evaluation) -> "Figure":
     """KL(model ‖ lens) by position in the block, at up to four layers.
 
-    Position 0 is a separate mark. Neighbouring positions are averaged to at most 64 points.
+    Position 0 has a separate marker. Neighbouring positions are averaged to at most 64 points.
     """
     lenses = [lens for lens in evaluation.lenses if lens in evaluation.by_position]
     scored = evaluation.layers
@@ -166,13 +166,13 @@ def _of_metrics(
     return Drawing(caption, draw, lambda evaluation: {*metrics} <= {*evaluation.metrics}, metrics)
 
 
-_BAND = "The bands are two standard errors wide on either side."
+_BAND = "Bands show two standard errors on either side."
 DRAWINGS = {
     "overview": _of_metrics(
         "KL, perplexity, top-1 agreement and prediction depth of every lens. Lower is better in "
         "(a) and (b), higher in (c). At the last depth, only the model itself predicts the token. "
-        "A value beside an arrow is above the scale. Bands and error bars are two standard errors "
-        "on either side.",
+        "An arrow marks a value above the scale. Bands and error bars show two standard errors on "
+        "either side.",
         *("kl_nats", "perplexity", "top1_agreement", "prediction_depth"),
         rows=2,
         size=(9.2, 6.2),
@@ -190,7 +190,8 @@ DRAWINGS = {
         "bits_per_byte",
     ),
     "bias_by_layer": _of_metrics(
-        f"Bias: KL between the mean distributions of model and lens (lower is closer). {_BAND}",
+        "Bias: KL from the model's mean distribution over the text to the lens's (lower is "
+        f"closer). {_BAND}",
         "bias_nats",
     ),
     "agreement_by_layer": _of_metrics(
@@ -202,7 +203,7 @@ DRAWINGS = {
     ),
     "prediction_depth": _of_metrics(
         "Fraction of tokens by the first layer from which the most probable token no longer "
-        "changes. The error bars are two standard errors long on either side.",
+        "changes. Error bars show two standard errors on either side.",
         "prediction_depth",
     ),
     "transfer": Drawing(
@@ -211,7 +212,7 @@ DRAWINGS = {
         lambda evaluation: bool(evaluation.transfer),
     ),
     "by_position": Drawing(
-        f"KL by position in the block; the first position is a separate mark. {_BAND}",
+        f"KL by position in the block; the first position has a separate marker. {_BAND}",
         by_position,
         lambda evaluation: bool(evaluation.by_position),
     ),

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 def effects_scatter(effects: CausalEffects) -> "Figure":
-    """The effect of every target on the model against that on the lens, on log scales.
+    """The effect of every target on the model against its effect on the lens, on log scales.
 
-    Bars are two standard errors of the logarithm on either side. The title says Spearman's
+    Bars are two standard errors of the logarithm on either side. The title shows Spearman's
     correlation and its 95 % interval. Targets without any effect are left out.
     """
     pairs = [
@@ -56,7 +56,7 @@ def effects_scatter(effects: CausalEffects) -> "Figure":
 
 
 def influences(bases: Mapping[str, CausalBasis]) -> "Figure":
-    """The influence of every direction of some bases, by name, on a log scale.
+    """The influence of every direction of several bases, on a log scale.
 
     Bands are two standard errors of the logarithm on either side.
     """

@@ -36,13 +36,13 @@ def learning_curve(
 ) -> "Figure":
     """Held-out KL of every layer against tokens, on log scales.
 
-    The validation before the first step, of the closed form or the logit lens, is at 0. Of many
-    layers, a few are named on the right.
+    The validation before the first step (of the closed form or the logit lens) is at 0. If there
+    are many layers, only some are named.
 
     Args:
         history: the validations of a run.
-        points: where the translators are, with a panel for every site; by default at all
-            layers of the stream.
+        points: the sites and layers of the translators, with a panel for every site; by default
+            all layers of the stream.
     """
     import matplotlib
 
@@ -103,15 +103,16 @@ def curves(
     *,
     metric: str = "probability",
 ) -> "Figure":
-    """Probability or rank of tokens at one position through the layers, in every lens.
+    """Plot the probability or rank of tokens at one position by layer, in every lens.
 
-    Every token has a colour and every lens a dash. Ranks are on a log scale with 1 on top.
+    Colours distinguish tokens, and line styles distinguish lenses. Ranks are on a log scale with
+    1 at the top.
 
     Args:
-        tokens: tracked tokens as text or ids; by default the at most 5 tracked tokens that the
-            model itself finds most probable.
+        tokens: tracked tokens as text or ids; by default the (at most 5) tracked tokens with the
+            highest probability in the model.
         position: an index within the trajectory.
-        metric: probability or rank.
+        metric: `probability` or `rank`.
 
     Raises:
         InputError: a token was not tracked, or there is no such metric or position.
@@ -122,8 +123,8 @@ def curves(
     ids = most_probable(trajectory, index) if tokens is None else trajectory.token_ids(tokens)
     if len(lenses) > MAX_LENSES:
         raise InputError(
-            f"{len(lenses)} lenses are too many to tell apart by their dashes; read the text "
-            f"with at most {MAX_LENSES}"
+            f"{len(lenses)} lenses are too many to distinguish by line styles; read the text with "
+            f"at most {MAX_LENSES}"
         )
     with new_figure(5.2, 3.2, has_tokens=True) as figure:
         axes = figure.subplots()
@@ -134,8 +135,8 @@ def curves(
                 line = trajectory.values(metric, lens, token=token)[:, index].tolist()
                 if math.isnan(line[0]):
                     raise InputError(
-                        f"{word} was not tracked at position {position}; give it as `track` to "
-                        "trajectory"
+                        f"{word} was not tracked at position {position}; pass it to trajectory as "
+                        "`track`"
                     )
                 axes.plot(range(len(line)), line, linestyle=dash, color=color)
             ends[word] = line[-1], color  # every lens equals the model there
@@ -157,7 +158,7 @@ def curves(
 
 
 def most_probable(trajectory: Trajectory, index: int) -> list[int]:
-    """The at most 5 tracked tokens that the model finds most probable."""
+    """The (at most 5) tracked tokens with the highest probability in the model."""
     model = next(iter(trajectory.predictions.values()))
     log_probs = model.tracked_log_probs[-1, index].tolist()
     pairs = zip(log_probs, trajectory.tracked_ids[index].tolist(), strict=True)

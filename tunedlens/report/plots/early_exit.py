@@ -1,4 +1,4 @@
-"""Curves of what early exits save against what they cost."""
+"""Curves of the cost of early exits against the layers that they save."""
 
 from typing import TYPE_CHECKING
 
@@ -23,8 +23,8 @@ _LARGEST_RATIO = 4
 def exit_curves(exits: EarlyExits) -> "Figure":
     """Agreement and perplexity against layers saved, with a panel for every signal.
 
-    All points are on the half of the text where thresholds are tested. Bars are two standard
-    errors on either side; those of the perplexity are paired with the model's.
+    All points are measured on the half of the text where thresholds are tested. Bars are two
+    standard errors on either side; those of the perplexity are paired with the model's.
     """
     style = styles(list(exits.curves), {})
     with new_figure(8.4, 4.8) as figure:

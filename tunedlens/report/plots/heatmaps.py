@@ -1,4 +1,4 @@
-"""One text through the layers as a picture: layers up, positions across."""
+"""One text through the layers as a figure: layers are rows, positions are columns."""
 
 import itertools
 import textwrap
@@ -46,28 +46,29 @@ def heatmap(
     width: float | None = None,
     ax: "Axes | None" = None,
 ) -> "Figure":
-    """The best token of every row and position, coloured by a metric.
+    """Draw the best token of every row and position, coloured by a metric.
 
-    The model is on top, the embeddings are at the bottom. Cells with the model's best token
-    are outlined. True next tokens stand above, in bold where the model is right. A `Comparison`
-    is coloured by the difference of its two sides, or by a divergence.
+    The model is the top row, and the embeddings are the bottom row. Cells with the model's best
+    token are outlined. The true next tokens are written at the top, in bold where the model
+    predicts them. A `Comparison` is coloured by the difference of its two sides, or by a
+    divergence.
 
     Args:
-        data: the whole or a part: `read[::2, 10:40]` draws every other layer.
-        metric: one of `metrics.TRAJECTORY_METRICS`, or of `DIVERGENCES` for a comparison, or
-            short for one: `kl`, `prob`.
-        lens: one or several names; by default the first. Several lenses are drawn one above the
-            other with the same colours.
+        data: a trajectory or a part of it: `read[::2, 10:40]` draws every other layer.
+        metric: one of `metrics.TRAJECTORY_METRICS`, or of `DIVERGENCES` for a comparison; short
+            names such as `kl` and `prob` are allowed.
+        lens: one name or several; by default the first lens. Several lenses are drawn one above
+            the other on one colour scale.
         token: the token of a probability, log_prob, logit or rank; see `Trajectory.values` and
             `Comparison.values`.
-        title: stands above the figure.
-        limits: the values of the first and the last colour. By default position 0 and outliers
-            do not influence them.
+        title: a title for the figure.
+        limits: the values of the first and the last colour. By default they are chosen from the
+            values without position 0 and outliers.
         cmap: a colour map of matplotlib.
-        width: the width of the figure in inches. Letters are scaled with it, down to 5 points; a
-            text that is too long for this is folded into several rows. By default there is one
-            row, with letters of 6.5 points.
-        ax: axes of a figure to draw one lens into. The figure keeps its size.
+        width: the width of the figure in inches. Letters are scaled with it, down to 5 points,
+            and a longer text is divided into several rows. By default there is one row, with
+            letters of 6.5 points.
+        ax: axes to draw one lens into. Their figure keeps its size.
 
     Raises:
         InputError: there is no such metric, lens, tracked token or colour map, or there are more
@@ -76,8 +77,8 @@ def heatmap(
     count = len(_trajectory(data).positions)
     if count > _MAX_POSITIONS:
         raise InputError(
-            f"{count} positions are too many to read in one figure; draw a part of at most "
-            f"{_MAX_POSITIONS}, as read[:, :40], or plots.heatmap_pages"
+            f"{count} positions are too many to read in one figure; draw at most "
+            f"{_MAX_POSITIONS}, as in read[:, :40], or use plots.heatmap_pages"
         )
     panels = _Panels.of(data, metric, lens, token=token, limits=limits, cmap=cmap)
     return (
@@ -97,7 +98,7 @@ def heatmap_pages(
     width: float | None = None,
     per_page: int = 24,
 ) -> Iterator["Figure"]:
-    """A long text as several heatmaps with the same colours.
+    """Draw a long text as several heatmaps on one colour scale.
 
     Args:
         data, metric, lens, token, title, limits, cmap, width: as for `heatmap`.
@@ -165,7 +166,9 @@ class _Panels:
             longest = min(longest, int((width * _POINTS / _MIN_POINTS - _MARGINS) / _CELL))
         if longest < 1:
             least = (_MARGINS + _CELL) * _MIN_POINTS / _POINTS
-            raise InputError(f"width must be at least {least:.1f} inches to be read, got {width}")
+            raise InputError(
+                f"width must be at least {least:.1f} inches to be readable, got {width}"
+            )
         folds = [positions[piece] for piece in _pieces(len(positions), longest)]
         columns, n_rows = len(folds[0]), len(_trajectory(self.data).rows)
         height = 1.4 + 0.24 * n_rows * len(self.values)
