@@ -117,8 +117,7 @@ def warn_of_faults(
     for check in checks:
         if check.passed is False and rank_and_count()[0] == 0:
             warnings.warn(
-                f"{model.name} fails a check ({check.name}): {check.detail} (tunedlens doctor "
-                "says more)",
+                f"{model.name} fails a check ({check.name}): {check.detail} (see tunedlens doctor)",
                 stacklevel=3,
             )
 
@@ -130,11 +129,12 @@ def _first_tokens(model: FrozenModel, text: str) -> Int[Tensor, "1 seq"]:
 def _facts(model: FrozenModel) -> dict[str, str]:
     parts, identity, config = model.parts, model.identity, model.model.config
     names = {module: name for name, module in model.model.named_modules()}
+    block = type(parts.blocks[0]).__name__
     head, embeddings = parts.head, model.model.get_input_embeddings()
     is_tied = getattr(head, "weight", None) is getattr(embeddings, "weight", False)
     return {
         "model": f"{identity.name} ({type(model.model).__name__})",
-        "blocks": f"{len(parts.blocks)} × {type(parts.blocks[0]).__name__} at {names[parts.blocks]}",
+        "blocks": f"{len(parts.blocks)} × {block} at {names[parts.blocks]}",
         "width": f"{identity.d_model}",
         "final norm": (
             f"{type(parts.entry).__name__} at {names[parts.entry]}" if parts.entry else "none"
