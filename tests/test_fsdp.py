@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from architectures import ARCHITECTURES, make_model
 from conftest import in_two_processes, make_llama, short_run, write_text
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
@@ -84,6 +85,36 @@ def test_divided_models_are_the_models(llama, tmp_path):
     for seen in in_two_processes(_both_seen, folders, True):
         assert [one.pop("numbers in blocks") for one in seen] == [count / 2 for count in whole]
         assert seen == alone
+
+
+def _states(folders, is_divided):
+    """The states of models, or why they are refused."""
+    found = []
+    for folder in folders:
+        try:
+            model = load_model(folder, device="cpu", fsdp=is_divided)
+        except InputError as error:
+            found.append(str(error))
+        else:
+            found.append(torch.stack(model.residual_stream(IDS)).tolist())
+    return found
+
+
+@pytest.mark.slow
+def test_architecture_is_divided_or_refused(tokenizer, tmp_path):
+    names = [one.name for one in ARCHITECTURES]
+    folders = [tmp_path / name for name in names]
+    for architecture, folder in zip(ARCHITECTURES, folders, strict=True):
+        make_model(architecture).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    alone = dict(zip(names, _states(folders, False), strict=True))
+    for found in in_two_processes(_states, folders, True):
+        states = dict(zip(names, found, strict=True))
+        refused = {name: states.pop(name) for name in names if isinstance(states[name], str)}
+        assert states == {name: alone[name] for name in states}
+        assert len(states) > 50
+        assert "leaves model.layers.0.mamba.mup_vector without" in refused.pop("falcon_h1")
+        assert all("has no plan for the blocks of" in reason for reason in refused.values())
 
 
 def _kl(evaluation):

@@ -7,9 +7,12 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from tunedlens.distributed import join_processes
+from tunedlens.distributed import join_processes, together
 from tunedlens.errors import InputError
 from tunedlens.model.structure import ModelParts, find_parts
+
+_TOLERANCE = 0.02
+"""Of buffers that are computed in bfloat16."""
 
 
 def has_plan(model: PreTrainedModel, parts: ModelParts) -> bool:
@@ -59,11 +62,41 @@ def whole_parts(
 
     All processes take part. The modules are new: those of the model cannot be copied, and have
     hooks that gather their weights.
+
+    Raises:
+        InputError: transformers has left a buffer of the model without values.
     """
-    plain = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
-    with torch.device("meta"):
-        found = find_parts(plain(model.config), blocks, final_norm)
+    skeleton = _without_weights(model)
+    together(lambda: _require_buffers(model, skeleton))
+    found = find_parts(skeleton, blocks, final_norm)
     for new, old in ((found.final_norm, parts.final_norm), (found.head, parts.head)):
         values = {name: whole(value) for name, value in old.state_dict().items()}
         new.load_state_dict(values, assign=True)
     return found
+
+
+def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A model as it was before FSDP: with its buffers, and with weights on the meta device."""
+    kind = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    with torch.device("meta"):
+        skeleton: PreTrainedModel = kind(model.config)
+    for module in skeleton.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device="cpu"))
+    skeleton.initialize_weights()
+    return skeleton
+
+
+def _require_buffers(model: PreTrainedModel, skeleton: PreTrainedModel) -> None:
+    """Check the buffers that are in no file.
+
+    transformers 5.24 takes the classes of FSDP for custom code, for which it leaves out a part of
+    the initialisation. In Falcon-H1, buffers of the blocks are then memory that nobody has written.
+    """
+    expected = dict(skeleton.named_non_persistent_buffers())
+    for name, buffer in model.named_non_persistent_buffers():
+        if not torch.allclose(buffer.float().cpu(), expected[name].float(), rtol=_TOLERANCE):
+            raise InputError(
+                f"--fsdp does not work with {type(skeleton).__name__}: transformers leaves {name} "
+                "without values; --device-map auto spreads the model over devices in one process"
+            )
