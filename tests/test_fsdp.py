@@ -101,20 +101,23 @@ def _states(folders, is_divided):
 
 
 @pytest.mark.slow
-def test_architecture_is_divided_or_refused(tokenizer, tmp_path):
-    names = [one.name for one in ARCHITECTURES]
-    folders = [tmp_path / name for name in names]
-    for architecture, folder in zip(ARCHITECTURES, folders, strict=True):
+@pytest.mark.parametrize("first", range(0, len(ARCHITECTURES), 10))
+def test_architecture_is_divided_or_refused(first, tokenizer, tmp_path):
+    some = ARCHITECTURES[first : first + 10]
+    folders = [tmp_path / architecture.name for architecture in some]
+    for architecture, folder in zip(some, folders, strict=True):
         make_model(architecture).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    alone = dict(zip(names, _states(folders, False), strict=True))
-    for found in in_two_processes(_states, folders, True):
-        states = dict(zip(names, found, strict=True))
-        refused = {name: states.pop(name) for name in names if isinstance(states[name], str)}
-        assert states == {name: alone[name] for name in states}
-        assert len(states) > 50
-        assert "leaves model.layers.0.mamba.mup_vector without" in refused.pop("falcon_h1")
-        assert all("has no plan for the blocks of" in reason for reason in refused.values())
+    alone, two = _states(folders, False), in_two_processes(_states, folders, True)
+    assert any(not isinstance(states, str) for states in two[0])
+    for found in two:
+        for folder, states, expected in zip(folders, found, alone, strict=True):
+            if folder.name == "falcon_h1":
+                assert "leaves model.layers.0.mamba.mup_vector without values" in states
+            elif isinstance(states, str):
+                assert "transformers has no plan for the blocks of" in states
+            else:
+                assert states == expected
 
 
 def _kl(evaluation):
