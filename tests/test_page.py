@@ -121,6 +121,48 @@ def test_curve_says_its_values_to_a_finger(browser, written_report):
     context.close()
 
 
+def test_cell_of_a_matrix_says_its_value_to_a_pointer_and_a_keyboard(opened):
+    page, heard = opened
+    panel, tip = page.locator("#transfer .panel"), page.locator("#tip")
+    panel.scroll_into_view_if_needed()
+    box = panel.bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 1.5 / 8, box["y"] + box["height"] * 4.5 / 8)
+    said = "KL(model ‖ lens), nats, translator of layer {} at layer {}\ntuned {}"
+    assert tip.inner_text() == said.format(3, 1, "3.0 ± 3.0")
+    page.mouse.move(5, 5)
+    panel.focus()
+    page.keyboard.press("Home")
+    for key in ("ArrowUp", "ArrowUp", "ArrowRight", "ArrowDown"):
+        page.keyboard.press(key)
+    assert tip.inner_text() == said.format(1, 1, "1.0 ± 1.0")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")  # there is none below
+    assert tip.inner_text() == said.format(0, 1, "2.0 ± 2.0")
+    assert len(heard) == 1
+
+
+def test_single_matrix_does_not_take_the_width_of_the_page(opened):
+    page, _ = opened
+    drawn, other = (
+        page.locator(f"#{name} img").bounding_box() for name in ("transfer", "overview")
+    )
+    assert drawn["width"] < 0.6 * other["width"]
+
+
+def test_position_says_its_values(opened):
+    page, _ = opened
+    panel, tip = page.locator("#by_position .panel").nth(1), page.locator("#tip")
+    panel.focus()
+    page.keyboard.press("Home")
+    assert tip.inner_text().splitlines() == [
+        "KL(model ‖ lens), nats, layer 2, position 0",
+        "logit 6.00 ± 0.10",
+        "tuned 6.00 ± 0.10",
+    ]
+    page.keyboard.press("ArrowRight")
+    assert "position 1\nlogit 3.00 ± 0.10" in tip.inner_text()
+
+
 @pytest.mark.parametrize("width", [1280, 375])
 def test_page_is_no_wider_than_the_screen(opened, width):
     page, _ = opened
@@ -263,6 +305,25 @@ def test_explorer_says_in_words_what_a_cell_is_coloured_by(explorer, read):
     assert page.inner_text("#tip .coloured") == expected
 
 
+def test_last_token_has_no_cross_entropy(explorer, read):
+    page, _ = explorer
+    end = len(read.tokens) - 1
+    cell(page, 1, end).hover()
+    kl, entropy = (
+        one[1, end].item() for one in (read.values("kl_nats"), read.values("entropy_nats"))
+    )
+    assert page.inner_text("#tip").endswith(f"KL {kl:.2f}, entropy {entropy:.2f} nats")
+    for lens, metric in (("tuned − logit", "cross_entropy_nats"), ("logit", "probability")):
+        page.select_option("#lens", lens)
+        page.select_option("#metric", metric)
+        if metric == "probability":
+            page.select_option("#token", "next")
+        cell(page, 2, end).hover()
+        assert page.inner_text("#tip .coloured").endswith(": there is no next token")
+    cell(page, 2, end - 1).hover()
+    assert "no next token" not in page.inner_text("#tip")
+
+
 def test_difference_is_of_the_models_best_token_unless_another_one_is_chosen(explorer, read):
     page, _ = explorer
     page.select_option("#lens", label="tuned − logit")
@@ -272,6 +333,18 @@ def test_difference_is_of_the_models_best_token_unless_another_one_is_chosen(exp
     said = page.inner_text("#tip .coloured")
     for name, one in read.predictions.items():
         assert f"{name} {read.vocabulary[int(one.top_ids[1, 3, 0])].shown} " in said
+
+
+def test_tables_of_two_lenses_are_side_by_side_and_the_tip_has_no_room_to_spare(explorer):
+    page, _ = explorer
+    widths = []
+    for lens in ("tuned", "tuned − logit"):
+        page.select_option("#lens", lens)
+        cell(page, 1, 3).hover()
+        boxes = [table.bounding_box() for table in page.locator("#tip table").all()]
+        assert len({box["y"] for box in boxes}) == 1
+        widths.append(page.locator("#tip").bounding_box()["width"])
+    assert widths[0] < 0.7 * widths[1]
 
 
 def test_two_texts_have_their_difference_below(tiny_many_positions, lenses, open_page, tmp_path):

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import html
 import json
 import math
@@ -8,13 +9,15 @@ from html.parser import HTMLParser
 
 import pytest
 from conftest import make_evaluation
+from matplotlib.colors import to_hex
 
-from tunedlens import InputError, report
-from tunedlens.evaluation import Estimate
+from tunedlens import CorpusConfig, EvaluateConfig, InputError, report
+from tunedlens.evaluation import Estimate, Grid
 from tunedlens.metrics import METRICS
 from tunedlens.report import plots
 from tunedlens.report.html import values
 from tunedlens.report.html.page import page
+from tunedlens.report.origin import origin
 
 
 @pytest.fixture
@@ -136,6 +139,54 @@ def test_page_and_markdown_explain_their_terms(folder):
     assert "<dt>transfer</dt>" not in page(make_evaluation(grids=False), {}, {})
 
 
+def test_origin_is_told_in_words():
+    evaluation = make_evaluation()
+    evaluation.provenance.update(
+        model="gpt2",
+        revision="607a30d",
+        fingerprint="0123456789abcdef" * 4,
+        device="cuda",
+        dtype="float32",
+        threads=16,
+        processes=2,
+        created="2026-01-02T03:04:05.678+00:00",
+        versions={"python": "3.11.7", "tunedlens": "0.2.0", "torch": "2.13.0"},
+        commit="fedcba9876543210fedcba9876543210fedcba98-dirty",
+        lenses={
+            "tuned": {"folder": "checkpoints/a", "sha256": "89abcdef01234567" * 4},
+            "unigram": {"kind": "unigram", "text": {"dataset": "x.txt"}, "tokens_at_most": 10**6},
+        },
+        corpus={"dataset": "x.txt", "documents": 7, "bytes": 12345, "dropped_tokens": 3},
+        config={
+            **dataclasses.asdict(EvaluateConfig(by_position=True, batch_size=4)),
+            "corpus": dataclasses.asdict(CorpusConfig(dataset="x.txt", seq_len=64, bos=True)),
+            "split": "validation",
+            "compile": True,  # of another version
+        },
+    )
+    assert origin(evaluation) == {
+        "model": "gpt2, revision 607a30d, SHA-256 of final norm and unembedding 0123456789abcdef…",
+        "lenses": "tuned: checkpoints/a, SHA-256 89abcdef01234567…; "
+        "unigram: from up to 1,000,000 tokens of x.txt",
+        "text": "x.txt (held-out part): 7 documents, 12,345 bytes, 3 tokens left over",
+        "scored": "100 positions in 4 blocks of 64 tokens",
+        "settings that are not the defaults": "BOS before every block, metrics by position, "
+        "batch size 4",
+        "device": "cuda, float32, 16 threads, 2 processes",
+        "software": "tunedlens 0.2.0 (commit fedcba987654 with uncommitted changes), "
+        "python 3.11.7, torch 2.13.0",
+        "created": "2026-01-02 03:04 UTC",
+    }
+    assert origin(make_evaluation()) == {"scored": "100 positions in 4 blocks"}
+
+
+def test_page_and_markdown_tell_the_origin(folder):
+    for name in ("report.html", "report.md"):
+        assert (
+            "100 positions in 4 blocks" in (folder / name).read_text().split("How this report")[1]
+        )
+
+
 def test_page_escapes_what_it_is_told():
     evaluation = make_evaluation()
     evaluation.provenance.update(model="<script>alert(1)</script>", command="a && b < c")
@@ -152,7 +203,7 @@ def test_every_value_of_a_curve_is_where_it_is_drawn(evaluation, lens):
     for axes, metric, panel in zip(
         figure.axes[:3],
         drawing.metrics[:3],
-        values.panels(figure, evaluation, drawing.metrics),
+        values.panels("overview", figure, evaluation),
         strict=False,
     ):
         column = evaluation.by_layer(lens, metric)
@@ -160,19 +211,58 @@ def test_every_value_of_a_curve_is_where_it_is_drawn(evaluation, lens):
         line = drawn[evaluation.lenses.index(lens)]
         places = axes.transData.transform(line.get_xydata()) / (width, height)
         for layer, (left, bottom) in enumerate(places):
-            found = panel["layers"][layer]["values"][evaluation.lenses.index(lens)]
+            found = panel["points"][layer]["values"][evaluation.lenses.index(lens)]
             assert found["text"] == report.tables.plus_minus(column[layer])
             if not math.isnan(bottom):
                 assert (found["x"], 1 - found["y"]) == pytest.approx((left, bottom), abs=2e-4)
 
 
 def test_depths_have_their_fractions_and_the_model_its_value(evaluation):
-    drawing = plots.DRAWINGS["overview"]
-    panels = values.panels(drawing.draw(evaluation), evaluation, drawing.metrics)
-    last = panels[3]["layers"][-1]
+    panels = values.panels("overview", plots.DRAWINGS["overview"].draw(evaluation), evaluation)
+    last = panels[3]["points"][-1]
     assert last["name"] == "depth 8"
     assert [value["text"] for value in last["values"]] == ["0.200 ± 0.010"] * 2
-    assert panels[1]["layers"][0]["values"][-1]["text"] == "9.50 ± 0.50"
+    assert panels[1]["points"][0]["values"][-1]["text"] == "9.50 ± 0.50"
+
+
+def test_positions_have_the_means_that_are_drawn(evaluation):
+    rows = [[8.0 - layer, *(float(i) for i in range(1, 131))] for layer in range(8)]
+    errors = [[0.1 * i for i in range(131)]] * 8
+    evaluation.by_position["tuned"]["kl_nats"] = Grid(rows, errors)
+    figure = plots.by_position(evaluation)
+    panel = values.panels("by_position", figure, evaluation)[0]
+    tuned = [
+        (point["name"], value)
+        for point in panel["points"]
+        for value in point["values"]
+        if value["name"] == "tuned"
+    ]
+    assert [(name, value["text"]) for name, value in tuned[:2]] == [
+        ("position 0", "8"),
+        ("mean of positions 1 to 3", "2.00 ± 0.20"),
+    ]
+    line = next(one for one in figure.axes[0].lines if len(one.get_xdata()) == 44)
+    places = figure.axes[0].transData.transform(line.get_xydata()) / figure.bbox.size
+    found = [(value["x"], 1 - value["y"]) for _, value in tuned[1:]]
+    assert found == [pytest.approx(place, abs=2e-4) for place in places]
+
+
+@pytest.mark.renders
+def test_every_cell_of_a_matrix_has_its_value(evaluation):
+    figure = plots.transfer(evaluation)
+    figure.draw_without_rendering()  # makes the cells square
+    (panel,) = values.panels("transfer", figure, evaluation)
+    points, columns = panel["points"], panel["columns"]
+    image = figure.axes[0].images[0]
+    for translator, layer in ((0, 0), (2, 5), (7, 1)):
+        point = points[translator * columns + layer]
+        assert point["name"] == f"translator of layer {translator} at layer {layer}"
+        expected = 1.0 + abs(translator - layer)
+        (value,) = point["values"]
+        assert value["text"] == report.tables.plus_minus(Estimate(expected, expected))
+        place = figure.axes[0].transData.transform((layer, translator)) / figure.bbox.size
+        assert (point["x"], 1 - point["y"]) == pytest.approx(tuple(place), abs=2e-4)
+        assert value["color"] == to_hex(image.cmap(image.norm(expected)))
 
 
 def test_folder_with_something_else_is_not_overwritten(folder, tmp_path):

@@ -309,9 +309,13 @@ def changed(path, value, data=None):
         (["provenance"], {"model": 3}),
         (["provenance"], {"config": {"corpus": "x"}}),
         (["provenance"], {"config": {"split": []}}),
+        (["provenance"], {"config": {"model": "x"}}),
+        (["provenance"], {"lenses": {"tuned": {"sha256": 3}}}),
+        (["provenance"], {"corpus": {"dataset": "x", "bytes": "many"}}),
+        (["provenance"], {"corpus": {"train": "x"}}),
         (["surprise"], 1),
     ],
-    ids=range(25),
+    ids=range(29),
 )
 def test_metrics_of_another_form_are_refused(tmp_path, capsys, path, value):
     write_json(tmp_path / "metrics.json", changed(path, value))
@@ -327,6 +331,19 @@ def test_metrics_with_nan_or_half_a_character_are_refused(tmp_path, capsys, cont
     (tmp_path / "metrics.json").write_text(content)
     assert evaluate_command(["--redraw", str(tmp_path)]) == 2
     assert "is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "provenance",
+    [
+        {"lenses": {"a": {"sha256": "x"}, "b": {"text": {}}, "c": {}}, "versions": {}},
+        {"corpus": {"train": {}, "other": {"blocks": 3}}, "versions": {"torch": "2"}},
+    ],
+)
+def test_origin_is_told_as_far_as_it_is_known(tmp_path, provenance):
+    write_json(tmp_path / "metrics.json", changed(["provenance"], provenance))
+    assert evaluate_command(["--redraw", str(tmp_path)]) == 0
+    assert "How this report was made" in (tmp_path / "report.md").read_text()
 
 
 def test_names_from_strangers_are_shown_as_they_are():

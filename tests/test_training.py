@@ -26,7 +26,7 @@ from tunedlens.corpus import load_splits, resolve_corpus
 from tunedlens.distributed import join_processes
 from tunedlens.engine.backend import Backend
 from tunedlens.fit import LeastSquares, PreconditionedMuon
-from tunedlens.training import Interrupted, resolving, train
+from tunedlens.training import Interrupted, loop, resolving, train
 
 
 @pytest.fixture
@@ -413,6 +413,19 @@ def test_micro_batches_change_memory_and_not_the_lens(config, tmp_path, vocab_sa
     whole, parts = (lens_of(tmp_path / name, config) for name in ("whole", "parts"))
     for name, value in whole.items():
         assert torch.allclose(value, parts[name], atol=1e-3 if precision == "fp32" else 5e-3)
+
+
+def test_states_that_wait_for_the_vocabulary_sample_lie_together(config, tmp_path, monkeypatch):
+    # As tensors of their own they would leave gaps in memory, larger than the states themselves.
+    original, storages = loop.accumulate_gradient, []
+
+    def spy(lens, states, *args, **kwargs):
+        storages.append({state.untyped_storage().data_ptr() for state in states[:-1]})
+        return original(lens, states, *args, **kwargs)
+
+    monkeypatch.setattr(loop, "accumulate_gradient", spy)
+    train(dataclasses.replace(config, vocab_sample=400, micro_batch_size=1), tmp_path / "run")
+    assert {len(found) for found in storages} == {1}
 
 
 def test_finished_run_is_extended_with_more_tokens(config, tmp_path):

@@ -124,8 +124,7 @@ def causal_basis(
         k: the number of directions.
         site: one of `model.SITES`.
         mode: the ablation, as in `ablated`.
-        seed: the seed for the values that `resample` draws, and for the estimate of the Fisher
-            information.
+        seed: for the values that `resample` draws, and for the estimate of the Fisher information.
         skip_first: the number of positions at the start of every sequence that are left out.
         max_steps: the largest number of L-BFGS steps for one direction.
 

@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Int
 from torch import Tensor
-from tqdm import tqdm
 
 from tunedlens import checkpoint
 from tunedlens.config import (
@@ -29,7 +28,7 @@ from tunedlens.evaluation.lens_specs import lens_specs, saved_lenses
 from tunedlens.evaluation.results import Evaluation
 from tunedlens.lenses import Lens, LogitLens
 from tunedlens.model import FrozenModel, load_model
-from tunedlens.progress import progress_bar
+from tunedlens.progress import ProgressBar, progress_bar
 from tunedlens.provenance import describe_run
 
 OneLens = Lens | str | Path
@@ -91,8 +90,7 @@ def evaluate(
     given. With several processes, each process scores a part, and all return the whole result.
 
     Args:
-        config: an `EvaluateConfig`, or the model: a loaded model, its name on the hub or its
-            folder.
+        config: an `EvaluateConfig`, or the model: loaded, its name on the hub or its folder.
         lenses: one lens, a list, or a dict by name, in addition to those of the config. Lenses
             are objects, paths, names on the hub, `logit`, `unigram` or `mean`. The logit lens is
             always added. If no lens is given, the newest saved lens is evaluated.
@@ -100,10 +98,8 @@ def evaluate(
         model: the model, if the first argument is a config.
         beside: a second model of the same shape, on which the same lenses are scored too.
         accelerator: the processes and the device.
-        progress: called with the number of positions just scored and the total, instead of
-            showing a progress bar.
-        sampled: called in the same way while tokens are sampled from the model, for the text
-            `self`.
+        progress: called with the positions just scored and the total, instead of a progress bar.
+        sampled: the same for tokens that are sampled from the model, for the text `self`.
         command: the command to record; by default that of this process.
         settings: fields of `EvaluateConfig` and of its parts, which replace those of `config`.
 
@@ -130,15 +126,19 @@ def evaluate(
     score = partial(score, accelerator=accelerator, command=command)
     is_main = accelerator is None or accelerator.is_main_process
     with progress_bar(0, "evaluating", show=is_main and progress is None) as bar:
-        shown = partial(_advance, bar)
-        return score(progress=progress or shown, sampled=sampled or shown)
+        shown = partial(_advance, bar, accelerator)
+        return score(progress=progress or shown, sampled=sampled or partial(_advance, bar, None))
 
 
-def _advance(bar: tqdm, count: int, total: int) -> None:
-    """Show more of a total on a progress bar, which begins anew with another total."""
+def _advance(bar: ProgressBar, accelerator: Accelerator | None, count: int, total: int) -> None:
+    """Show more of a total on a progress bar, which begins anew with another total.
+
+    Args:
+        accelerator: its processes have each done as much as this one.
+    """
     if bar.total != total:
         bar.reset(total)
-    bar.update(count)
+    bar.update(count * (accelerator.num_processes if accelerator else 1))
 
 
 def _is_path(text: str) -> bool:

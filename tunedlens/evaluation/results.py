@@ -75,8 +75,30 @@ class _ScoredText(TypedDict, total=False):
 class _Settings(TypedDict, total=False):
     """The settings that tables show."""
 
+    model: JsonObject
     corpus: _ScoredText
     split: str | None
+
+
+class _Text(TypedDict, total=False):
+    """What a report says of a text."""
+
+    dataset: str
+    documents: int
+    bytes: int
+    tokens: int
+    blocks: int
+    dropped_tokens: int
+
+
+class _Source(TypedDict, total=False):
+    """What a report says of a lens."""
+
+    folder: str
+    hub: str
+    sha256: str
+    text: _Text
+    tokens_at_most: int
 
 
 class _Second(TypedDict):
@@ -243,6 +265,10 @@ class Evaluation:
         """
         run = self.provenance
         as_type(_Settings, run.get("config", {}), "its config")
+        as_type(dict[str, _Source], run.get("lenses", {}), "its lenses")
+        corpus = run.get("corpus", {})
+        sides = {"": corpus} if "dataset" in corpus else corpus
+        as_type(dict[str, _Text], sides, "its corpus")
         if "beside" in run:
             as_type(_Second, run["beside"], "its second model")
             _require("model" in run and "fingerprint" in run, "it does not name the first model")

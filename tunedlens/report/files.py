@@ -14,6 +14,7 @@ from tunedlens.files import read_json, write, write_json
 from tunedlens.report import glossary, plots
 from tunedlens.report.html import values
 from tunedlens.report.html.page import page
+from tunedlens.report.origin import origin
 from tunedlens.report.tables import (
     depth_rows,
     difference_rows,
@@ -61,8 +62,7 @@ def write_report(evaluation: Evaluation, folder: str | Path) -> None:
             drawn = plots.in_all_formats(figure)
             contents |= {f"{name}.{kind}": content for kind, content in drawn.items()}
             svgs[name] = drawn["svg"]
-            if drawing.metrics:
-                panels[name] = values.panels(figure, evaluation, drawing.metrics)
+            panels[name] = values.panels(name, figure, evaluation)
     contents["report.md"] = _markdown_report(evaluation)
     contents["report.html"] = page(evaluation, svgs, panels)
     for name in _NAMES - {METRICS_JSON} - contents.keys():
@@ -109,8 +109,11 @@ def _markdown_report(evaluation: Evaluation) -> str:
         parts += ["## Prediction depth", glossary.ABOUT_DEPTHS, markdown(depth_rows(evaluation))]
     parts += ["## What the terms mean", _list(glossary.terms(evaluation))]
     parts += ["## What the metrics mean", _list(glossary.metric_terms(evaluation))]
+    parts.append("## How this report was made")
     if "command" in run:
-        parts += ["## Command", code_block(run["command"], "sh")]
+        parts.append(code_block(run["command"], "sh"))
+    about = origin(evaluation)
+    parts.append(_list({name: for_markdown(line) for name, line in about.items()}))
     parts.append("## Plots")
     for name, drawing in plots.DRAWINGS.items():
         if drawing.has_data(evaluation):

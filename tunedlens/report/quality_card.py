@@ -10,6 +10,7 @@ from tunedlens.evaluation.quality import names_at_sites, percent, text_title
 from tunedlens.files import read_text, write
 from tunedlens.report import plots
 from tunedlens.report.card import about, with_front_matter, with_generated
+from tunedlens.report.origin import package
 from tunedlens.report.tables import Rows, markdown, plus_minus, rows_by_layer
 
 CARD = "README.md"
@@ -164,10 +165,8 @@ def _from_layer_before(quality: Quality) -> dict[int | None, Estimate]:
 
 def _provenance(quality: Quality) -> str:
     run = quality.own.provenance
-    version, commit = run["versions"]["tunedlens"], run.get("commit")
-    made = f"tunedlens {version}" + (f", commit {commit}" if commit else "")
     return (
-        f"Measured by {code(run['command'])} with {made}, on {run['device']} in {run['dtype']}. "
-        f"SHA-256 of the scored tokens: {code(quality.own.tokens_sha256[:16])}…; of the lens: "
-        f"{code(quality.manifest['lens_sha256'][:16])}…"
+        f"Measured by {code(run['command'])} with {package(run)}, on {run['device']} in "
+        f"{run['dtype']}. SHA-256 of the scored tokens: {code(quality.own.tokens_sha256[:16])}…; "
+        f"of the lens: {code(quality.manifest['lens_sha256'][:16])}…"
     )

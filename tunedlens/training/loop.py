@@ -176,7 +176,7 @@ def _accumulate(
     usage = torch.zeros(run.model.identity.vocab_size, device=device) if plan.vocab_sample else None
     micro_batches: Iterable[tuple[list[Tensor], Sequence[Tensor]]] = (
         (states[:-1], objective.model_side(states[-1], usage))
-        for states in run.reader.read(input_ids)
+        for states in run.reader.read(input_ids, is_held=usage is not None)
     )
     if usage is not None:
         # The sample depends on all tokens of the step, and so not on how they are divided into

@@ -47,19 +47,31 @@ class StateReader:
         return torch.autocast(self.model.device.type, self.dtype, enabled=enabled)
 
     def read(
-        self, input_ids: Int[Tensor, "batch seq"]
+        self, input_ids: Int[Tensor, "batch seq"], *, is_held: bool = False
     ) -> Iterator[list[Float[Tensor, "tokens d_model"]]]:
         """The states of this process's blocks and the final one, by micro-batch, in float32.
 
         They are the model's own tensors if those are float32 and no position is skipped. The
         iteration has to reach its end, where a process with fewer micro-batches lends its weights.
+
+        Args:
+            is_held: whether the caller keeps the states of all micro-batches. Then the states of
+                each are copied into one tensor. Many small tensors that outlive the forward pass
+                would leave gaps in memory that the next pass cannot use.
         """
-        micro_batches = self.micro_batches(input_ids)
-        for rows in micro_batches:
-            states = self.states_of(rows)
-            yield [state[:, self.plan.skip_first :].flatten(0, 1).float() for state in states]
-        for _ in range(self.rounds(len(input_ids)) - len(micro_batches)):
+        batches = self.micro_batches(input_ids)
+        for rows in batches:
+            yield self._flat_states(rows, is_copied=is_held and len(batches) > 1)
+        for _ in range(self.rounds(len(input_ids)) - len(batches)):
             self.model.lend_weights()
+
+    def _flat_states(
+        self, rows: Int[Tensor, "batch seq"], *, is_copied: bool
+    ) -> list[Float[Tensor, "tokens d_model"]]:
+        states = [state[:, self.plan.skip_first :].flatten(0, 1) for state in self.states_of(rows)]
+        if is_copied:
+            return list(torch.stack([state.float() for state in states]))
+        return [state.float() for state in states]
 
     def states_of(
         self, rows: Int[Tensor, "batch seq"]

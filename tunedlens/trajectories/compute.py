@@ -118,8 +118,7 @@ def compare(
         lenses: as for `trajectory`.
         text: a text or its token ids.
         baseline_text: the text of the baseline.
-        baseline_lenses: the lenses of the baseline. A lens is compared with the baseline lens of
-            the same name, or with the first one.
+        baseline_lenses: each lens is compared with the one of the same name, or with the first.
         baseline_model: a model with the same vocabulary and number of layers.
         positions: the positions of the text to compare.
         baseline_positions: the positions of the baseline text; by default the same.

@@ -1,4 +1,4 @@
-"""What the pages share: the document, tables, definition lists, provenance as text."""
+"""What the pages share: the document, figures, tables, definition lists."""
 
 import base64
 import json
@@ -96,25 +96,11 @@ def _cell(text: str) -> str:
     )
 
 
-def definitions(terms: Mapping[str, object]) -> str:
+def definitions(terms: Mapping[str, str | None]) -> str:
     """A definition list of the terms that have a value."""
     lines = (
-        f"<dt>{for_html(term)}</dt><dd>{for_html(_plain(value))}</dd>"
+        f"<dt>{for_html(term)}</dt><dd>{for_html(value)}</dd>"
         for term, value in terms.items()
         if value
     )
     return f"<dl>{''.join(lines)}</dl>"
-
-
-def minute(time: str) -> str:
-    """A time in ISO format and UTC, to the minute."""
-    return time[:16].replace("T", " ") + " UTC" if time else ""
-
-
-def _plain(value: object) -> str:
-    """Values with their names; lists and what is inside others separated by commas."""
-    if isinstance(value, Mapping):
-        return "; ".join(f"{name}: {_plain(one)}" for name, one in value.items() if one is not None)
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_plain, value))
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)

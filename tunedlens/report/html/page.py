@@ -6,7 +6,8 @@ from tunedlens.escaping import for_html
 from tunedlens.evaluation import Evaluation
 from tunedlens.metrics import METRICS
 from tunedlens.report import glossary, plots
-from tunedlens.report.html.elements import definitions, document, figure, minute, table
+from tunedlens.report.html.elements import definitions, document, figure, table
+from tunedlens.report.origin import origin
 from tunedlens.report.tables import (
     depth_rows,
     difference_rows,
@@ -16,7 +17,7 @@ from tunedlens.report.tables import (
 )
 
 _WIDE = ("overview", "agreement_by_layer", "transfer", "by_position")
-"""Plots that take the width of the page."""
+"""Plots that take the width of the page; that of a single matrix does not."""
 _IN_OVERVIEW = ("kl_by_layer", "perplexity_by_layer", "prediction_depth")
 """Plots that the overview contains."""
 
@@ -31,7 +32,7 @@ def page(
     Args:
         evaluation: the results.
         svgs: the plots by their names in `plots.DRAWINGS`.
-        panels: where the values of some of them are; see `values.panels`.
+        panels: where their values are; see `values.panels`.
     """
     run = evaluation.provenance
     if "overview" in svgs:
@@ -48,20 +49,21 @@ def page(
         depths = f"""<h2>Prediction depth</h2>
 <p class="note">{glossary.ABOUT_DEPTHS}</p>
 {table(depth_rows(evaluation))}"""
+    wide = {*_WIDE} - ({"transfer"} if len(evaluation.transfer) == 1 else set())
     figures = "".join(
         figure(
             plots.DRAWINGS[name].caption,
             svg,
             name=name,
-            is_wide=name in _WIDE,
-            panels=panels.get(name, ()),
+            is_wide=name in wide,
+            panels=panels[name],
         )
         for name, svg in svgs.items()
     )
     body = f"""<p class="note">{for_html(scored_text(evaluation))}</p>
 <p>{glossary.HOW_TO_READ} <a href="#terms">All terms and metrics</a> are explained below.</p>
 <ul>{sentences}</ul>
-<p class="note">Point at a curve to see its values, or select its panel with Tab and move with the
+<p class="note">Point at a figure to see its values, or select a panel with Tab and move with the
 arrow keys.</p>
 <div class="plots">{figures}</div>
 <h2>All metrics</h2>
@@ -76,30 +78,10 @@ sideways.</p>
 {definitions(glossary.metric_terms(evaluation))}
 <h2>How this report was made</h2>
 <pre>{for_html(run.get("command", ""))}</pre>
-{_provenance(evaluation)}"""
+{definitions(origin(evaluation))}"""
     return document(title, body)
 
 
 def _meanings() -> dict[str, str]:
     """What the columns of metrics mean, by their headings."""
     return {metric.column or metric.title: metric.meaning for metric in METRICS.values()}
-
-
-def _provenance(evaluation: Evaluation) -> str:
-    run = evaluation.provenance
-    device = [run.get("dtype"), run.get("device"), run.get("threads")]
-    return definitions(
-        {
-            "model": run.get("model"),
-            "revision": run.get("revision"),
-            "fingerprint of final norm and unembedding": run.get("fingerprint"),
-            "lenses": run.get("lenses"),
-            "SHA-256 of the scored tokens": evaluation.tokens_sha256,
-            f"whole text ({evaluation.blocks:,} blocks of it are scored)": run.get("corpus"),
-            "settings": run.get("config"),
-            "dtype, device, threads": ", ".join(str(part) for part in device if part is not None),
-            "versions": run.get("versions"),
-            "commit": run.get("commit"),
-            "created": minute(run.get("created", "")),
-        }
-    )

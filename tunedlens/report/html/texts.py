@@ -6,9 +6,10 @@ from urllib.parse import quote
 
 from tunedlens.escaping import for_html
 from tunedlens.provenance import Provenance
-from tunedlens.report.html.elements import definitions, document, figure, minute, table
+from tunedlens.report.html.elements import definitions, document, figure, table
 from tunedlens.report.html.explorer import explorer_height
 from tunedlens.report.html.frame import framed
+from tunedlens.report.origin import minute, software
 from tunedlens.report.tables import top_k
 from tunedlens.trajectories import Trajectory
 
@@ -52,12 +53,9 @@ def texts_page(
         lenses: what each lens is, by name.
         k: the number of best tokens in a table.
     """
-    about = {"model": run.get("model"), "revision": run.get("revision"), "lenses": lenses}
-    made = {
-        "command": run.get("command"),
-        "created": minute(run.get("created", "")),
-        "versions": run.get("versions"),
-    }
+    about = {"model": run.get("model"), "revision": run.get("revision")}
+    about["lenses"] = "; ".join(f"{name}: {what}" for name, what in lenses.items())
+    made = {"command": run.get("command"), "software": software(run), "created": minute(run)}
     links = "".join(
         f'<li><a href="#text-{number}">{for_html(_start(text.trajectory))}</a></li>'
         for number, text in enumerate(texts, 1)

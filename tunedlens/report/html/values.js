@@ -1,4 +1,4 @@
-// Point at a figure, or reach it with Tab and move with the arrow keys: the values of a layer appear.
+// Point at a figure, or reach it with Tab and move with the arrow keys: its values appear.
 const tip = document.body.appendChild(document.createElement("div"));
 tip.id = "tip";
 const add = (parent, className, style) => {
@@ -12,7 +12,8 @@ function hide() {
   tip.style.display = "none";
   for (const mark of document.querySelectorAll(".mark")) mark.remove();
 }
-function makePanel(plot, { title, box, layers }) {
+// The points of a matrix are its cells, row by row from the bottom; in other panels, a place across has one point.
+function makePanel(plot, { title, box, points, columns }) {
   const [left, top, width, height] = box;
   const panel = add(plot, "panel", {
     left: percent(left), top: percent(top), width: percent(width), height: percent(height),
@@ -21,13 +22,13 @@ function makePanel(plot, { title, box, layers }) {
   panel.setAttribute("role", "slider");
   panel.setAttribute("aria-label", title);
   panel.setAttribute("aria-valuemin", 0);
-  panel.setAttribute("aria-valuemax", layers.length - 1);
+  panel.setAttribute("aria-valuemax", points.length - 1);
   let at = 0;
   function show(index, clientY) {
     hide();
     at = index;
-    const { name, x, values } = layers[at], place = plot.getBoundingClientRect();
-    add(plot, "mark guide", { left: percent(x), top: percent(top), height: percent(height) });
+    const { name, x, values } = points[at], place = plot.getBoundingClientRect();
+    if (!columns) add(plot, "mark guide", { left: percent(x), top: percent(top), height: percent(height) });
     tip.replaceChildren(document.createElement("b"));
     tip.firstChild.textContent = `${title}, ${name}`;
     for (const value of values) {
@@ -47,8 +48,9 @@ function makePanel(plot, { title, box, layers }) {
     tip.style.top = `${Math.max(4, Math.min(y, innerHeight - tip.offsetHeight - 8))}px`;
   }
   function point(event) {
-    const place = plot.getBoundingClientRect(), x = (event.clientX - place.left) / place.width;
-    const far = layers.map((layer) => Math.abs(layer.x - x));
+    const place = plot.getBoundingClientRect();
+    const x = (event.clientX - place.left) / place.width, y = (event.clientY - place.top) / place.height;
+    const far = points.map((one) => Math.abs(one.x - x) + (columns ? Math.abs(one.y - y) : 0));
     show(far.indexOf(Math.min(...far)), event.clientY + 12);
   }
   panel.addEventListener("pointermove", (event) => { if (event.pointerType !== "touch") point(event); });
@@ -57,9 +59,11 @@ function makePanel(plot, { title, box, layers }) {
   panel.addEventListener("focus", () => { if (panel.matches(":focus-visible")) show(at); });
   panel.addEventListener("blur", hide);
   panel.addEventListener("keydown", (event) => {
-    const moves = { ArrowLeft: at - 1, ArrowDown: at - 1, ArrowRight: at + 1, ArrowUp: at + 1, Home: 0, End: layers.length - 1 };
+    const up = columns ?? 1, end = points.length - 1;
+    const moves = { ArrowLeft: at - 1, ArrowDown: at - up, ArrowRight: at + 1, ArrowUp: at + up, Home: 0, End: end };
     if (!(event.key in moves)) return;
-    show(Math.max(0, Math.min(moves[event.key], layers.length - 1)));
+    const to = moves[event.key];
+    show(to < 0 || to > end ? at : to);
     event.preventDefault();
   });
 }
