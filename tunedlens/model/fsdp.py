@@ -1,5 +1,7 @@
 """Models whose weights are divided among processes: FSDP of torch, planned by transformers."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -77,9 +79,10 @@ def whole_parts(
 
 def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
     """A model as it was before FSDP: with its buffers, and with weights on the meta device."""
-    kind = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    kinds = (kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    kind = cast("type[PreTrainedModel]", next(kinds))
     with torch.device("meta"):
-        skeleton: PreTrainedModel = kind(model.config)
+        skeleton = kind(model.config)
     for module in skeleton.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.empty_like(buffer, device="cpu"))
