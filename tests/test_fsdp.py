@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ from tunedlens import (
     report,
     train,
 )
-from tunedlens.checkpoint import read_manifest
+from tunedlens.checkpoint import read_manifest, saved_config
 from tunedlens.cli import evaluate_command, train_command
 from tunedlens.model import fsdp
 from tunedlens.sampling import sample_documents
@@ -185,6 +186,19 @@ def test_evaluation_of_a_divided_model_is_that_of_the_model(outputs):
         ):
             assert place == expected_place
             assert value == pytest.approx(expected, rel=1e-8, abs=1e-8)
+
+
+@pytest.mark.slow
+def test_run_of_a_divided_model_goes_on_in_one_process(outputs, tmp_path):
+    *_, one, two = outputs
+    extended = []
+    for folder in (one, two):
+        run = shutil.copytree(folder / "steps", tmp_path / folder.name)
+        saved = saved_config(run)
+        whole = dataclasses.replace(saved.model, fsdp=False)
+        config = dataclasses.replace(saved, model=whole, tokens=1280)
+        extended.append(_kl(train(config, run, resume=True)))
+    assert extended[0] == pytest.approx(extended[1], rel=1e-5)
 
 
 @pytest.mark.slow

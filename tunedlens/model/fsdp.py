@@ -20,7 +20,7 @@ _TOLERANCE = 0.02
 def has_plan(model: PreTrainedModel, parts: ModelParts) -> bool:
     """Whether transformers knows how to divide the blocks of an architecture among processes."""
     names = {module: name for name, module in model.named_modules()}
-    return f"{names[parts.blocks]}.*" in model.fsdp_plan
+    return f"{names[parts.blocks]}.*" in (model.fsdp_plan or {})
 
 
 def division(model: PreTrainedModel, parts: ModelParts, name: str) -> dict[str, object]:
