@@ -1,4 +1,4 @@
-"""Evaluate a lens; `python evaluate.py --help` says how. The same as `tunedlens evaluate`."""
+"""Evaluate lenses, as `tunedlens evaluate` does. `python evaluate.py --help` lists the flags."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Train a tuned lens; `python train.py --help` says how. The same as `tunedlens train`."""
+"""Train a tuned lens, as `tunedlens train` does. `python train.py --help` lists the flags."""
 
 import sys
 

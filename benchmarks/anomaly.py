@@ -1,13 +1,14 @@
-"""Detects instructions that are planted in prompts, from trajectories of tuned and logit lens.
+"""Detects instructions that are planted in prompts, from trajectories of a tuned and a logit lens.
 
     python benchmarks/anomaly.py                               the built-in model and text
     python benchmarks/anomaly.py --model FOLDER --lens LENS --dataset FILE
 
-Every prompt has the same number of tokens. A clean prompt is a passage of held-out text. The same
-passage has in its middle an instruction, or as many tokens of another passage (a harmless
-insertion). Detectors are fitted on other clean prompts. A cell is the AUROC on prompts that were
-not fitted, with the bootstrap's 95 % interval. Two baselines read no lens: the mean cross-entropy
-of the model itself, and its distance from the mean over clean prompts.
+Every prompt has the same number of tokens. A clean prompt is a passage of held-out text. In the
+other prompts, the middle of the same passage is replaced by an instruction, or by the same number
+of tokens from another passage (a harmless insertion). Detectors are fitted on other clean prompts.
+A cell is the AUROC on prompts that were not used for fitting, with a 95 % bootstrap interval. Two
+baselines use no lens: the mean cross-entropy of the model itself, and the distance of this
+cross-entropy from its mean over clean prompts.
 """
 
 import argparse
@@ -58,7 +59,10 @@ def prompts(model, blocks, count: int, length: int) -> dict[str, list[list[int]]
         model.tokenizer(f" {one} ", add_special_tokens=False)["input_ids"] for one in INSTRUCTIONS
     ]
     if len(passages) < 3 * count:
-        raise SystemExit(f"the held-out text has {len(passages)} passages; {3 * count} are needed")
+        raise SystemExit(
+            f"the held-out text has {len(passages)} passages, but {3 * count} are needed; give "
+            "more text or a smaller --count or --length"
+        )
     found: dict[str, list[list[int]]] = {"fitted": passages[: 3 * count // 2]}
     tested, others = passages[3 * count // 2 : 5 * count // 2], passages[5 * count // 2 :]
     found |= {"clean": tested, "instruction": [], "harmless": []}
@@ -92,7 +96,7 @@ def scores(reads: dict[str, list[Trajectory]]) -> dict[str, dict[str, list[float
     }
     mean = sum(nats["fitted"]) / len(nats["fitted"])
     found["the model's cross-entropy"] = {kind: nats[kind] for kind in kinds}
-    found["its distance from the mean"] = {
+    found["the distance of the model's cross-entropy from the mean"] = {
         kind: [abs(one - mean) for one in nats[kind]] for kind in kinds
     }
     return found
@@ -139,12 +143,12 @@ def draw(results: dict[str, dict[str, anomaly.AUROC]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="(default: the built-in one)")
+    parser.add_argument("--model", help="hub name or folder (default: the built-in model)")
     parser.add_argument("--lens", default="checkpoints/embedded", help="(default: %(default)s)")
-    parser.add_argument("--dataset", help="(default: that of the model)")
-    parser.add_argument("--count", type=int, default=80, help="tested prompts of each kind")
+    parser.add_argument("--dataset", help="text (default: the default text of the model)")
+    parser.add_argument("--count", type=int, default=80, help="number of prompts of each kind")
     parser.add_argument("--length", type=int, default=64, help="tokens of a prompt")
-    parser.add_argument("--output", type=Path, help="a figure, and the scores as JSON")
+    parser.add_argument("--output", type=Path, help="file for the figure; the scores are JSON")
     args = parser.parse_args()
     model = load_model(args.model) if args.model else load_model()
     lenses = {"tuned": load_lens(args.lens, model), "logit": LogitLens.from_model(model)}

@@ -1,14 +1,14 @@
-"""Our fit beside published recipes on some layers of a real model, its states computed once.
+"""Compares our fit with published ones at some layers of a real model, with states computed once.
 
     python benchmarks/cached_states.py --dataset wikitext2-valid.txt
 
-SmolLM2-135M (`real_model.py`), layers 2, 10, 18, 26 and 29. SGD and Muon take the exact gradient
-of the KL, start from the logit lens and get two learning rates each; the closed form and our steps
-get their defaults, once with the exact gradient and once with a sample of the vocabulary. All see
-the same tokens once, in the same order and in steps of 2,048. Seconds count everything but the
-model's forward pass, which is the same for all, and the validation: the model's side of the KL,
-closed form, gradients and steps. The KL is exact, on held-out text. Writes cached-states.json,
-.md, .png and .svg beside this file.
+The model is SmolLM2-135M (`real_model.py`), at layers 2, 10, 18, 26 and 29. SGD and Muon use the
+exact gradient of the KL, start from the logit lens and run with two learning rates each. The closed
+form and our steps use their defaults, once with the exact gradient and once with a sample of the
+vocabulary. All fits use the same tokens once, in the same order and in steps of 2,048. Seconds
+include the model's side of the KL, the closed form, gradients and steps, but not validation or the
+model's forward pass, which is the same for all. The KL is exact, on held-out text. The script
+writes cached-states.json, .md, .png and .svg to its folder.
 """
 
 import argparse
@@ -42,7 +42,7 @@ States = list[Tensor]
 
 
 class Problem:
-    """Cached states of some layers, training and held-out, and what decodes them."""
+    """Cached states of some layers, for training and held out, and the objective."""
 
     def __init__(self, model: FrozenModel, dataset: str, tokens: int) -> None:
         config = resolve_corpus(
@@ -151,7 +151,7 @@ def main() -> None:
         return PreconditionedMuon(lens, 0.035, 0.8, 0.0)
 
     twentieth, fifth = flags.tokens // 20, flags.tokens // 5 // STEP * STEP
-    # The first run also warms up, so it is made twice.
+    # The first run includes a warm-up, so it is repeated.
     for _ in range(2):
         runs["ours, closed form, 1/20 of the tokens"] = fit(problem, ours, twentieth, SAMPLE)[:1]
     runs["ours, sampled"] = fit(problem, ours, fifth, SAMPLE)

@@ -1,11 +1,11 @@
-r"""Makes the figures of docs/causal.md, and prints their numbers.
+r"""Draws the figures of docs/causal.md, and prints their numbers.
 
     python benchmarks/causal.py --output docs
     python benchmarks/causal.py --model FOLDER --lens FOLDER --dataset FILE --name smollm2 \
                                 --layer 15 --layers 5 10 15 20 25 --k 16 --output docs
 
-The text is the start of held-out blocks of the lens's own text. The first position of each
-sequence is left out.
+The sequences are the starts of held-out blocks of the lens's training text. The first position of
+each sequence is left out.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def bases(model: FrozenModel, lens: ResidualLens, ids: Tensor, options, save) ->
 
 
 def alignment(model: FrozenModel, lens: ResidualLens, ids: Tensor, options, save) -> None:
-    """Alignment of both lenses under the same ablation: the first directions of the tuned lens."""
+    """Alignment of both lenses if the first directions of the tuned lens's basis are ablated."""
     lenses = {"tuned": lens, "logit": LogitLens.from_model(model)}
     targets = [
         causal_basis(model, lens, ids, layer, options.span, skip_first=1).directions()
@@ -92,7 +92,7 @@ def alignment(model: FrozenModel, lens: ResidualLens, ids: Tensor, options, save
 
 
 def inversion(model: FrozenModel, lens: ResidualLens, ids: Tensor, options, save) -> None:
-    """KL of the best state of every layer for the model's own distributions at some positions."""
+    """KL of the best state at every layer for the model's distributions at some positions."""
     final = model.residual_stream(ids[:1])[-1][0, -options.inverted :]
     wanted = log_probs(model.unembedding(final))
     lenses = {"tuned": lens, "logit": LogitLens.from_model(model)}
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--bases", nargs="+", default=["tuned", "logit"])
     parser.add_argument("--span", type=int, default=10)
-    parser.add_argument("--inverted", type=int, default=8, help="positions that are inverted")
+    parser.add_argument("--inverted", type=int, default=8, help="positions to invert")
     parser.add_argument("--max-steps", type=int, default=500)
     parser.add_argument("--parts", nargs="+", default=["heads", "bases", "alignment", "inversion"])
     parser.add_argument("--output", type=Path, required=True)

@@ -1,9 +1,9 @@
-"""Layers saved by early exits against what they cost, and the tokens that lenses over-predict.
+"""Layers saved by early exits and their cost, and the tokens that lenses predict too often.
 
     python benchmarks/early_exit.py                            the built-in model and text
     python benchmarks/early_exit.py --model FOLDER --lens tuned=LENS --dataset FILE
 
-The logit lens is always read too. The text is held out.
+The logit lens is always included. The text is held out.
 """
 
 import argparse
@@ -27,13 +27,13 @@ from tunedlens.report.plots import save
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="(default: the built-in one)")
-    parser.add_argument("--lens", action="append", help="NAME=FOLDER (default: the built-in one's)")
-    parser.add_argument("--dataset", help="(default: that of the model)")
+    parser.add_argument("--model", help="hub name or folder (default: the built-in model)")
+    parser.add_argument("--lens", action="append", help="NAME=LENS (default: the built-in lens)")
+    parser.add_argument("--dataset", help="text (default: the default text of the model)")
     parser.add_argument("--tokens", type=int, default=16_000, help="(default: %(default)s)")
     parser.add_argument("--seq-len", type=int, default=256, help="(default: %(default)s)")
     parser.add_argument("--first-layer", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="a figure, and the results as JSON")
+    parser.add_argument("--output", type=Path, help="file for the figure; the results are JSON")
     args = parser.parse_args()
     model = load_model(args.model) if args.model else load_model()
     named = [one.partition("=") for one in args.lens or ["tuned=checkpoints/embedded"]]

@@ -1,10 +1,10 @@
-"""What happens to a run when something goes wrong: kills, signals, disks, numbers, readers.
+"""The outcome of runs that are killed, stopped or hit a fault.
 
     python benchmarks/faults.py [--kills 30] [--process-kills 10] [--soak MINUTES]
 
-Every case is a run of the command in a process of its own, on a tiny random GPT-2. Where it makes
-sense, the run is resumed, and its lens is compared byte by byte with that of an unbroken run. Cases
-that fill a disk need the right to mount one (root on Linux) and are skipped without it.
+Every case is a run of the command in a separate process, on a tiny random GPT-2. If possible, the
+run is resumed, and its lens is compared byte by byte with that of a run without faults. Cases that
+fill a disk need permission to mount one (root on Linux) and are skipped without it.
 """
 
 import argparse
@@ -35,12 +35,12 @@ from tunedlens.training.lock import LOCK
 
 STEPS, UNBROKEN, UNBROKEN_TWO = 40, "unbroken", "unbroken-two"
 SURVIVOR_SECONDS = 60
-"""A process that does not end within this time after the other was killed hangs."""
+"""A process counts as hanging if it does not end within this time after the other was killed."""
 Setup = Callable[[], None]
 
 
 class Bench:
-    """A folder with a model, a text and the lens of an unbroken run."""
+    """A folder with a model, a text and the lens of a run without faults."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -63,7 +63,7 @@ class Bench:
         assert status == 0, "the unbroken run failed"
 
     def start(self, name: str, setup: Setup | None = None, *more: str, stdout: int = 0) -> int:
-        """Start a run in a process of its own; returns its number.
+        """Start a run in a separate process; returns its process id.
 
         Args:
             setup: called in the process before the run.
@@ -88,7 +88,7 @@ class Bench:
             os._exit(99)
 
     def start_two(self, name: str, setups: dict[int, Setup] | None = None, *more: str) -> list[int]:
-        """Start a run in two processes, as a launcher does; returns their numbers by rank."""
+        """Start a run in two processes, as a launcher does; returns their process ids by rank."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -108,7 +108,7 @@ class Bench:
         return status, (self.root / f"{pid}.log").read_text().splitlines()
 
     def resume(self, name: str, *, by_two: bool = False) -> str:
-        """Resume a run, or start it if there is nothing to resume; says how it ended."""
+        """Resume a run, or start it if there is nothing to resume; returns the outcome."""
         folder = self.root / name
         if not (folder / "README.md").exists():
             flags = ["--resume", str(folder)] if list(folder.glob("state/*.safetensors")) else []
@@ -119,7 +119,7 @@ class Bench:
         return self.compare(folder, UNBROKEN_TWO if by_two else UNBROKEN)
 
     def compare(self, folder: Path, unbroken: str = UNBROKEN) -> str:
-        """Whether a lens is that of the unbroken run, byte for byte."""
+        """Compare a lens byte by byte with that of the run without faults."""
         lenses = [(self.root / run / "lens.safetensors").read_bytes() for run in (folder, unbroken)]
         return "identical" if lenses[0] == lenses[1] else "another lens"
 
@@ -181,8 +181,8 @@ def process_kills(bench: Bench, count: int) -> Iterator[tuple[str, str, float]]:
     """Kill one of two processes, a third of them within a write, and resume both.
 
     Yields:
-        What became of the other process, of the run after it was resumed, and the seconds that the
-        other process took to end.
+        The outcome of the other process, the outcome of the run after it was resumed, and the
+        seconds that the other process took to end.
     """
     begin = time.monotonic()
     assert all(status == 0 for status, _ in map(bench.finish, bench.start_two(UNBROKEN_TWO)))
@@ -192,7 +192,7 @@ def process_kills(bench: Bench, count: int) -> Iterator[tuple[str, str, float]]:
         if index % 3:
             victim = rng.randrange(2)
             pids = bench.start_two(name, dict.fromkeys(range(2), save_in_every_step))
-            while not (bench.root / name / LOCK).exists():  # they have found each other
+            while not (bench.root / name / LOCK).exists():  # until they are connected
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, seconds))
             os.kill(pids[victim], signal.SIGKILL)
@@ -217,7 +217,7 @@ def process_kills(bench: Bench, count: int) -> Iterator[tuple[str, str, float]]:
 
 
 def has_ended(pid: int) -> bool:
-    """Whether a child has ended; it stays to be waited for."""
+    """Whether a child process has ended; its status can still be read."""
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
@@ -281,14 +281,14 @@ def no_wandb() -> None:
 
 
 def head() -> int:
-    """A pipe whose reader is gone."""
+    """A pipe whose reader has closed it."""
     read, write = os.pipe()
     os.close(read)
     return write
 
 
 def faults(bench: Bench) -> list[tuple[str, str, str, str]]:
-    """Case, status, last message and what became of the lens."""
+    """The name, the exit status, the last message and the lens of every case."""
     rows = []
 
     def case(
@@ -306,7 +306,7 @@ def faults(bench: Bench) -> list[tuple[str, str, str, str]]:
             lens = "there: " + bench.compare(Path(spare[1]))
             shutil.rmtree(spare[1])
         elif status == 2 and not (bench.root / folder).exists():
-            lens = "no run began"
+            lens = "the run did not begin"
         else:
             lens = bench.resume(folder)
         rows.append((name, str(status), message.replace(str(bench.root), "…"), lens))
@@ -331,7 +331,7 @@ def faults(bench: Bench) -> list[tuple[str, str, str, str]]:
 
 
 def soak(bench: Bench, minutes: float) -> None:
-    """Print memory and speed of a long run, in its second and in its last fifth."""
+    """Print memory and speed of a long run, in the second and in the last fifth of its time."""
     steps = bench.root / "steps"
 
     def count_steps() -> None:
@@ -365,8 +365,12 @@ def soak(bench: Bench, minutes: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--process-kills", type=int, default=10, help="of one of two processes")
-    parser.add_argument("--soak", type=float, metavar="MINUTES", help="only run for this long")
+    parser.add_argument(
+        "--process-kills", type=int, default=10, help="kills of one of two processes"
+    )
+    parser.add_argument(
+        "--soak", type=float, metavar="MINUTES", help="only measure a run of this length"
+    )
     flags = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,20 +1,20 @@
-"""A GPU's table: the step, beside tuned-lens' loop, and seconds to a lens.
+"""On a GPU: one training step, compared with tuned-lens' loop, and seconds to a lens.
 
     python benchmarks/gpu.py                 a random model of GPT-2 small's shape
     python benchmarks/gpu.py --model M       a model folder or a name on the hub
 
-A step is all of it: the model's forward pass, the terms of the model, the gradient of every layer
-and the optimizer, on the same token ids. tuned-lens' loop is written after its version 0.2.0, with
-the same forward pass: autograd through the logits of all tokens, one backward pass and one
-`.item()` per layer, then SGD with Nesterov momentum. The steps run in turns; the table shows
-medians of a synchronised clock after a first round that warms up, and the peak of all memory that
-torch held in one step.
+A step consists of the model's forward pass, the terms of the model, the gradient of every layer and
+the optimizer, on the same token ids. tuned-lens' loop follows its version 0.2.0, with the same
+forward pass: autograd through the logits of all tokens, one backward pass and one `.item()` per
+layer, then SGD with Nesterov momentum. The steps take turns. The table shows the median time,
+measured with synchronisation after a first round that warms up, and the peak of the memory that
+torch allocates in one step.
 
 The FLOPs are those of the matrix products: per token, 2 for each parameter of the blocks,
 4 · d_model · vocabulary for the model's side, and per layer 4 · d_model · rows (the vocabulary or a
-sample of it) and 4 · d_model² for the translator. Their rate is given relative to what a bfloat16
-product of 8,192 × 8,192 matrices reaches in the same run. Attention, norms, softmaxes and the
-optimizer take time, but count nothing.
+sample of it) and 4 · d_model² for the translator. Their rate is given relative to that of a
+bfloat16 product of 8,192 × 8,192 matrices in the same run. The FLOPs of attention, norms, softmaxes
+and the optimizer are not counted, although they take time.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from tunedlens.training.run import make_optimizer
 from tunedlens.training.states import StateReader
 
 PRECISIONS = {"bf16": "bf16", "tf32": "fp32", "fp32": "fp32"}
-"""What a row is called, and what the plan calls the precision of its products."""
+"""The precision of the products in the plan, by the name of a row."""
 EXACT, SAMPLED, PEER = "ours, exact", "ours, sampled", "tuned-lens' loop"
 Step = Callable[[], None]
 
@@ -115,7 +115,7 @@ def step_flops(model: FrozenModel, tokens: int, rows: int) -> float:
 
 
 def peak_megabytes(make: Callable[[], Step], device: torch.device) -> float:
-    """Of the second of two steps, with no other kind of step in memory."""
+    """The peak in the second of two steps, with no other kind of step in memory."""
     if device.type != "cuda":
         return float("nan")
     step = make()
@@ -127,7 +127,7 @@ def peak_megabytes(make: Callable[[], Step], device: torch.device) -> float:
 
 
 def print_steps(model: FrozenModel, plan: TrainPlan, rounds: int) -> None:
-    """The table of steps, one precision after the other."""
+    """Print the table of steps, one precision after the other."""
     device, vocab = model.device, model.identity.vocab_size
     input_ids = next(load_splits(plan.corpus, model.tokenizer).train.batches(plan.batch_size, 0))
     input_ids = input_ids.input_ids
@@ -167,9 +167,11 @@ def print_steps(model: FrozenModel, plan: TrainPlan, rounds: int) -> None:
 
 
 def print_lenses(config: TrainConfig, tokens: int) -> None:
-    """The table of whole runs."""
-    print("\n| run | tokens | seconds, from the first pass to the last step | in all |")
-    print("|---|---:|---:|---:|")
+    """Print the table of whole runs."""
+    print(
+        "\n| run | tokens | seconds from the first pass to the last step | "
+        "seconds of the whole run |\n|---|---:|---:|---:|"
+    )
     closed = dataclasses.replace(config, fit="closed-form")
     default = dataclasses.replace(config, tokens=tokens)
     exact = dataclasses.replace(default, vocab_sample=0)
@@ -187,12 +189,12 @@ def print_lenses(config: TrainConfig, tokens: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="by default random weights of GPT-2 small's shape")
+    parser.add_argument("--model", help="(default: random weights of GPT-2 small's shape)")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tokens", type=int, default=400_000, help="of a whole run's steps")
-    parser.add_argument("--layers", type=int, default=12, help="of the random model")
-    parser.add_argument("--d-model", type=int, default=768, help="of the random model")
+    parser.add_argument("--tokens", type=int, default=400_000, help="tokens of the steps of a run")
+    parser.add_argument("--layers", type=int, default=12, help="layers of the random model")
+    parser.add_argument("--d-model", type=int, default=768, help="width of the random model")
     flags = parser.parse_args()
     keep_freed_memory()
     device = torch.device(flags.device)

@@ -1,9 +1,9 @@
-"""Peak memory of a gradient beyond states, translators and unembedding.
+"""Peak memory of a gradient, in addition to states, translators and unembedding.
 
     python benchmarks/memory.py [--device cuda] [--kernel attention]
 
-Every row is a process of its own (on a CPU the peak of its resident memory is read from the
-kernel, so Linux only there). The last column is what the logits of all layers would take in
+Every row is measured in a separate process. On a CPU, the peak of its resident memory is read from
+the kernel, which works only on Linux. The last column is the memory of the logits of all layers in
 float32.
 """
 
@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--kernel", default="products")
-    parser.add_argument("--shape", type=int, nargs=3, help="one shape, in this process")
+    parser.add_argument("--shape", type=int, nargs=3, help="measure one shape in this process")
     flags = parser.parse_args()
     if flags.shape:
         print(measure(*flags.shape, torch.device(flags.device), flags.kernel))

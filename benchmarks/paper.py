@@ -58,21 +58,21 @@ if TYPE_CHECKING:
 
 EMBEDDED = Path(__file__).parents[1] / "checkpoints" / "embedded"
 LENS = "tuned"
-"""What results call the lens, whatever its kind."""
+"""The name of the lens in results, for any kind of lens."""
 _STEPS = 60
-"""Products with the unembedding per position that the search for a direction takes, or fewer."""
+"""The largest number of products with the unembedding per position to find one direction."""
 
 
 @dataclasses.dataclass
 class Section:
-    """One figure of the paper, remade."""
+    """One figure of the paper for this model."""
 
     name: str
-    """Of its picture."""
+    """The name of its picture."""
     title: str
     caption: str
     paper: str
-    """What the paper shows."""
+    """The result of the paper."""
     found: str
     """The numbers of this model."""
     figure: "Figure"
@@ -110,8 +110,8 @@ def bias(evaluation: Evaluation) -> Section:
         "bias",
         "Bias",
         "KL from the mean of the model's distributions to the mean of the lens's.",
-        "The mean distribution of the logit lens is far from the model's: by 4 to 5 bits at most "
-        "layers of GPT-Neo 2.7B. That of the tuned lens is close to it.",
+        "The KL from the model's mean distribution to that of the logit lens is 4 to 5 bits at "
+        "most layers of GPT-Neo 2.7B. For the tuned lens, it is close to 0.",
         f"The bias is at most {plus_minus(largest['logit'])} nats for the logit lens and "
         f"{plus_minus(largest[LENS])} for the tuned lens.",
         plots.by_layer(evaluation, ["bias_nats"]),
@@ -132,11 +132,11 @@ def transfer(evaluation: Evaluation) -> Section:
         "transfer",
         "Transfer of translators",
         "KL when the translator of one layer is applied at another.",
-        "A translator works nearly as well at the layers next to its own, and worse the farther "
-        "away they are.",
-        f"In place of a layer's own translator, that of a layer at a distance of {nearest} "
-        f"multiplies the KL by {factors[nearest]:.3g} (median), and at a distance of {farthest} by "
-        f"{factors[farthest]:.3g}. Scored on {evaluation.tokens:,} positions.",
+        "A translator works nearly as well at the layers next to its own, and less well at layers "
+        "that are farther away.",
+        f"If a layer's own translator is replaced by that of a layer at a distance of {nearest}, "
+        f"the KL is multiplied by {factors[nearest]:.3g} (median); at a distance of {farthest}, by "
+        f"{factors[farthest]:.3g}. {evaluation.tokens:,} positions are scored.",
         plots.transfer(evaluation),
         [
             ["translator", *(f"at layer {layer}" for layer in layers)],
@@ -166,11 +166,11 @@ def fidelity(
         "fidelity",
         "Causal fidelity",
         "Effect of each direction on the lens and on the model.",
-        "Directions that matter to the tuned lens matter to the model: Spearman's ρ is 0.89 at a "
-        "middle layer of Pythia 410m.",
+        "Directions with a large effect on the tuned lens have a large effect on the model: "
+        "Spearman's ρ is 0.89 at a middle layer of Pythia 410m.",
         f"ρ is {value:.2f} (95 % interval {low:.2f} to {high:.2f}) over the first {k} directions "
-        f"of the causal basis of layer {layer}, along each of which the state is replaced by its "
-        f"mean ({basis.tokens:,} positions).",
+        f"of the causal basis of layer {layer}. The coordinate of the state along each direction "
+        f"is replaced by its mean ({basis.tokens:,} positions).",
         plots.effects_scatter(effects),
         [
             ["direction", "effect on the lens, nats", "effect on the model, nats"],
@@ -204,9 +204,9 @@ def alignment(
         "alignment",
         "Stimulus-response alignment",
         "Cosine similarity of the changes of the lens's and of the model's log-probabilities.",
-        "When the states of a layer are resampled along important directions, the model's output "
-        "changes as the tuned lens's does, more than as the logit lens's does, and most so at late "
-        "layers.",
+        "When the states of a layer are resampled along important directions, the change of the "
+        "model's output is more similar to that of the tuned lens than to that of the logit lens. "
+        "The similarity is highest at late layers.",
         f"The tuned lens is more aligned than the logit lens at {higher} of {len(layers)} layers, "
         f"and by more than two standard errors at {clear}. At layer {last} the cosine similarity "
         f"is {plus_minus(values[LENS, last])} for the tuned lens and "
@@ -236,8 +236,9 @@ def depth(evaluation: Evaluation) -> Section:
         "depth",
         "Prediction depth",
         "Fraction of tokens by the first layer from which the best token no longer changes.",
-        "The layer from which the most probable token stays the same measures how hard an example "
-        "is: in the tuned lens, it goes with how late in training a model learns the example.",
+        "The layer from which the most probable token stays the same measures the difficulty of an "
+        "example: in the tuned lens, it correlates with the training step at which a model learns "
+        "the example.",
         f"The mean prediction depth, of {evaluation.n_layers} layers, is {means[LENS]} in the "
         f"tuned lens and {means['logit']} in the logit lens.",
         drawing.draw(evaluation),
@@ -257,7 +258,7 @@ def seconds(
     ids: Int[Tensor, "batch seq"],
     flags: argparse.Namespace,
 ) -> float:
-    """What the figures take, from the measured seconds of a forward pass and of a decoding."""
+    """The expected seconds, from the measured seconds of a forward pass and of a decoding."""
     started = time.perf_counter()
     states = model.residual_stream(ids[:2])
     forward = (time.perf_counter() - started) / ids[:2].numel()
@@ -277,7 +278,7 @@ def seconds(
 
 
 def fitted(flags: argparse.Namespace) -> Path:
-    """A new lens for the model."""
+    """Fit a lens for the model."""
     tokens = {"init_tokens" if flags.fit == "closed-form" else "tokens": flags.fit_tokens}
     config = TrainConfig(
         model=ModelConfig(flags.model, device=flags.device),
@@ -290,7 +291,7 @@ def fitted(flags: argparse.Namespace) -> Path:
 
 
 def make_sections(flags: argparse.Namespace) -> tuple[list[Section], Evaluation]:
-    """All figures, with the flags that were not given filled in."""
+    """Compute all figures. Flags that were not given are filled in."""
     if flags.lens is None:
         flags.lens = EMBEDDED if flags.model is None and flags.dataset is None else fitted(flags)
     model = load_model(flags.model, device=flags.device)
@@ -326,12 +327,12 @@ def make_sections(flags: argparse.Namespace) -> tuple[list[Section], Evaluation]
 
 
 def write_pages(sections: Sequence[Section], evaluation: Evaluation, folder: Path) -> None:
-    """`report.html`, `report.md`, a picture of every section and `metrics.json`."""
+    """Write `report.html`, `report.md`, a picture of every section and `metrics.json`."""
     run = evaluation.provenance
     title = f"The figures of the tuned lens paper for {Path(run['model']).name}"
     intro = (
         f"{scored_text(evaluation)}. ± is one standard error, clustered by block of text; bands "
-        "and bars are two. The paper is Belrose et al. 2023, arXiv:2303.08112."
+        "and bars show two. The paper is Belrose et al. 2023, arXiv:2303.08112."
     )
     parts = [f"# {for_markdown(title)}", for_markdown(intro)]
     html = [f'<p class="note">{for_html(intro)}</p>']
@@ -369,16 +370,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("paper"), help="(default: %(default)s)")
     parser.add_argument("--device")
     parser.add_argument("--fit", choices=("closed-form", "preconditioned"), default="closed-form")
-    parser.add_argument("--fit-tokens", type=int, help="of a lens that is fitted first")
+    parser.add_argument("--fit-tokens", type=int, help="tokens for a lens that is fitted first")
     parser.add_argument("--block", type=int, help="tokens in a block (default: as in training)")
-    parser.add_argument("--tokens", type=int, default=16_384, help="to score (default: 16,384)")
-    parser.add_argument("--transfer-tokens", type=int, help="(default: --tokens / layers)")
-    parser.add_argument("--sequences", type=int, default=16, help="of the causal figures (16)")
-    parser.add_argument("--seq-len", type=int, default=64, help="their length (default: 64)")
-    parser.add_argument("--layer", type=int, help="of the causal basis (default: the middle one)")
-    parser.add_argument("--k", type=int, default=32, help="directions of that basis (default: 32)")
-    parser.add_argument("--layers", type=int, nargs="+", help="of the alignment (default: 8)")
-    parser.add_argument("--span", type=int, default=10, help="directions ablated there (10)")
+    parser.add_argument(
+        "--tokens", type=int, default=16_384, help="positions to score (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--transfer-tokens",
+        type=int,
+        help="positions for the transfer (default: --tokens / number of layers)",
+    )
+    parser.add_argument(
+        "--sequences",
+        type=int,
+        default=16,
+        help="sequences for the causal figures (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seq-len", type=int, default=64, help="tokens of such a sequence (default: %(default)s)"
+    )
+    parser.add_argument("--layer", type=int, help="layer of the causal basis (default: the middle)")
+    parser.add_argument(
+        "--k", type=int, default=32, help="directions of that basis (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--layers", type=int, nargs="+", help="layers of the alignment (default: eight of them)"
+    )
+    parser.add_argument(
+        "--span",
+        type=int,
+        default=10,
+        help="directions that the alignment ablates (default: %(default)s)",
+    )
     flags = parser.parse_args(arguments)
     try:
         sections, evaluation = make_sections(flags)

@@ -1,11 +1,10 @@
-"""The same run on several processes: held-out KL beside each other, and throughput.
+"""Held-out KL and throughput of the same run on several processes.
 
     python benchmarks/processes.py [--threads 4] [--tokens 65536] [train.py's flags]
 
-Every row is a run by `torchrun` on this machine's CPUs, with as many threads in all as the first
-row. The differences are those of the layer that differs most from the run of one process. The
-last row is a control: one process again, with every state changed by about one unit in its last
-place.
+Every row is a run with `torchrun` on this machine's CPUs. All rows have the same total number of
+threads. The difference is that of the layer that differs most from the run with one process. The
+last row is a control: one process, with every state changed by about one unit in its last place.
 """
 
 import argparse
@@ -74,8 +73,8 @@ def main() -> None:
     parser.add_argument("--tokens", default="65536")
     options, flags = parser.parse_known_args()
     flags += ["--tokens", options.tokens]
-    print(f"{options.threads} threads in all, torch {torch.__version__}\n")
-    print("| processes | flags | mean held-out KL | largest difference | tokens/s | of one's |")
+    print(f"{options.threads} threads in total, torch {torch.__version__}\n")
+    print("| processes | flags | mean held-out KL | largest difference | tokens/s | speedup |")
     print("|---:|---|---:|---:|---:|---:|")
     first = None
     for processes, further in ROWS:

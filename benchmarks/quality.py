@@ -1,13 +1,13 @@
-"""Held-out KL against tokens and seconds: the default fit beside published baselines.
+"""Held-out KL against tokens and seconds, for the default fit and for published baselines.
 
     python benchmarks/quality.py                         the embedded GPT-2
-    python benchmarks/quality.py --model M --dataset D   another
+    python benchmarks/quality.py --model M --dataset D   another model and text
 
-Only the fit differs: text, held-out text, objective and precision are the same, and every
-run counts all its seconds (validation included) and all its tokens (the closed
-form's too). The baselines get their best hyperparameters: learning rates are swept with one
-seed, then the best one runs with three seeds. Runs that are in the results already are not
-repeated. The results go to quality-<model>.json, .md, .png and .svg beside this file.
+Only the fit differs: text, held-out text, objective and precision are the same. Seconds include
+validation, and tokens include those of the closed form. The baselines get their best
+hyperparameters: learning rates are swept with one seed, and then the best one runs with three
+seeds. Runs that are already in the results are not repeated. The results are written to
+quality-<name>.json, .md, .png and .svg in the folder of this file.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def mean(result: dict[str, Any]) -> float:
 
 
 def reached(curve: list[dict[str, Any]], goal: list[float] | float) -> dict[str, Any] | None:
-    """The first result at or below a mean KL, or below another's at every layer."""
+    """The first result at or below a mean KL, or at or below a KL for every layer."""
     for result in curve:
         if isinstance(goal, float):
             if mean(result) <= goal:
@@ -69,7 +69,7 @@ def reached(curve: list[dict[str, Any]], goal: list[float] | float) -> dict[str,
 
 
 class Results:
-    """Curves by fit, tokens, rate and seed, kept on disk after every run."""
+    """Curves by fit, tokens, rate and seed, saved after every run."""
 
     def __init__(self, path: Path, base: TrainConfig) -> None:
         self._path, self._base = path, base
@@ -93,9 +93,13 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int)
     parser.add_argument("--name", default="embedded")
     parser.add_argument("--tokens", type=int, default=512_000, help="budget of the baselines")
-    parser.add_argument("--max-tokens", type=int, help="of ours (default: train.py's)")
+    parser.add_argument(
+        "--max-tokens", type=int, help="budget of the default fit (default: that of train.py)"
+    )
     parser.add_argument("--evaluate-tokens", type=int, default=16_384)
-    parser.add_argument("--validation-tokens", type=int, default=8192, help="the same for all")
+    parser.add_argument(
+        "--validation-tokens", type=int, default=8192, help="positions of a validation, in all fits"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="sweep two rates instead of all")
     parser.add_argument("--fits", nargs="+", default=["sgd", "muon"])
@@ -147,7 +151,8 @@ def table(curves: dict[str, list[Any]], best: dict[str, float]) -> str:
     budget = min((curves[fit][0][-1]["model_tokens"] for fit in best), default=0)
     within = [[result for result in curve if result["model_tokens"] <= budget] for curve in ours]
     if all(within):
-        lines.append(row("ours, with no more tokens", [results[-1] for results in within]))
+        name = f"ours, at the last validation within {budget:,} tokens"
+        lines.append(row(name, [results[-1] for results in within]))
     lines.append(row(LABELS["preconditioned"], [curve[-1] for curve in ours]))
     for fit in best:
         ends = [curve[-1] for curve in curves[fit]]
@@ -155,17 +160,17 @@ def table(curves: dict[str, list[Any]], best: dict[str, float]) -> str:
         tokens = statistics.median(end["model_tokens"] for end in ends)
         seconds = statistics.median(end["seconds"] for end in ends)
         for goal, what in (
-            (statistics.fmean(layers), "mean KL"),
-            (layers, "KL at every layer"),
+            (statistics.fmean(layers), f"mean KL of {LABELS[fit]}"),
+            (layers, f"KL of {LABELS[fit]} at every layer"),
         ):
             results = [reached(curve, goal) for curve in ours]
             if None in results:
-                lines.append(f"| not reached: {what} of {LABELS[fit]} | | | | |")
+                lines.append(f"| ours does not reach the final {what} | | | | |")
                 continue
             our_tokens = statistics.median(result["model_tokens"] for result in results)
             our_seconds = statistics.median(result["seconds"] for result in results)
             name = (
-                f"ours at the {what} that {LABELS[fit]} ends with: 1/{tokens / our_tokens:.1f} "
+                f"ours, once it reaches the final {what}: 1/{tokens / our_tokens:.1f} "
                 f"of its tokens, 1/{seconds / our_seconds:.1f} of its seconds"
             )
             lines.append(row(name, results))
@@ -173,7 +178,7 @@ def table(curves: dict[str, list[Any]], best: dict[str, float]) -> str:
 
 
 def draw(curves: dict[str, list[Any]], path: Path) -> None:
-    """Every seed is a line; the names stand at the end of the mean curve of each fit."""
+    """Draw a line for every seed, with the name of the fit at the mean of its ends."""
     columns = {"model_tokens": "tokens through the model", "seconds": "seconds"}
     with new_figure(8, 3.2) as figure:
         panels = figure.subplots(1, 2, sharey=True)

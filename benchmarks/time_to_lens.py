@@ -2,7 +2,7 @@
 
     python benchmarks/time_to_lens.py [flags of train.py]
 
-For the closed form and for the default fit; medians of three for the first.
+It times the closed form (the median of three runs) and the default fit (one run).
 """
 
 import statistics

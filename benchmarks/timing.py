@@ -1,4 +1,4 @@
-"""Median seconds of several functions that run in turns, so that all meet the same machine."""
+"""Median seconds of several functions that take turns, so that other load affects all of them."""
 
 import statistics
 import time

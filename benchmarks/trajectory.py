@@ -1,11 +1,11 @@
-"""Seconds and memory of one long text through the layers, beside tuned-lens' trajectory.
+"""Seconds and memory of a trajectory of one long text, compared with tuned-lens.
 
     python benchmarks/trajectory.py [--tokens 1024]
 
-A random model of GPT-2 small's shape; every row is a process of its own, the peak of its
-resident memory beyond the loaded model is read from the kernel (Linux). tuned-lens 0.2.0 takes
-part where it is installed: its `PredictionTrajectory` with its logit lens, which holds the log
-probabilities of all layers and positions.
+The model is random, of GPT-2 small's shape. Every row is measured in a separate process. The peak
+of its resident memory, minus the memory of the loaded model, is read from the kernel (Linux). If
+tuned-lens 0.2.0 is installed, its `PredictionTrajectory` is measured too, with its logit lens; it
+holds the log-probabilities of all layers and positions.
 """
 
 import argparse
@@ -56,12 +56,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--run", choices=RUNS, help="one, in this process")
+    parser.add_argument("--run", choices=RUNS, help="measure one row in this process")
     flags = parser.parse_args()
     if flags.run:
         print(*measure(flags.run, flags.tokens))
         return
-    print("| what | seconds | peak, MB |\n|---|---:|---:|")
+    print("| trajectory | seconds | peak, MB |\n|---|---:|---:|")
     for run in RUNS:
         if run.startswith("tuned-lens") and importlib.util.find_spec("tuned_lens") is None:
             continue

@@ -1,14 +1,13 @@
-"""Our KL and cross-entropy beside those computed with tuned-lens' own lens objects.
+"""Compares our KL and cross-entropy with those computed from tuned-lens' own lens objects.
 
     pip install tuned-lens==0.2.0      (in a separate environment)
     python benchmarks/tuned_lens_values.py [--tokens 8176]
 
 The model is the embedded one, and the translators of checkpoints/embedded are copied into
-tuned-lens' `TunedLens`. From its log-probabilities, KL to the model and cross-entropy of the next
-token are computed directly in float64 at the same positions, summed and divided once. The last
-column is what its `eval` command would print for the KL: the mean over blocks, also at the last
-position of each block (which has no cross-entropy), multiplied by the factor from nats to bits per
-byte.
+tuned-lens' `TunedLens`. From its log-probabilities, the KL and the cross-entropy of the next token
+are computed directly in float64 at the same positions, summed and divided once. The last column is
+the KL that its `eval` command would print: the mean over blocks, including the last position of
+each block (which has no cross-entropy), multiplied by the factor from nats to bits per byte.
 """
 
 import argparse
@@ -66,7 +65,7 @@ def main() -> None:
     bits_per_nat_of_text = evaluation.tokens / evaluation.text_bytes / math.log(2)
     their_kl *= bits_per_nat_of_text / len(blocks)
     print(
-        "| lens | layer | KL, ours | KL, its lens | CE, ours | CE, its lens | its command: KL |\n"
+        "| lens | layer | KL, ours | KL, theirs | CE, ours | CE, theirs | KL in their command |\n"
         "|---|---:|---:|---:|---:|---:|---:|"
     )
     largest = 0.0

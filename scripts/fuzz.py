@@ -1,8 +1,8 @@
 """Gives damaged files to every reader and counts what goes wrong.
 
-A reader may accept a file or refuse it with an `InputError`. Everything else counts: another
-exception, a crash, more than ten seconds, more memory than allowed, and a file that is accepted
-although a checksum covers the changed byte or a value of a lens is not finite.
+A reader may accept a file or refuse it with an `InputError`. Everything else is a failure: another
+exception, a crash, more than ten seconds, more memory than allowed, or a file that is accepted
+although its checksum is wrong or a value of a lens is not finite.
 
     python scripts/fuzz.py --inputs 6000
 """
@@ -58,22 +58,22 @@ from tunedlens.evaluation import MODEL, Difference, Evaluation, Grid, Result
 from tunedlens.files import write_json
 
 SECONDS = 10
-"""Of the processor; on the clock a file may take six times as long."""
+"""The limit of processor time for a file; the limit of elapsed time is six times as long."""
 MEMORY_BYTES = 2 * 2**30
-"""Address space that all readers together may take beyond what the imports took."""
+"""The limit of additional address space for all readers, beyond that of the imports."""
 
 
 class OverTimeError(BaseException):
-    """Not an Exception, so that no reader takes it for damage."""
+    """Not an Exception, so that no reader treats it as damage."""
 
 
 class Target(NamedTuple):
     """One kind of file."""
 
     share: int
-    """Of all inputs, in per cent."""
+    """The share of all inputs, in per cent."""
     file: str
-    """The name of the file that is changed, in a folder that is otherwise whole."""
+    """The name of the file that is changed, in a folder that is otherwise undamaged."""
     read: Callable[[Path], object]
     """Reads the folder; returns the tensors that must be finite, or nothing."""
     has_checksum: bool = False
@@ -127,7 +127,7 @@ EDIT = st.tuples(
 
 
 def mutated(content: bytes, edits: list[tuple[str, float, bytes, object]]) -> bytes:
-    """A file with some edits; JSON, also in the header of a safetensors file, is edited as such."""
+    """A file with some edits. JSON, also in the header of a safetensors file, stays valid JSON."""
     for kind, where, data, value in edits:
         at = int(where * len(content))
         if kind == "json":
@@ -210,7 +210,7 @@ def results() -> Evaluation:
 
 
 def make_folder(model: FrozenModel, folder: Path) -> None:
-    """One whole file of every kind."""
+    """Write one undamaged file of every kind."""
     lens = tunedlens.TunedLens.from_model(model)
     with torch.no_grad():
         for parameter in lens.parameters():
@@ -315,7 +315,7 @@ def over_time(*_: object) -> None:
 
 
 def outcome(target: Target, folder: Path, content: bytes | None, whole: bytes) -> str:
-    """What a reader makes of one file; None stands for a FIFO in its place."""
+    """Call a reader with one file, or with a FIFO if the content is None; returns the outcome."""
     path = folder / target.file
     path.unlink(missing_ok=True)
     if content is None:
@@ -346,7 +346,7 @@ def outcome(target: Target, folder: Path, content: bytes | None, whole: bytes) -
 
 
 def run(target: Target, folder: Path, count: int, start: int, found: Path) -> None:
-    """Try one kind of file; the counts are in a file, so that a crash does not lose them."""
+    """Try one kind of file. The counts are saved in a file, so that a crash does not lose them."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGALRM, over_time)
     signal.signal(signal.SIGPROF, over_time)

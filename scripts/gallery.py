@@ -1,4 +1,4 @@
-"""Draws the pictures in docs/gallery/ with the code on the pages that show them.
+"""Draws the pictures in docs/gallery/ by running the code on the pages that show them.
 
 python scripts/gallery.py
 """
@@ -13,7 +13,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 PAGES = ("gallery.md", "paper-figure.md")
 WIDTH = 1200
-"""Pixels of the widest picture."""
+"""The largest width of a picture in pixels."""
 
 
 def main() -> None:

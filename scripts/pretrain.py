@@ -2,10 +2,10 @@
 
     python scripts/pretrain.py --output DIR
 
-reads the standard library of the running Python, trains a byte-level BPE tokenizer and
-then the model, and writes a Hugging Face folder: config.json, model.safetensors
-(float16), tokenizer.json, and a card with what was measured. An interrupted run is resumed
-by the same command; another --steps then moves the end, and the decay with it.
+The script reads the standard library of the running Python, trains a byte-level BPE tokenizer and
+then the model, and writes a Hugging Face folder: config.json, model.safetensors (float16),
+tokenizer.json, and a card with the measurements. The same command resumes an interrupted run.
+Another --steps then changes the end of the run and the decay of the learning rate.
 """
 
 import argparse
@@ -36,16 +36,16 @@ VOCAB_SIZE = 4096
 CONTEXT = 512
 WARM_UP_STEPS = 100
 DECAY_SHARE = 0.5
-"""Share of the steps, the last ones, over which the learning rate falls to 0."""
+"""The learning rate decreases to 0 over this fraction of the steps, at their end."""
 
 LINE_STEPS = 150
-"""Further steps, at a tenth of the learning rate, on blocks that begin at the start of a line."""
+"""Additional steps with a tenth of the learning rate, on blocks that begin at a new line."""
 
 PROMPTS = ("def __init__(self", "import os", "for i in range(", "if x is not", "raise ValueError(")
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of GPT-2's kind: its pre-tokenizer, its end-of-text token."""
+    """Train a byte-level BPE with GPT-2's pre-tokenizer and end-of-text token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -68,7 +68,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def build_model(dropout: float) -> GPT2LMHeadModel:
-    """8 layers of 224 dimensions: 5.9 million parameters, 12 MB in half precision."""
+    """A model with 8 layers of 224 dimensions: 5.9 million parameters, 12 MB in half precision."""
     config = GPT2Config(
         vocab_size=VOCAB_SIZE,
         n_positions=CONTEXT,
@@ -106,7 +106,7 @@ def build_optimizers(
 
 
 def rate(step: int, steps: int) -> float:
-    """Share of the learning rate: warm-up, hold, linear decay, and a little for the lines."""
+    """The factor of the learning rate: warm-up, constant, linear decay; then a tenth, decaying."""
     if step >= steps:
         return 0.1 * (steps + LINE_STEPS - step) / LINE_STEPS
     return min(1.0, (step + 1) / WARM_UP_STEPS, (steps - step) / (DECAY_SHARE * steps))
@@ -115,7 +115,7 @@ def rate(step: int, steps: int) -> float:
 def line_batches(
     splits: CorpusSplits, tokenizer: Any, batch_size: int, seed: int
 ) -> Iterator[Int[Tensor, "batch seq"]]:
-    """Blocks that begin where a line does, as what people type does; others begin anywhere."""
+    """Blocks that begin at a new line, as typed text does. Ordinary blocks begin anywhere."""
     stream = torch.cat(list(splits.train.blocks()))
     names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     ends_line = torch.tensor([name.endswith("Ċ") or name == EOS for name in names])
@@ -135,13 +135,13 @@ def mean_loss(model: GPT2LMHeadModel, input_ids: Int[Tensor, "batch seq"]) -> Fl
 
 
 def held_out(model: FrozenModel, splits: CorpusSplits) -> Evaluation:
-    """The model's own figures on all held-out files."""
+    """The metrics of the model itself on all held-out files."""
     blocks = splits.validation.blocks()
     return score_lenses(model, {}, blocks, ScoringConfig(batch_size=16))
 
 
 def pretrain(args: argparse.Namespace, tokenizer: Any, splits: CorpusSplits) -> dict[str, float]:
-    """The loop; returns what the card says of it."""
+    """Train the model; returns the numbers for the card."""
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = build_model(args.dropout)
@@ -157,7 +157,7 @@ def pretrain(args: argparse.Namespace, tokenizer: Any, splits: CorpusSplits) -> 
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         step, seconds = state["step"], state["seconds"]
-        print(f"going on from step {step}", flush=True)
+        print(f"continuing from step {step}", flush=True)
     started = time.monotonic() - seconds
 
     batches = splits.train.batches(args.batch_size, args.seed, {"batch": step})
@@ -165,7 +165,7 @@ def pretrain(args: argparse.Namespace, tokenizer: Any, splits: CorpusSplits) -> 
     losses: list[Tensor] = []
     last_step = args.steps + LINE_STEPS
     while step < last_step:
-        if step == args.steps:  # their momentum is that of other blocks
+        if step == args.steps:  # their momentum comes from other blocks
             optimizers = build_optimizers(model, args.lr, args.weight_decay)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -200,7 +200,7 @@ def pretrain(args: argparse.Namespace, tokenizer: Any, splits: CorpusSplits) -> 
 def card(
     folder: Path, splits: CorpusSplits, run: dict[str, float], args: argparse.Namespace
 ) -> str:
-    """What was measured, on the float16 weights as they are shipped, in float32."""
+    """The card, with measurements of the shipped float16 weights in float32."""
     model = load_model(folder)
     evaluation = held_out(model, splits)
     nats, bits = (evaluation.of_model(m) for m in ("cross_entropy_nats", "bits_per_byte"))
@@ -220,7 +220,7 @@ def card(
         )
         completions.append(f"- `{prompt}` → {', '.join(words)}")
     return "\n".join([
-        "# The embedded GPT-2",
+        "# The built-in GPT-2",
         "",
         "A small GPT-2 (`GPT2LMHeadModel`, byte-level BPE) that ships with tunedlens, made by",
         "`python scripts/pretrain.py`.",
@@ -241,13 +241,13 @@ def card(
         f"learning rate {args.lr}, weight decay {args.weight_decay}, dropout {args.dropout}, "
         f"bfloat16 autocast; warm-up over {WARM_UP_STEPS} steps, linear decay from the "
         f"middle to step {run['steps'] - LINE_STEPS:,.0f}; the last {LINE_STEPS} steps, at a tenth "
-        "of the rate, on blocks that begin where a line does.",
+        "of the rate, on blocks that begin at a new line.",
         f"- Held out: {nats.value:.4f} ± {nats.standard_error:.4f} nats per token, "
         f"**{bits.value:.4f} ± {bits.standard_error:.4f} bits per byte**, on "
         f"{evaluation.tokens:,} tokens ({evaluation.text_bytes:,} bytes) in blocks of {CONTEXT}. "
-        f"xz takes {xz:.4f} bits per byte for the same files.",
+        f"xz compresses the same files to {xz:.4f} bits per byte.",
         "",
-        "What it says next, with probabilities:",
+        "The most probable next tokens, with probabilities:",
         "",
         *completions,
         "",

@@ -1,7 +1,7 @@
-"""Records lenses that other libraries write, with their logits, and tries ours in them.
+"""Records lenses and logits of other libraries, and checks that these libraries read our lenses.
 
-The tests read what this script has recorded in tests/data/foreign_lenses. Each library runs in an
-environment of its own (virtual environments with the versions below); nothing else needs them:
+The tests use the recorded files in tests/data/foreign_lenses. Each library runs in a separate
+virtual environment with the versions below:
 
     python scripts/record_foreign_lenses.py model          this project; makes the tiny model
     python scripts/record_foreign_lenses.py tuned-lens     torch==2.13.0 "transformers<5"
@@ -54,7 +54,7 @@ def make_model() -> None:
 
 
 def write_ours(folder: Path) -> None:
-    """Random lenses of this project and the recorded ones, exported, with their logits by layer."""
+    """Export random lenses of this project and the recorded lenses, with their logits by layer."""
     from tunedlens import JacobianLens, TunedLens, export_lens, load_lens, load_model
 
     model = load_model(DATA / "model", device="cpu")

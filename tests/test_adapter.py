@@ -70,7 +70,7 @@ def test_lens_of_an_adapted_model_says_so_and_is_scored_on_it(tiny_folder, text_
     base = EvaluateConfig(
         lenses=(str(tmp_path / "run"),), tokens=60, model=ModelConfig(model=str(tiny_folder))
     )
-    with pytest.warns(UserWarning, match="computes other outputs"):
+    with pytest.warns(UserWarning, match="has other outputs"):
         evaluate(base)
 
 

@@ -123,7 +123,7 @@ def test_saved_lens_is_scored_on_a_fine_tuned_body(tiny_folder, text_file, tmp_p
     assert "which have the same values" in summary(both)[0]
     assert {total for _, total in counts} == {sum(scored for scored, _ in counts)} == {60}
     body = load_model(tmp_path / "body", device="cpu")
-    with pytest.warns(UserWarning, match="computes other outputs"):
+    with pytest.warns(UserWarning, match="has other outputs"):
         lens = load_lens(run, body)
     alone = evaluate(
         EvaluateConfig(tokens=30, corpus=CorpusConfig(dataset=str(text_file), seq_len=16)),

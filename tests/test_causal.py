@@ -245,7 +245,7 @@ def test_heads_of_a_model_without_attention_are_refused(tokenizer):
 
 def test_single_position_has_no_other_to_take_values_from(tiny):
     with (
-        pytest.raises(InputError, match="mean ablation takes values of other positions"),
+        pytest.raises(InputError, match="mean ablation uses values of other positions"),
         ablated(tiny, Block(1), "mean"),
     ):
         tiny.residual_stream(token_ids(1, 1))

@@ -71,7 +71,7 @@ def test_both_commands_run_again_and_again(here, asked, capsys):
     out = capsys.readouterr().out
     assert "tuned KL, nats" in out
     scored = f"checkpoints/{newest.name}"
-    assert f"\nscoring {scored} beside the logit lens; output {scored}/evaluation\n" in out
+    assert f"\nscoring {scored} and the logit lens; output: {scored}/evaluation\n" in out
     assert "perplexity" in out
     names = {file.name for file in (runs[1] / "evaluation").iterdir()}
     figures = set(plots.DRAWINGS) - {"transfer", "by_position"}
@@ -335,15 +335,15 @@ def test_bad_prompts_are_one_line_and_leave_nothing(here, capsys):
     for flags, *expected in [
         (["--prompt", ""], "has no tokens"),
         (["--prompt", "fine", "--prompt", "a b c " * 40], "reads at most 32"),
-        (["--prompt", "x", "--tokens", "5"], "needs no --tokens"),
+        (["--prompt", "x", "--tokens", "5"], "--tokens does not work with --prompt"),
         (["--prompt-file", "nowhere.txt"], "there is no --prompt-file nowhere.txt"),
         (["--prompt-file", "empty.txt"], "has no prompt"),
-        (["--prompt", "x", "--by-position"], "needs no --by-position"),
-        (["--prompt", "x", "--lens", "unigram"], "the same for every prompt"),
+        (["--prompt", "x", "--by-position"], "--by-position does not work with --prompt"),
+        (["--prompt", "x", "--lens", "unigram"], "predict the same for every prompt"),
         (["--prompt", "x", "--sites", "resid_mid"], "no translators for resid_mid", "--sites"),
         (["--prompt", "x", "--top-k", "0"], "k must be between 1 and"),
         (["--prompt", "x", "--whole-file"], "--prompt-file"),
-        (["--top-k", "3"], "--top-k needs a text to look at: --prompt or --prompt-file"),
+        (["--top-k", "3"], "--top-k works only with --prompt or --prompt-file"),
         (["--prompt", "x", "--output", "evaluated"], "evaluated holds an evaluation"),
     ]:
         fails(evaluate_command, ["--lens", "steps", *flags], capsys, *expected)
@@ -393,8 +393,8 @@ def test_bad_lenses_are_one_line(here, tokenizer, text_file, capsys):
         (["--lens", "steps", "--tokens", "1e6"], "asks for 1,000,000 positions", "has 285"),
         (["--lens", "steps", "--metrics", "some"], "invalid choice", "some"),
         (["--redraw", "nowhere"], "nowhere holds no evaluation"),
-        (["--redraw", "mine", "--tokens", "5"], "--redraw needs no --tokens"),
-        (["--redraw", "mine", "--output", "x"], "--redraw needs no --output"),
+        (["--redraw", "mine", "--tokens", "5"], "--redraw does not work with --tokens"),
+        (["--redraw", "mine", "--output", "x"], "--redraw does not work with --output"),
     ]
     for flags, *expected in cases:
         fails(evaluate_command, flags, capsys, *expected)
@@ -429,7 +429,7 @@ def test_bad_input_to_train_is_one_line(here, asked, capsys):
         (["--device", "nonsense"], "cannot use the device nonsense"),
         (["--config", "absent.yaml"], "there is no --config absent.yaml"),
         (["--config", "bad.yaml"], "expected lines like"),
-        (["--sites", "resid_midd"], "--sites must be of", "got resid_midd"),
+        (["--sites", "resid_midd"], "--sites must be some of", "got resid_midd"),
         (["--resume"], "no interrupted run under checkpoints"),
         (["--resume", "nowhere"], "nowhere holds no lens"),
     ]

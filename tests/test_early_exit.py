@@ -234,13 +234,13 @@ def test_impossible_wishes_are_refused(measured, tiny):
         exits.choose("logit", "depth", agreement=0.9)
     with pytest.raises(InputError, match="two blocks of text"):
         early_exits(model, lenses, blocks[:1])
-    with pytest.raises(InputError, match="no lens reads the residual stream from layer 4"):
+    with pytest.raises(InputError, match="no lens reads the residual stream at layer 4"):
         early_exits(model, lenses, blocks, first_layer=4)
     with pytest.raises(InputError, match="was made for"):
         early_exits(tiny, lenses, blocks)
     with pytest.raises(InputError, match="either a layer or early_exit"):
         lenses["logit"].generate(model, "x", 1, early_exit=ExitRule("entropy", 1.0))
-    with pytest.raises(InputError, match="reads no layer from 7 on"):
+    with pytest.raises(InputError, match="reads no layer from 7 to"):
         lenses["logit"].generate(model, "x", early_exit=ExitRule("entropy", 1.0, 7))
 
 

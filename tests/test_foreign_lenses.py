@@ -236,7 +236,7 @@ def test_lens_with_a_strange_name_of_its_model_is_for_an_unknown_one(copy, name)
 def test_old_lens_with_layers_of_its_own_is_refused(small, copy, change):
     path = copy("tuned-lens-0.0.5") / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(InputError, match="layers of its own"):
+    with pytest.raises(InputError, match="additional layers or its own unembedding"):
         load_lens(path.parent, small)
 
 
@@ -312,7 +312,7 @@ def test_evaluation_scores_lenses_of_other_libraries(small, tmp_path):
 def test_doctor_examines_a_lens_of_another_library(small):
     checks = {check.name: check for check in doctor(small, DATA / "tuned-lens-0.2.0").checks}
     assert checks["the lens was made for this norm and unembedding"].passed is None
-    assert checks["the lens is nearer to the model than the logit lens"].passed is False
+    assert checks["the lens is closer to the model than the logit lens"].passed is False
 
 
 @pytest.fixture

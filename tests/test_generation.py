@@ -111,7 +111,7 @@ def test_generation_leaves_the_model_and_the_seed_as_they_were(tiny, lens):
     ("prompt", "options", "words"),
     [
         ("", {}, "no tokens"),
-        ([], {}, "no prompt"),
+        ([], {}, "list of prompts is empty"),
         ("x", {"layer": 4}, "layer must be between 0 and 3"),
         ("x", {"max_new_tokens": 0}, "max_new_tokens` must be greater than 0, but is 0"),
         ("x", {"max_new_tokens": 40}, "1 tokens and 40 new ones are more than the 32"),

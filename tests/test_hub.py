@@ -215,7 +215,7 @@ def test_folder_goes_before_a_repository_of_the_same_name(tiny, tmp_path, monkey
     lens = random_lens(tiny)
     lens.save("me/lens")
     assert_same_logits(load_lens("me/lens", tiny), lens, tiny)
-    with pytest.raises(InputError, match="me/lens is a folder and has no revision; got v1"):
+    with pytest.raises(InputError, match="me/lens is a path; got v1"):
         load_lens("me/lens", tiny, revision="v1")
 
 

@@ -173,7 +173,7 @@ def test_trajectory_has_the_rows_that_all_lenses_read(tiny):
     assert torch.equal(ours.top_ids[1], theirs.top_ids[2])
     compared = compare(tiny, lens, "import os", baseline_lenses=sparse_lens(tiny, [1, 2]))
     assert compared.trajectory.row_names == compared.baseline.row_names == ["2", "model"]
-    with pytest.raises(InputError, match="the lenses a, b have translators at no common layer"):
+    with pytest.raises(InputError, match="the lenses a, b have no layer with"):
         trajectory(tiny, {"a": lens, "b": sparse_lens(tiny, [1])}, "import os")
 
 
@@ -194,7 +194,7 @@ def test_doctor_examines_the_layers_that_there_are(tiny, tmp_path):
     TunedLens.from_model(tiny, layers=[0, 2]).save(tmp_path / "lens")
     check = doctor(tiny, tmp_path / "lens").checks[-1]
     assert check.passed
-    assert check.name == "the lens is nearer to the model than the logit lens"
+    assert check.name == "the lens is closer to the model than the logit lens"
 
 
 @pytest.mark.parametrize(

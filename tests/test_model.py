@@ -312,7 +312,7 @@ def test_sites_of_a_block_that_does_not_add_its_terms_are_refused(tiny):
 
 
 def test_name_of_a_site_with_a_typo_is_refused(tiny):
-    with pytest.raises(InputError, match=r"sites must be of resid_pre, .*; got resid_midd"):
+    with pytest.raises(InputError, match=r"sites must be some of resid_pre, .*; got resid_midd"):
         tiny.sites(torch.tensor([[5, 7]]), wanted=("resid_pre", "resid_midd"))
 
 

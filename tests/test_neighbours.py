@@ -51,7 +51,7 @@ def test_entries_of_transformer_lens_get_the_translator_of_their_name(tiny, incl
 
 
 def test_entry_that_does_not_exist_is_refused(tiny):
-    with pytest.raises(InputError, match="between 0 and 3, got 4; give incl_mid="):
+    with pytest.raises(InputError, match="between 0 and 3, got 4; use the same incl_mid="):
         lens_of(tiny).as_transformer_lens()(torch.randn(1, 2, 16), 4)
     with pytest.raises(InputError, match="between 0 and 6, got -1"):
         lens_of(tiny).as_transformer_lens(incl_mid=True)(torch.randn(1, 2, 16), -1)

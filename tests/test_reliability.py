@@ -382,7 +382,7 @@ def test_run_goes_on_from_the_state_before_a_damaged_one(clean, config, tmp_path
         (tmp_path / "run" / "state").iterdir(), key=lambda path: path.stat().st_mtime
     )
     newest.write_bytes(newest.read_bytes()[:-1] + b"x")
-    with pytest.warns(UserWarning, match=f"{newest.name} is damaged.*{older.name}.*is used"):
+    with pytest.warns(UserWarning, match=f"{newest.name} is damaged.*earlier.*{older.name}"):
         train(saved_config(tmp_path / "run"), tmp_path / "run", resume=True)
     assert weights(tmp_path / "run") == weights(clean.folder)
 
@@ -446,7 +446,7 @@ def test_signal_in_a_step_is_acknowledged_at_once_and_saves(
     at_step(monkeypatch, 3, send)
     with pytest.raises(Interrupted):
         train(config, tmp_path / "run")
-    assert "finishing this step" in heard[0]
+    assert "stopping after this step" in heard[0]
     assert checkpoint.has_state(tmp_path / "run")
 
 
@@ -510,7 +510,7 @@ def test_run_that_cannot_be_saved_on_the_way_goes_on(config, tmp_path, monkeypat
     monkeypatch.setattr(loop, "_SECONDS_PER_SAVE", -1)
     monkeypatch.setattr(checkpointing, "save", save)
     train(config, tmp_path / "run")
-    assert "goes on without being saved: No space left" in capsys.readouterr().out
+    assert "continues without being saved: No space left" in capsys.readouterr().out
     assert (tmp_path / "run" / "README.md").exists()
 
 

@@ -92,7 +92,7 @@ def test_progress_counts_the_tokens(tokenizer):
 
 
 def test_a_model_that_writes_nothing_is_refused(tokenizer):
-    with pytest.raises(InputError, match="ends every text at its start"):
+    with pytest.raises(InputError, match="generates only empty documents"):
         sample_documents(model_with_end(tokenizer, 1e4), 100, 12)
 
 
@@ -166,11 +166,14 @@ def test_a_lens_of_other_text_is_scored_on_sampled_text(config, text_file, tmp_p
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"streaming": True}, "--streaming is for text that is read"),
-        ({"text_column": "a"}, "--text-column is for text that is read"),
-        ({"dataset_config": "a"}, "--dataset-config a is for datasets on the hub; self is local"),
+        ({"streaming": True}, "--streaming does not work with --dataset self"),
+        ({"text_column": "a"}, "--text-column does not work with --dataset self"),
+        ({"dataset_config": "a"}, "--dataset-config a works only with datasets on the hub"),
         ({"self_tokens": 0}, "--self-tokens must be at least 1"),
-        ({"dataset": builtin.NAME, "self_tokens": 9}, "--self-tokens is for --dataset self"),
+        (
+            {"dataset": builtin.NAME, "self_tokens": 9},
+            "--self-tokens works only with --dataset self",
+        ),
         ({"self_tokens": 9, "seq_len": 32}, "two blocks|less than one block|at least two"),
     ],
 )

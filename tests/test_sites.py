@@ -172,9 +172,9 @@ def test_sites_that_a_lens_or_a_model_does_not_have_are_refused(tiny, tokenizer,
         export_lens(lens_at(tiny, SITES), tmp_path / "export")
     with pytest.raises(InputError, match="not at mlp_out; train it with --sites mlp_out"):
         random_lens(tiny)(torch.zeros(1, 16), 0, "mlp_out")
-    with pytest.raises(InputError, match=r"--sites must be of .* got resid_post"):
+    with pytest.raises(InputError, match=r"--sites must be some of .* got resid_post"):
         train(dataclasses.replace(config, sites="resid_post"), tmp_path / "run")
-    with pytest.raises(InputError, match="--fit jacobian has no further sites"):
+    with pytest.raises(InputError, match="--fit jacobian does not support further sites"):
         dataclasses.replace(config, fit="jacobian", tokens=None)
     torch.manual_seed(0)
     parallel = GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, bos_token_id=0, eos_token_id=0))

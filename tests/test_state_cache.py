@@ -82,7 +82,10 @@ def test_run_says_when_the_limit_is_reached_and_goes_on(config, tmp_path, capsys
     arguments += ["--evaluate-tokens", "60", "--cache-states", str(folder), "--cache-gb", "2e-5"]
     assert train_command([*arguments, "--output", str(tmp_path / "cached")]) == 0
     output = capsys.readouterr().out
-    assert output.count("has reached its limit of 2e-05 GB (--cache-gb); the model runs for") == 1
+    assert (
+        output.count("has reached its limit of 2e-05 GB (--cache-gb); the states of other blocks")
+        == 1
+    )
     assert 0 < sum(file.stat().st_size for file in folder.glob("*.safetensors")) < 2.2e4
     assert_same_lens(tmp_path / "plain", tmp_path / "cached", config)
 
@@ -93,7 +96,7 @@ def test_full_disk_does_not_end_a_run(config, cache, tmp_path, capsys, monkeypat
 
     monkeypatch.setattr("tunedlens.training.state_cache.write", fail)
     train(config, tmp_path / "run", cache=cache)
-    assert capsys.readouterr().out.count("No space left on device; the model runs for") == 1
+    assert capsys.readouterr().out.count("No space left on device; the states of") == 1
 
 
 def test_states_of_another_model_or_precision_are_refused(config, cache, tiny_folder, tmp_path):
@@ -127,4 +130,4 @@ def test_cache_that_cannot_be_used_says_why(config, cache, tmp_path):
 
 def test_limit_without_a_folder_is_refused(capsys):
     assert train_command(["--cache-gb", "1", "--dataset", "missing.txt"]) == 2
-    assert "--cache-gb limits the folder of --cache-states" in capsys.readouterr().err
+    assert "--cache-gb works only with --cache-states" in capsys.readouterr().err

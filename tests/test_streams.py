@@ -205,7 +205,7 @@ def test_processes_that_read_different_texts_are_refused(rows, tmp_path):
 
 def test_order_of_a_text_in_memory_is_not_asked_for(config, tmp_path):
     corpus = dataclasses.replace(config.corpus, streaming=False)
-    with pytest.raises(InputError, match="--shuffle-window is for --streaming"):
+    with pytest.raises(InputError, match="--shuffle-window works only with --streaming"):
         train(dataclasses.replace(config, corpus=corpus), tmp_path / "run")
 
 

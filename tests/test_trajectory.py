@@ -340,14 +340,14 @@ def test_dataframe_is_tidy(tiny):
     [
         ({"text": ""}, "no tokens"),
         ({"text": "a b " * 40}, "reads at most 32"),
-        ({"sites": ["resid"]}, "sites must be of resid_pre"),
+        ({"sites": ["resid"]}, "sites must be some of resid_pre"),
         ({"sites": []}, "got none"),
         ({"k": 0}, "k must be between 1 and 4096"),
         ({"track": ["two words"]}, "tokens"),
         ({"track": [9999]}, "between 0 and 4095, got 9999"),
-        ({"lenses": {}}, "no lens to read with"),
+        ({"lenses": {}}, "the list of lenses is empty"),
         ({"lenses": 7}, "the lens int is a int"),
-        ({"text": []}, "no text to read"),
+        ({"text": []}, "the list of texts is empty"),
         ({"text": None}, "expected a text, its token ids, or a list of texts; got NoneType"),
         ({"text": b"bytes"}, "got bytes"),
         ({"track": 1.5}, "expected a token as text or id, got 1.5"),
@@ -388,7 +388,7 @@ def test_questions_that_have_no_answer_are_refused(tiny):
         found.values("rank", token="top1")
     with pytest.raises(InputError, match=r"expected a token as text or id, got 1\.5"):
         found.values(token=1.5)
-    with pytest.raises(InputError, match="no token to follow"):
+    with pytest.raises(InputError, match="the list of tokens is empty"):
         found.probabilities([])
     with pytest.raises(InputError, match="metric must be one of"):
         found.heatmap(["logit"])
@@ -398,7 +398,7 @@ def test_questions_that_have_no_answer_are_refused(tiny):
         found[:, 50:]
     with pytest.raises(InputError, match="same number of positions; got 3 and 1"):
         compare(tiny, None, TEXT, positions=slice(3), baseline_positions=0)
-    with pytest.raises(InputError, match="give a baseline"):
+    with pytest.raises(InputError, match="there is no baseline"):
         compare(tiny, None, TEXT)
 
 
@@ -591,12 +591,18 @@ def resaved(path, change):
         (lambda about, _: about.update(records=[]), "no description of its content"),
         (lambda about, _: about.update(records=[1]), "damaged"),
         (lambda about, _: about["records"][0].pop("rows"), "damaged.*: rows is missing"),
-        (lambda about, _: about["records"][0].update(rows=[["attic", 0]]), "the rows are wrong"),
+        (
+            lambda about, _: about["records"][0].update(rows=[["attic", 0]]),
+            "rows are missing or unknown",
+        ),
         (lambda about, _: about["records"][0].update(rows=3), "damaged"),
         (lambda about, _: about["records"][0].update(positions="all"), "a list of int values"),
         (lambda about, _: about["records"][0].update(vocabulary={}), "has no text"),
         (lambda about, _: about["records"][0].update(vocabulary={"x": ["a", "b"]}), "damaged"),
-        (lambda about, _: about["records"][0].update(lenses=["a", "a"]), "the lenses are wrong"),
+        (
+            lambda about, _: about["records"][0].update(lenses=["a", "a"]),
+            "lens names are missing or repeated",
+        ),
         (lambda _, tensors: tensors.pop("input_ids"), "input_ids is missing"),
         (lambda _, tensors: tensors.update({"0.kl_nats": torch.zeros(2)}), r"shape \(2,\)"),
         (lambda _, tensors: tensors.update(next_ids=torch.zeros(14)), "next_ids is torch.float32"),

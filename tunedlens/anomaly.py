@@ -106,8 +106,8 @@ class Detector:
             )
         if len(self.normal) < 3:
             raise InputError(
-                f"a detector needs at least three normal texts, and better a few per row "
-                f"({len(self.rows)}); got {len(self.normal)}"
+                f"a detector needs at least three normal texts, and should have a few for each of "
+                f"its {len(self.rows)} rows; got {len(self.normal)}"
             )
         if len({len(one) for one in self.normal}) > 1 or not self.normal[0]:
             raise InputError("the normal texts must all have the same number of features")
@@ -207,7 +207,7 @@ def fit(
         features(one, metric, lens=lens, positions=positions).tolist() for one in trajectories
     ]
     detector = Detector(first.model, lens, rows, full_name(metric), positions, method, normal, seed)
-    _ = detector._scorer  # a missing package is noticed here
+    _ = detector._scorer  # raises an error now if a package is missing
     return detector
 
 
@@ -240,7 +240,7 @@ def auroc(
             f"the AUROC needs anomalies and normal texts; got {count} anomalies among {len(labels)}"
         )
     if values.isnan().any():
-        raise InputError("a score is not a number")
+        raise InputError("expected scores that are numbers, got NaN")
     if not 0 < confidence < 1 or resamples < 1:
         raise InputError(
             "confidence must be between 0 and 1 and resamples 1 or more; got "
@@ -264,8 +264,8 @@ def _area(
     """The AUROC of samples of weighted texts.
 
     Args:
-        ends: how many sorted normal scores are below each anomaly's, and how many at most it.
-        normal_weights: in the order of the sorted scores.
+        ends: the number of sorted normal scores below each anomaly's score, and at or below it.
+        normal_weights: the weights in the order of the sorted scores.
     """
     below = torch.nn.functional.pad(normal_weights.double().cumsum(1), (1, 0))
     wins = (below[:, ends[0]] + below[:, ends[1]]) / 2
@@ -308,7 +308,7 @@ def _mahalanobis(normal: Float[Tensor, "texts rows"]) -> Scorer:
 
 
 def shrunk_covariance(centred: Float[Tensor, "texts rows"]) -> Float[Tensor, "rows rows"]:
-    """The covariance, shrunk towards a multiple of the identity by an estimate of the best amount.
+    """The covariance, shrunk towards a multiple of the identity by the estimated best amount.
 
     Args:
         centred: features with mean 0.
@@ -323,7 +323,7 @@ def shrunk_covariance(centred: Float[Tensor, "texts rows"]) -> Float[Tensor, "ro
     identity = torch.eye(rows, dtype=centred.dtype)
     distance = (covariance - scale * identity).square().sum()
     spread = centred.square().sum(-1).square().sum() / texts - covariance.square().sum()
-    # The least amount keeps the matrix invertible where rows are copies of each other.
+    # The smallest amount keeps the matrix invertible if rows are copies of each other.
     amount = 1.0 if distance == 0 else float((spread / texts / distance).clamp(1e-6, 1))
     return (1 - amount) * covariance + amount * scale * identity
 
@@ -334,7 +334,8 @@ def _of_scikit_learn(normal: Float[Tensor, "texts rows"], method: Method, seed: 
         from sklearn.neighbors import LocalOutlierFactor
     except ImportError:
         raise InputError(
-            f'{method} needs scikit-learn: pip install "residual-lens[anomaly]"; or mahalanobis'
+            f"{method} needs scikit-learn; install it with: pip install "
+            '"residual-lens[anomaly]", or use mahalanobis'
         ) from None
     if method == "isolation-forest":
         detector = IsolationForest(random_state=seed)

@@ -1,4 +1,4 @@
-"""What is particular to accelerators: copies, float64, the precision of float32 products."""
+"""Functions that depend on the accelerator: copies, float64, precision of float32 products."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 SPARE = 4
-"""A device keeps sums that take up to a quarter of its free memory."""
+"""Sums are kept on a device if they take at most a quarter of its free memory."""
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a small tensor from the CPU to a device; a GPU's queue is not waited for."""
+    """Copy a small tensor from the CPU to a device, without waiting for a GPU."""
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -33,7 +33,7 @@ def device_of_sums(device: torch.device, elements: int) -> torch.device:
 
 @contextmanager
 def float32_products() -> Iterator[None]:
-    """Take float32 products in float32, also where the user allows TF32 or bfloat16 for them."""
+    """Compute float32 products in full precision, even if the user allows TF32 or bfloat16."""
     settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [setting.fp32_precision for setting in settings]
     try:

@@ -15,17 +15,17 @@ from tunedlens.errors import InputError, first_line
 T = TypeVar("T")
 
 _WORLD_SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
-"""Where torchrun and MPI say how many processes they have started."""
+"""The environment variables in which torchrun and MPI store the number of processes."""
 
 
 def join_processes(device: str | torch.device | None = None) -> Accelerator:
     """Connect this process to the others that were started with it, if there are any.
 
-    Comes before any other use of accelerate, whose first object decides how processes
-    communicate: over gloo on CPUs, and where processes share a GPU; over NCCL otherwise.
+    It must be called before any other use of accelerate, whose first object decides how processes
+    communicate: over gloo on CPUs and if processes share a GPU, otherwise over NCCL.
 
     Args:
-        device: what the config asks for; `cpu` keeps several processes off the GPUs.
+        device: the device in the config. With `cpu`, several processes do not use GPUs.
 
     Raises:
         InputError: several processes were started, but they cannot share the work.
@@ -33,7 +33,7 @@ def join_processes(device: str | torch.device | None = None) -> Accelerator:
     started = get_int_from_env(_WORLD_SIZES, 1)
     if started == 1 and parse_flag_from_env("ACCELERATE_USE_CPU") and "MASTER_PORT" in os.environ:
         raise InputError(
-            "accelerate launch starts several processes on GPUs only, and has started one; on "
+            "accelerate launch started one process, because it starts several only on GPUs; on "
             "CPUs, use: torchrun --nproc_per_node 2 train.py"
         )
     on_cpu = not torch.accelerator.is_available() or (
@@ -59,7 +59,7 @@ def _disconnect() -> None:
 
 
 def lost_process(error: RuntimeError) -> str | None:
-    """Why the processes cannot communicate any more; None if the error has another cause."""
+    """The reason why processes can no longer communicate; None if the error has another cause."""
     text, kinds = str(error), getattr(torch.distributed, "DistError", ())
     if "/gloo/" not in text and not isinstance(error, kinds):
         return None
@@ -82,12 +82,12 @@ def rank_and_count() -> tuple[int, int]:
 
 
 def gather(compute: Callable[[], T]) -> list[T]:
-    """What a function returns in each process, in all of them.
+    """Call a function in every process, and return the results of all processes in each of them.
 
-    If it fails in one process, it fails in all, so that none waits for another.
+    If the function fails in one process, all processes raise, so no process waits for another.
 
     Args:
-        compute: takes part in no exchange itself. Its value can be pickled.
+        compute: must not communicate with other processes. Its result must be picklable.
 
     Raises:
         InputError: the function fails in another process.
@@ -113,7 +113,7 @@ def gather(compute: Callable[[], T]) -> list[T]:
 
 
 def together(compute: Callable[[], T]) -> T:
-    """What a function returns in this process, unless it fails in any process.
+    """Call a function in every process, and return the result of this process.
 
     Raises:
         InputError: the function fails in another process.

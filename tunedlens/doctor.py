@@ -32,7 +32,7 @@ def read_lines(path):
 """
 _TOKENS = 128
 _BOS_GAIN = 0.5
-"""Nats of cross-entropy by which BOS must help before its absence counts as a fault."""
+"""Texts must begin with BOS if it lowers the cross-entropy by more than this, in nats."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ def warn_of_faults(
     checked when a model is loaded. Of several processes, the first one warns.
 
     Args:
-        is_bos_default: whether nobody chose how texts begin, so that the tokenizer's habit counts.
-        is_sampled: whether the model writes text, for which it uses its cache.
+        is_bos_default: whether the tokenizer's default decides if texts begin with BOS.
+        is_sampled: whether the model generates text, for which it uses its cache.
     """
     ids = _first_tokens(model, _TEXT)
     checks = [_hidden_states(model, ids)]
@@ -164,7 +164,7 @@ def _check(name: str, run: Callable[[], None]) -> Check:
 
 def _model_checks(model: FrozenModel, ids: Int[Tensor, "1 seq"]) -> Iterator[Check]:
     yield _check(
-        "the last state decodes to the model's logits, near and far from a cap",
+        "the last state decodes to the model's logits, also when they are large",
         model.check_parts,
     )
     yield _hidden_states(model, ids)
@@ -175,11 +175,11 @@ def _model_checks(model: FrozenModel, ids: Int[Tensor, "1 seq"]) -> Iterator[Che
 
 
 def _hidden_states(model: FrozenModel, ids: Int[Tensor, "1 seq"]) -> Check:
-    name = "the states are the hidden states of transformers"
+    name = "the states equal the hidden states of transformers"
     output = model.model(ids, use_cache=False, output_hidden_states=True)
     expected, states = output.hidden_states, model.residual_stream(ids)
     if not expected or len(expected) != len(states):
-        return Check(name, None, "this model does not return them")
+        return Check(name, None, "this model does not return hidden states")
     wrong = [i for i in range(len(states) - 1) if not _close(states[i], expected[i])]
     if not wrong:
         return Check(name, True)
@@ -192,11 +192,11 @@ def _hidden_states(model: FrozenModel, ids: Int[Tensor, "1 seq"]) -> Check:
         )
     ]
     if shifts == [-1] and _starts_at_embeddings(model, ids, states):
-        return Check(name, True, "transformers lists those that leave a block")
+        return Check(name, True, "transformers returns the state after each block")
     if shifts:
-        where = "after" if shifts[0] == 1 else "before"
+        where = "later" if shifts[0] == 1 else "earlier"
         return Check(name, False, f"state l is that of layer l {shifts[0]:+d}, one block {where}")
-    return Check(name, False, f"they differ at layers {', '.join(map(str, wrong))}")
+    return Check(name, False, f"the states differ at layers {', '.join(map(str, wrong))}")
 
 
 def _starts_at_embeddings(
@@ -208,7 +208,7 @@ def _starts_at_embeddings(
 
 
 def _terms(model: FrozenModel, ids: Int[Tensor, "1 seq"]) -> Check:
-    name = "attention and MLP add up to the residual stream"
+    name = "the outputs of attention and MLP add up to the residual stream"
     try:
         model.sites(ids)
     except InputError as error:
@@ -216,12 +216,12 @@ def _terms(model: FrozenModel, ids: Int[Tensor, "1 seq"]) -> Check:
             model.sites(ids, wanted=("resid_pre", "attn_out", "mlp_out", "resid_post"))
         except InputError:
             return Check(name, None, str(error))
-        return Check(name, True, "side by side, so there is no resid_mid")
+        return Check(name, True, "they run side by side, so there is no resid_mid")
     return Check(name, True)
 
 
 def _padding(model: FrozenModel, ids: Int[Tensor, "1 seq"]) -> Check:
-    name = "padding at the end changes nothing"
+    name = "padding at the end does not change the states"
     padded = torch.cat([ids[:, :-2], ids[:, :2]], 1)
     mask = torch.ones_like(padded)
     mask[:, -2:] = 0
@@ -229,12 +229,12 @@ def _padding(model: FrozenModel, ids: Int[Tensor, "1 seq"]) -> Check:
     wrong = [i for i, (one, two) in enumerate(pairs) if not _close(one[:, :-2], two[:, :-2])]
     if wrong:
         layers = ", ".join(map(str, wrong))
-        return Check(name, False, f"states change at layers {layers}; read one text at a time")
+        return Check(name, False, f"they change at layers {layers}; run one text at a time")
     return Check(name, True)
 
 
 def _cache(model: FrozenModel, ids: Int[Tensor, "1 seq"]) -> Check:
-    name = "the cache changes nothing"
+    name = "the key-value cache does not change the logits"
     settings = GenerationConfig(
         do_sample=False,
         max_new_tokens=2,
@@ -248,11 +248,11 @@ def _cache(model: FrozenModel, ids: Int[Tensor, "1 seq"]) -> Check:
     last = written.logits[-1]
     whole = model.model(written.sequences[:, :-1], use_cache=False).logits[:, -1]
     is_close = _close(whole.float(), last.float())
-    return Check(name, is_close, "" if is_close else "generation with a cache differs from reading")
+    return Check(name, is_close, "" if is_close else "the logits during generation differ")
 
 
 def _bos(model: FrozenModel, ids: Int[Tensor, "1 seq"]) -> Check:
-    name = "texts begin as the model was trained"
+    name = "texts begin as in the model's training"
     bos = model.tokenizer.bos_token_id
     if bos is None:
         return Check(name, None, "the tokenizer has no BOS token")
@@ -270,7 +270,7 @@ def _bos(model: FrozenModel, ids: Int[Tensor, "1 seq"]) -> Check:
 
 def _lens_checks(model: FrozenModel, folder: Path, ids: Int[Tensor, "1 seq"]) -> Iterator[Check]:
     manifest = describe_lens(folder)
-    name = "the model computes what it did when the lens was made"
+    name = "the model's predictions have not changed since the lens was made"
     probe = manifest.get("probe")
     kl = None if probe is None else probe_kl(probe, model)
     is_same_body = kl is not None and kl <= probe_tolerance(manifest["probe"], model)
@@ -282,8 +282,8 @@ def _lens_checks(model: FrozenModel, folder: Path, ids: Int[Tensor, "1 seq"]) ->
         yield Check(
             name,
             False,
-            f"its predictions have changed (KL {kl:.3g} nats): another body, "
-            "or a library that computes it otherwise; train the lens again",
+            f"they have changed (KL {kl:.3g} nats): the blocks have other weights, or another "
+            "version of a library computes them differently; train the lens again",
         )
     trained_with = manifest.get("config", {}).get("corpus", {}).get("bos")
     if trained_with is not None and trained_with != (model.bos_id is not None):
@@ -300,25 +300,25 @@ def _lens_checks(model: FrozenModel, folder: Path, ids: Int[Tensor, "1 seq"]) ->
         detail = str(error)
         if is_same_body:
             detail += (
-                "; yet the model predicts the same, so its norm or unembedding has been "
-                "folded, centred or rescaled: load it without that"
+                "; but the predictions have not changed, so the norm or the unembedding has been "
+                "folded, centred or rescaled; load the model without this"
             )
         yield Check(name, False, detail)
         return
     if "fingerprint" in manifest["model"]:
         yield Check(name, True)
     else:
-        yield Check(name, None, "a lens of another library does not say; its shapes fit")
+        yield Check(name, None, "a lens of another library does not record this; its shapes fit")
     yield _shift(model, lens, ids)
 
 
 def _shift(model: FrozenModel, lens: AffineLens, ids: Int[Tensor, "1 seq"]) -> Check:
-    """Whether each translator is at its own layer, and better than none."""
-    name = "the lens is nearer to the model than the logit lens"
+    """Whether the translators are at the right layers and better than the logit lens."""
+    name = "the lens is closer to the model than the logit lens"
     states, plain = model.residual_stream(ids), LogitLens.from_model(model)
     own, without = (kl_by_layer(one, model.unembedding, states) for one in (lens, plain))
     if not own:
-        return Check(name, None, "it has no translator for the stream between blocks")
+        return Check(name, None, "the lens has no translator for the stream between blocks")
     for shift in (-1, 1):
         shifted = kl_by_layer(lens, model.unembedding, states, shift)
         both = own.keys() & shifted.keys()
@@ -326,16 +326,16 @@ def _shift(model: FrozenModel, lens: AffineLens, ids: Int[Tensor, "1 seq"]) -> C
             return Check(
                 name,
                 False,
-                f"its translators fit better {shift:+d} layer away: "
-                "the lens or the states are shifted by one layer",
+                f"the translator of layer l {shift:+d} fits layer l better than its own: the "
+                "lens or the states are shifted by one layer",
             )
     pair = fmean(own.values()), fmean(without[layer] for layer in own)
     means = f"mean KL {pair[0]:.3g} nats, logit lens {pair[1]:.3g}"
     worse = [str(layer) for layer in own if own[layer] > without[layer]]
     if worse:
-        means += f"; farther at layers {', '.join(worse)}"
+        means += f"; higher than the logit lens at layers {', '.join(worse)}"
     if pair[0] > pair[1]:
-        return Check(name, False, f"{means}: train it again, or on text like this")
+        return Check(name, False, f"{means}; train the lens again, or on text like this")
     return Check(name, True, means)
 
 

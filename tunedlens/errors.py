@@ -1,4 +1,4 @@
-"""The exception for mistakes of the caller, and parts of its messages."""
+"""The exception for a caller's mistakes, and parts of its messages."""
 
 import difflib
 from collections.abc import Iterable

@@ -1,7 +1,7 @@
-"""Text from anywhere, made safe for a terminal, HTML, Markdown and spreadsheets.
+"""Escapes text for a terminal, HTML, Markdown and spreadsheets.
 
-Names of models, lenses and files may come from a stranger. What is written with these functions is
-shown as it is: it moves no cursor, runs no script and starts no formula.
+Names of models, lenses and files may come from a stranger. Text that is written with these
+functions is only shown: it does not move the cursor, run a script or start a formula.
 """
 
 import html
@@ -12,10 +12,10 @@ _MARKDOWN = re.compile(r"([\\`*\[\]<>|&])")
 
 
 def printable(text: str, keep: str = "") -> str:
-    """A text whose characters can all be seen: control characters are hexadecimal.
+    """A text of visible characters only: control characters are written as hexadecimal numbers.
 
     Args:
-        keep: characters that stay as they are.
+        keep: characters that are not changed.
     """
     return "".join(
         letter
@@ -41,7 +41,7 @@ def for_markdown(text: str) -> str:
 
 
 def for_csv(cell: object) -> object:
-    """A cell that no spreadsheet takes for a formula: an apostrophe stands before such a text."""
+    """A cell that no spreadsheet reads as a formula: such a text gets an apostrophe before it."""
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell
 
 

@@ -102,7 +102,7 @@ def _continue(
 ) -> list[list[int]]:
     """The tokens after the prompts, without those that end them; see `generate`."""
     if not prompts:
-        raise InputError("there is no prompt; give at least one")
+        raise InputError("the list of prompts is empty; give at least one prompt")
     ids = [model.encode(prompt)[0] for prompt in prompts]
     longest = max(map(len, ids))
     if model.context is not None and longest + config.max_new_tokens > model.context:
@@ -133,7 +133,8 @@ class _Exits:
         read = [layer for layer in later if lens.reads("resid_pre", layer)]
         if not read:
             raise InputError(
-                f"the lens reads no layer from {rule.first_layer} on; there are {lens.n_layers}"
+                f"the lens reads no layer from {rule.first_layer} to {lens.n_layers - 1}; give an "
+                "earlier first_layer"
             )
         self.layers = [*read, lens.n_layers]
         self._steps: list[list[int]] = []
@@ -141,7 +142,7 @@ class _Exits:
     def __call__(
         self, *states: Float[Tensor, "texts positions d_model"]
     ) -> Float[Tensor, "texts positions vocab"]:
-        """The logits at the last position, which the others, if any, get too."""
+        """The logits at the last position, repeated for other positions if there are any."""
         logits = torch.stack([
             self._lens(state[:, -1], layer)
             for state, layer in zip(states, self.layers, strict=True)

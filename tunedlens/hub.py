@@ -1,4 +1,4 @@
-"""The Hugging Face hub when it cannot be reached."""
+"""Access to the Hugging Face hub, also when it cannot be reached."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +35,7 @@ def hub_or_cache() -> Iterator[None]:
 
 
 def _why_unreachable() -> str | None:
-    """Why the hub does not answer; None if it does, or if the user has asked to be offline."""
+    """The reason why the hub does not answer; None if it does, or if the user is offline."""
     if constants.is_offline_mode():
         return None
     try:

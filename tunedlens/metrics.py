@@ -1,6 +1,6 @@
-"""The catalogue of metrics: what each one is called, what it means and where it exists.
+"""The catalogue of metrics: the names, the meaning and the kind of each one.
 
-`docs/architecture.md` says how to add one.
+`docs/architecture.md` explains how to add a metric.
 """
 
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ class Metric(NamedTuple):
     is_log: bool = False
     """Whether plots use a log scale."""
     heading: str | None = None
-    """Over a panel of a figure; by default the title without its unit."""
+    """The heading of a panel in a figure; by default the title without its unit."""
     column: str | None = None
-    """Over a column of a table; by default the title."""
+    """The heading of a column in a table; by default the title."""
     for_model: bool = False
     """Whether the model by itself has a value, without a lens to compare."""
     where_lens_is_model: float | None = None

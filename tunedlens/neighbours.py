@@ -51,7 +51,7 @@ def as_transformer_lens(
             raise InputError(
                 "the states have a mean of zero: TransformerLens has centred the weights that "
                 "write to the stream, and the lens was trained without that; use the model as "
-                "boot_transformers gives it, or enable_compatibility_mode(no_processing=True)"
+                "boot_transformers returns it, or enable_compatibility_mode(no_processing=True)"
             )
         return lens.transform_hidden(entry, point.layer, point.site).to(entry.dtype)
 
@@ -59,7 +59,7 @@ def as_transformer_lens(
 
 
 def _stack_point(index: int, n_layers: int, incl_mid: bool) -> HookPoint:
-    """Where an entry of TransformerLens's accumulated stack comes from.
+    """The site and layer of an entry of TransformerLens's accumulated stack.
 
     Raises:
         InputError: there is no such entry.
@@ -67,8 +67,8 @@ def _stack_point(index: int, n_layers: int, incl_mid: bool) -> HookPoint:
     last = 2 * n_layers if incl_mid else n_layers
     if not 0 <= index <= last:
         raise InputError(
-            f"expected an entry between 0 and {last}, got {index}; give incl_mid= to "
-            "as_transformer_lens as to logit_lens, and a lens of this model"
+            f"expected an entry between 0 and {last}, got {index}; use the same incl_mid= in "
+            "as_transformer_lens and logit_lens, and a lens of this model"
         )
     layer, is_mid = divmod(index, 2) if incl_mid else (index, False)
     return HookPoint("resid_mid" if is_mid else "resid_pre", layer)

@@ -16,11 +16,11 @@ _FIRST_LINE, _LONGEST_SILENCE = 10, 300
 def say(message: str, *, has_colors: bool = False) -> None:
     """Print lines, above the progress bar if there is one.
 
-    A run is worth more than its messages: letters that the terminal's encoding lacks are escaped,
-    and if nobody reads any more (`| head`, a closed terminal), nothing is printed.
+    Printing never stops a run: letters that the terminal's encoding lacks are escaped, and if the
+    output is no longer read (`| head`, a closed terminal), nothing is printed.
 
     Args:
-        has_colors: whether the message is ours and may move a terminal's colours.
+        has_colors: whether the message comes from this package and may contain colour codes.
     """
     message = message if has_colors else for_terminal(message)
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"

@@ -1,4 +1,4 @@
-"""Text that a model writes itself, for training on a model whose own text nobody has."""
+"""Samples text from a model, for a model whose training text is not available."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ from tunedlens.model import FrozenModel
 
 _CPU_DOCUMENTS = 32
 _MAX_GPU_DOCUMENTS = 512
-"""A larger batch writes hardly more tokens a second."""
+"""Larger batches are hardly faster."""
 
 Advance = Callable[[int], object]
 """Called with the number of tokens that were just sampled."""
@@ -58,9 +58,9 @@ def load_or_sample(
 
 
 def documents_at_a_time(model: FrozenModel, longest: int) -> int:
-    """The size of a batch, which a sample depends on, because rounding does.
+    """The batch size. The sampled text depends on it, because rounding does.
 
-    On a GPU it depends on the size of the memory, not on what else the memory holds.
+    On a GPU, it depends on the size of the memory, not on the free memory.
     """
     if model.device.type != "cuda":
         return _CPU_DOCUMENTS
@@ -81,19 +81,22 @@ def sample_documents(
 ) -> list[list[int]]:
     """Sample whole documents at temperature 1 until they have enough tokens.
 
-    Each one starts after BOS (EOS if the tokenizer has no BOS) and ends before EOS, or where it
-    is too long. Batch i is sampled with seed i. The processes share the batches, so the result
+    A document starts after BOS (EOS if the tokenizer has no BOS) and ends before EOS or at the
+    largest length. Batch i is sampled with seed i. The processes share the batches, so the result
     does not depend on their number.
 
     Args:
-        tokens: how many are enough, with an EOS after every document.
-        longest: the most tokens of a document, including the one that it starts after.
+        tokens: the number of tokens to sample, including an EOS after every document.
+        longest: the largest number of tokens of a document, including the BOS before it.
 
     Raises:
         InputError: the tokenizer has no EOS token, or every document of a batch is empty.
     """
     if model.tokenizer.eos_token_id is None:
-        raise InputError(f"the tokenizer of {model.name} has no EOS token to end a document with")
+        raise InputError(
+            f"the tokenizer of {model.name} has no EOS token, so documents have no end; give "
+            "another --dataset"
+        )
     state = PartialState()
     advance: Advance = progress or (lambda _: None)
     found: list[list[int]] = []
@@ -107,7 +110,7 @@ def sample_documents(
         )
         documents = [document for document in gather_object(own) if document]
         if not documents:
-            raise InputError(f"{model.name} ends every text at its start; give --dataset")
+            raise InputError(f"{model.name} generates only empty documents; give another --dataset")
         for document in documents:
             found.append(document)
             count += len(document) + 1
@@ -118,7 +121,7 @@ def sample_documents(
 
 @contextmanager
 def only_settings(model: FrozenModel, config: GenerationConfig) -> Iterator[None]:
-    """Let `generate` of the model follow a config alone, and none of the model's defaults."""
+    """Let the model's `generate` use only this config, without the model's own defaults."""
     original = model.model.generation_config
     model.model.generation_config = config
     try:
@@ -157,7 +160,7 @@ def _sample_batch(
 
 
 class _Counter(StoppingCriteria):
-    """Counts the tokens as they are sampled; stops nothing."""
+    """Counts the tokens as they are sampled. It never stops the generation."""
 
     def __init__(self, eos: int, progress: Advance) -> None:
         self._eos, self._progress = eos, progress

@@ -1,4 +1,4 @@
-"""Puts lenses on the Hugging Face hub."""
+"""Uploads lenses to the Hugging Face hub."""
 
 import hashlib
 import shutil
@@ -123,6 +123,6 @@ def _upload(
     except Exception as error:  # huggingface_hub raises many kinds of exception
         hint = ""
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
-            hint = "; log in with `hf auth login`, as somebody who may write there"
+            hint = "; log in with `hf auth login` as a user with write access"
         raise InputError(f"cannot upload to {repo_id}: {first_line(error)}{hint}") from error
     return commit.pr_url or commit.commit_url

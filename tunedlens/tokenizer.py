@@ -1,4 +1,4 @@
-"""Token ids as bytes, as plain text, and as a reader sees them."""
+"""Converts token ids to bytes, to plain text, and to text with visible white space."""
 
 import json
 import unicodedata
@@ -92,7 +92,7 @@ def chat_text(
     if tokenizer.chat_template is None:
         raise InputError(
             f"the tokenizer {tokenizer.name_or_path} has no chat template; leave out --chat, or "
-            "take a model that was trained on conversations"
+            "use a model that was trained on conversations"
         )
     turns: list[Any] = [{k: v for k, v in turn.items() if v is not None} for turn in messages]
     try:
@@ -113,7 +113,7 @@ class TokenBytes(NamedTuple):
     """0 for special tokens."""
     is_special: Bool[Tensor, " vocab"]
     added: int
-    """The bytes that the tokenizer adds in front of a text: 1 if that is a space, else 0."""
+    """The number of bytes that the tokenizer adds before a text: 1 if it adds a space, else 0."""
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> "TokenBytes | None":

@@ -1,4 +1,4 @@
-"""Weights & Biases."""
+"""Logs runs to Weights & Biases."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -57,7 +57,7 @@ class Tracker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Send the rest, as far as a few seconds allow."""
+        """Send the remaining metrics, for at most a few seconds."""
         self._try(lambda run: run.finish())
 
     def _try(self, send: Callable[["Run"], object]) -> None:
@@ -65,7 +65,7 @@ class Tracker:
             return
         try:
             send(self._run)
-        except Exception as error:  # of any kind: the run is worth more
+        except Exception as error:  # of any kind: tracking must not stop a run
             say(f"wandb failed, and the run continues without it: {first_line(error)}")
             self._run = None
 

@@ -69,7 +69,7 @@ def require_mode(mode: str) -> None:
     """Check the mode of an ablation.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: there is no such mode.
     """
     if mode not in get_args(Mode):
         raise InputError(f"mode must be one of {', '.join(get_args(Mode))}; got {mode!r}")
@@ -94,15 +94,15 @@ def replacements(
         return torch.zeros_like(values)
     if len(values if pool is None else pool) < (2 if pool is None else 1):
         raise InputError(
-            f"{mode} ablation takes values of other positions, but the run has {len(values)} that "
-            "count; give a longer text, or token ids as reference"
+            f"{mode} ablation uses values of other positions, but the run has only {len(values)} "
+            "after skip_first; give a longer text, or token ids as reference"
         )
     if mode == "mean":
         others = values if pool is None else pool
         mean = others.mean(0, dtype=torch.promote_types(others.dtype, torch.float32))
         return mean.to(values.dtype).expand_as(values)
     if pool is None:
-        # A random cycle through all positions, so that none keeps its own value.
+        # A random cycle through all positions, so that no position keeps its own value.
         order = torch.randperm(len(values), generator=generator)
         drawn = torch.empty_like(order)
         drawn[order] = order.roll(1)
@@ -135,8 +135,8 @@ def _counted(values: Tensor, skip_first: int) -> Tensor:
         return values
     if values.ndim != 3:
         raise InputError(
-            "this architecture joins the positions of all sequences before the target, so the "
-            "first ones cannot be told apart; leave skip_first out"
+            "this architecture flattens all sequences before the target, so the first positions "
+            "of each sequence are not known; leave skip_first out"
         )
     return values[:, skip_first:]
 

@@ -24,7 +24,7 @@ FORMAT = 1
 _STARTS = 4
 """The candidates whose exact influence is computed before each search."""
 _DAMAGE = (ValueError, TypeError, KeyError, AttributeError, OverflowError)
-"""What a damaged file can raise while it is checked."""
+"""The exceptions that a damaged file can raise while it is checked."""
 Form = Float[Tensor, "d_model d_model"]
 
 
@@ -124,7 +124,7 @@ def causal_basis(
         k: the number of directions.
         site: one of `model.SITES`.
         mode: the ablation, as in `ablated`.
-        seed: for the values that `resample` draws, and for the estimate of the Fisher information.
+        seed: the seed for the draws of `resample` and the estimate of the Fisher information.
         skip_first: the number of positions at the start of every sequence that are left out.
         max_steps: the largest number of L-BFGS steps for one direction.
 
@@ -164,8 +164,8 @@ class Influence:
     """KL(lens(h) ‖ lens(h with one direction ablated)) at every state h, and its gradient.
 
     Args:
-        states: the states h, of which `mode` replaces coordinates.
-        seed: of the values that `resample` draws.
+        states: the states h, whose coordinates `mode` replaces.
+        seed: the seed for the values that `resample` draws.
     """
 
     def __init__(
@@ -207,9 +207,9 @@ class Influence:
     def forms(self, seed: int) -> tuple[Form, Form]:
         """Second moment of the change, and the Fisher information of the states.
 
-        The influence is, to second order, half the mean of (change · v)² (v · F v) over states,
-        with the F of each. The Fisher information is estimated from one token per state, drawn
-        from the lens's distribution.
+        To second order, the influence is half the mean over states of (change · v)² (v · F v),
+        where F is the Fisher information of the state. It is estimated from one token per state,
+        drawn from the lens's distribution.
         """
         generator = torch.Generator(self._states.device).manual_seed(seed)
         scores = []

@@ -82,7 +82,7 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> Correlation:
     import pandas as pd
 
     if len(one) < 4:
-        raise InputError(f"a rank correlation with its error needs four pairs, got {len(one)}")
+        raise InputError(f"an interval for a rank correlation needs four pairs, got {len(one)}")
     value = float(pd.Series(one).rank().corr(pd.Series(other).rank()))
     if not abs(value) < 1:
         return Correlation(value, value, value)

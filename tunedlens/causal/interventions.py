@@ -38,7 +38,7 @@ def interventions(
     seed: int,
     skip_first: int,
 ) -> Iterator[Intervention]:
-    """Run the model once as it is, and once with each target ablated.
+    """Run the model once without ablation, and once with each target ablated.
 
     Raises:
         InputError: no position counts, or as `ablated`.

@@ -86,8 +86,9 @@ def alignment_table(alignments: Sequence[Alignment]) -> "DataFrame":
 def aitchison_similarity(one: OverVocab, other: OverVocab, weights: OverVocab) -> Tensor:
     """Cosine similarity of two changes of log-probabilities in weighted Aitchison geometry.
 
-    With weights w, which sum to 1, the inner product of x and y is Σ w x̃ ỹ, where x̃ = x − Σ w x:
-    it does not depend on what a softmax removes. 0 where one of the two is no change at all.
+    With weights w, which sum to 1, the inner product of x and y is Σ w x̃ ỹ, where x̃ = x − Σ w x.
+    It does not change if a constant is added to x or y, which a softmax ignores. The similarity is
+    0 where one of the two changes is 0.
 
     Source:
         Egozcue and Pawlowsky-Glahn 2016, "Changing the reference measure in the simplex and its

@@ -23,10 +23,10 @@ from tunedlens.model.state_hooks import See, on_state
 def find_stream(
     model: FrozenModel, point: HookPoint
 ) -> Callable[[See], AbstractContextManager[object]]:
-    """What calls a function with the states at a point, which the function may replace.
+    """A function that adds hooks on the states at a point; a hook may replace them.
 
     Raises:
-        InputError: no module of the block writes what is to be replaced.
+        InputError: the states are not the output of a module, so they cannot be replaced.
     """
     site, layer = point
     if site == "resid_post":
@@ -40,7 +40,7 @@ def find_stream(
 def _on_term(
     block: nn.Module, writer: nn.Module, is_middle: bool, see: See
 ) -> AbstractContextManager[object]:
-    """See a term, or the stream after attention, which is replaced by way of attention's term."""
+    """Hook a term, or the stream after attention, which is replaced by replacing that term."""
     start: list[Tensor] = []
 
     def enter(_block: nn.Module, args: Args, kwargs: Kwargs) -> None:
@@ -76,6 +76,6 @@ def _writer(model: FrozenModel, layer: int, term: str) -> nn.Module:
         if output.shape == added.shape and torch.equal(output.to(added.device), added):
             return part
     raise InputError(
-        f"no part of block {layer} of {model.name} writes its {term} as it is, so it cannot be "
+        f"no module of block {layer} of {model.name} has its {term} as output, so it cannot be "
         "replaced; use resid_pre or resid_post"
     )

@@ -23,7 +23,7 @@ from tunedlens.model.sites import (
 from tunedlens.model.structure import find_attention_and_mlp, find_output_projection, mixer_name
 
 Edit = Callable[[Float[Tensor, "batch seq values"]], Float[Tensor, "batch seq values"] | None]
-"""Called with the values of a target; what it returns, if anything, takes their place."""
+"""A function that is called with the values of a target, and may return values to replace them."""
 Hooks = AbstractContextManager[object]
 Place = Callable[[Edit], Hooks]
 """Edits the values in every run of the model, until the hooks are closed."""

@@ -1,4 +1,4 @@
-"""Saved lenses, in our format and in others, and the state of interrupted runs."""
+"""Reads and writes lenses, in our format and in others, and the states of interrupted runs."""
 
 from tunedlens.checkpoint.formats import (
     describe_lens,

@@ -38,7 +38,7 @@ def find_lens(
     """The folder or file of a lens; a lens on the hub is downloaded. See `hub.local_path`.
 
     Raises:
-        InputError: there is none; the message names those that are in the folder of lenses.
+        InputError: there is none; the message lists the saved lenses.
     """
     formats = ((MANIFEST, WEIGHTS), (CONFIG, PARAMS))
     try:

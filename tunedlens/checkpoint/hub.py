@@ -1,4 +1,4 @@
-"""Names on the Hugging Face hub, and local copies of what is there."""
+"""Names on the Hugging Face hub, and local copies of files from there."""
 
 import glob
 import os
@@ -18,7 +18,7 @@ _NAME = re.compile(r"(?:(space|dataset):)?(\w[\w.-]*/\w[\w.-]*)(?:@([^:]+))?(?::
 
 
 class HubName(NamedTuple):
-    """What `[space:]user/name[@revision][:subfolder]` means."""
+    """The parts of `[space:]user/name[@revision][:subfolder]`."""
 
     kind: str | None
     """`space` or `dataset`; None for a repository of models."""
@@ -62,7 +62,9 @@ def local_path(
     name = hub_name(source)
     if name is None:
         if revision is not None:
-            raise InputError(f"{source} is a folder and has no revision; got {revision}")
+            raise InputError(
+                f"revision is only for names on the hub, and {source} is a path; got {revision}"
+            )
         return Path(source, subfolder or "")
     inner, revision = subfolder or name.subfolder or "", revision or name.revision
     is_file = inner.endswith(".pt")

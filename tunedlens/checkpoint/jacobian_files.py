@@ -28,7 +28,7 @@ _EMBEDDINGS = "J_embeddings"
 
 
 def jacobian_model(path: Path) -> JsonObject:
-    """The name and the revision of the model that a lens was made for, as far as its file says.
+    """The name and the revision of the model that a lens was made for, if its file records them.
 
     Raises:
         InputError: the file is damaged or holds no Jacobian lens.
@@ -78,8 +78,8 @@ def write_jacobian_file(lens: JacobianLens, path: Path) -> None:
     The number of prompts is written as 0, which is how TransformerLens reads an unknown one.
 
     Raises:
-        InputError: a translator has a bias, for which the format has no place; there is none after
-            layer 0; or the file cannot be written.
+        InputError: a translator has a bias, which the format cannot hold; there is no translator
+            after layer 0; or the file cannot be written.
     """
     identity = torch.eye(lens.identity.d_model)
     matrices = {}
@@ -87,21 +87,23 @@ def write_jacobian_file(lens: JacobianLens, path: Path) -> None:
         translator = lens.translator(layer)
         if translator.bias.any():
             raise InputError(
-                f"layer {layer} of the lens has a bias, but a file of Jacobians has no place for it"
+                f"layer {layer} of the lens has a bias, which the format of Jacobian lenses cannot "
+                "hold"
             )
         matrices[layer - 1] = translator.weight.detach().cpu() + identity
     embeddings = matrices.pop(-1, None)
     if not matrices:
         raise InputError(
-            "the lens has a translator at layer 0 only, but a file of Jacobians needs a later one"
+            "the lens has a translator at layer 0 only; the format of Jacobian lenses needs one at "
+            "a later layer"
         )
     payload = {
         "J": matrices,
         "n_prompts": 0,
         "source_layers": list(matrices),
         "d_model": lens.identity.d_model,
-        # At the top, because TransformerLens refuses a lens whose metadata spell the model's name
-        # in another way than it does.
+        # These are not in the metadata, because TransformerLens refuses a lens whose metadata spell
+        # the model's name in another way than it does.
         "model_name": lens.identity.name,
         "model_revision": lens.identity.revision,
         "metadata": {"target_layer": lens.n_layers - 1},
@@ -112,17 +114,17 @@ def write_jacobian_file(lens: JacobianLens, path: Path) -> None:
 
 
 def _payload(path: Path) -> JsonObject:
-    """The dict in a file: as plain as JSON but for the matrices."""
+    """The dict in a file, which holds matrices and otherwise plain values."""
     payload = read_pt(path)
     if not isinstance(payload, dict) or not isinstance(payload.get("J"), dict):
         raise InputError(
-            f"{path} is not a Jacobian lens: expected a dict with J, the matrices by block"
+            f"{path} is not a Jacobian lens: expected a dict with matrices by block under J"
         )
     return payload
 
 
 def _about(payload: JsonObject) -> JsonObject:
-    """What a file says besides its matrices, at the top or under `metadata`."""
+    """The entries of a file besides its matrices, at the top level or under `metadata`."""
     metadata = payload.get("metadata")
     return payload | (metadata if isinstance(metadata, dict) else {})
 

@@ -1,4 +1,4 @@
-"""Lenses on disk: safetensors for the translators, JSON for what made them."""
+"""Reads and writes lenses: safetensors for the translators, JSON for their description."""
 
 import dataclasses
 import hashlib
@@ -96,16 +96,17 @@ def read_lens(folder: Path, model: FrozenModel, *, check: bool = True) -> Affine
     ):
         warnings.warn(
             f"the lens in {folder} was made for a model with the same norm and unembedding, but "
-            f"{model.identity.name} computes other outputs (KL {kl:.3g} nats on a short text): "
-            "its blocks differ, or another version of transformers computes them differently",
+            f"{model.identity.name} has other outputs (KL {kl:.3g} nats on a short text): its "
+            "blocks have other weights, or another version of transformers computes them "
+            "differently; run tunedlens doctor, or train the lens again",
             stacklevel=3,
         )
     bos = manifest.get("config", {}).get("corpus", {}).get("bos")
     if check and bos is not None and bos != (model.bos_id is not None):
         warnings.warn(
-            f"the lens in {folder} was trained on text {'with' if bos else 'without'} BOS in "
-            f"front, and texts for {model.identity.name} are read {'without' if bos else 'with'} "
-            f"it; call model.set_bos({bos})",
+            f"the lens in {folder} was trained on texts {'with' if bos else 'without'} BOS, but "
+            f"{model.identity.name} reads texts {'without' if bos else 'with'} BOS; call "
+            f"model.set_bos({bos})",
             stacklevel=3,
         )
     return lens
@@ -117,8 +118,8 @@ def fill_lens(lens: AffineLens, folder: Path, *, any_model: bool = False) -> Jso
     A lens of full rank can be filled with translators of low rank.
 
     Args:
-        any_model: accept a lens that was made for another model of the same shape, or has further
-            translators.
+        any_model: whether to accept a lens that was made for another model of the same shape, or
+            that has further translators.
 
     Raises:
         InputError: there is no lens, it is damaged or of another kind, holds values that are
@@ -155,7 +156,7 @@ def fill_lens(lens: AffineLens, folder: Path, *, any_model: bool = False) -> Jso
 
 
 def _with_products(tensors: Mapping[str, Tensor], d_model: int) -> dict[str, Tensor]:
-    """Translators of low rank, `left` and `right`, as their products; others as they are."""
+    """Replace translators of low rank, `left` and `right`, by their products."""
     found = dict(tensors)
     for name in tensors:
         point, _, part = name.rpartition(".")
@@ -178,7 +179,7 @@ def newest_lens(root: Path) -> Path:
     found = newest_folder(folders, lambda folder: read_manifest(folder)["created"])
     if found is None:
         raise InputError(
-            f"there is no lens under {root}; tunedlens train makes one, or give --lens"
+            f"there is no lens under {root}; train one with tunedlens train, or give --lens"
         )
     return found
 
@@ -190,7 +191,7 @@ def those_under(root: Path) -> str:
 
 
 def saved_points(folder: Path) -> list[HookPoint]:
-    """Where a saved lens has translators, from the header of its file.
+    """The points at which a saved lens has translators, from the header of its file.
 
     Raises:
         InputError: the file is missing or damaged.

@@ -1,4 +1,4 @@
-"""The manifest of a lens: `config.json`, which says what the lens is and what made it."""
+"""The manifest of a lens: `config.json`, which describes the lens and how it was made."""
 
 from pathlib import Path
 from typing import Literal, NotRequired, TypedDict
@@ -30,7 +30,7 @@ class _Progress(TypedDict):
     tokens: int
     init_tokens: NotRequired[int]
     start_tokens: NotRequired[int]
-    """In 0.1.0, for `init_tokens`."""
+    """The name of `init_tokens` in version 0.1.0."""
     seconds: NotRequired[float]
 
 
@@ -47,7 +47,7 @@ class _HeldOut(TypedDict):
 
 
 class _Manifest(TypedDict):
-    """What is read from a manifest; a lens that was saved without its training has only a part."""
+    """The entries of a manifest. A lens that was not saved by `train` has only some of them."""
 
     format: int
     lens: Literal["tuned", "jacobian"]
@@ -77,10 +77,11 @@ def read_manifest(folder: Path) -> JsonObject:
         f"{folder} holds no lens: expected {MANIFEST} and {WEIGHTS}, as `train` writes them",
     )
     if not isinstance(manifest, dict) or "lens" not in manifest:
-        raise InputError(f"{path} is not the manifest of a lens")
+        raise InputError(f"{path} is not the manifest of a lens: expected an object with lens")
     if manifest.get("format") != FORMAT:
         raise InputError(
-            f"{path} has format {manifest.get('format')!r:.40}; this version reads format {FORMAT}"
+            f"{path} has format {manifest.get('format')!r:.40}; this version reads format "
+            f"{FORMAT}, so use the version of tunedlens that wrote it"
         )
     as_type(_Manifest, manifest, str(path))
     if "config" in manifest:

@@ -1,4 +1,4 @@
-"""Files of `torch.save`, read so that nothing in them can run."""
+"""Reads and writes files of `torch.save`; no code in them is run."""
 
 import io
 import pickletools
@@ -34,13 +34,13 @@ def read_pt(path: Path) -> object:
 
 
 def _require_bounded(content: bytes) -> None:
-    """Check that a file takes no more memory than its size, and no more time.
+    """Check that reading a file takes memory and time in proportion to its size.
 
-    A compressed part of it could grow without bound. A tuple that holds another one twice, and so
-    on, takes the time 2^n to hash.
+    A compressed part could expand without bound. A tuple that holds another tuple twice, nested n
+    times, takes time 2^n to hash.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: it does not.
     """
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         parts = archive.infolist()
@@ -60,7 +60,7 @@ def _require_bounded(content: bytes) -> None:
 
 
 def write_pt(path: Path, content: object) -> None:
-    """Write a file as `torch.save` does, never half-written.
+    """Write a file as `torch.save` does, completely or not at all.
 
     Raises:
         InputError: the file cannot be written.
@@ -74,7 +74,7 @@ def checked(value: object, shape: tuple[int, ...], what: str) -> Float[Tensor, "
     """The value as a float32 tensor.
 
     Args:
-        what: what the message calls the value.
+        what: the name of the value in the message.
 
     Raises:
         InputError: it is not a tensor of this shape, or not all of it is finite.

@@ -1,4 +1,4 @@
-"""Runs on disk: the states of an interrupted one, as safetensors files, and the config of any."""
+"""Reads and writes the states of interrupted runs, and reads the config of any run."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ class State(NamedTuple):
 
     tensors: dict[str, Float[Tensor, "..."]]
     metadata: JsonObject
-    """JSON-able: the config, the model, the progress."""
+    """The config, the model and the progress. It can be written as JSON."""
 
 
 def has_state(folder: Path) -> bool:
@@ -50,7 +50,7 @@ def has_state(folder: Path) -> bool:
 def save_state(folder: Path, state: State) -> None:
     """Write what a run needs to be resumed, as one file with a checksum.
 
-    The state that was written before stays beside it.
+    The previous state is kept too.
 
     Raises:
         InputError: a value is not finite, or the folder cannot be written.
@@ -82,11 +82,11 @@ def load_state(folder: Path, *, with_tensors: bool = True) -> State:
         try:
             state = _read(path, with_tensors)
         except (ValueError, KeyError) as error:
-            problem = str(error)  # of a file that cannot be read, it names the file already
+            problem = str(error)  # if the file cannot be read, it already names the file
             problems.append(problem if str(path) in problem else f"{path} is damaged: {problem}")
             continue
         if problems:
-            warnings.warn(f"{problems[0]}; {path}, saved before it, is used", stacklevel=2)
+            warnings.warn(f"{problems[0]}; using the earlier state {path}", stacklevel=2)
         return state
     raise InputError("; ".join(problems))
 
@@ -103,7 +103,7 @@ def _read(path: Path, with_tensors: bool) -> State:
     else:
         header = read_tensor_header(path).metadata
     if with_tensors and header["sha256"] != _digest(header["about"], tensors):
-        raise ValueError("its content does not have its checksum")
+        raise ValueError("its checksum does not match its content")
     return State(tensors, as_type(JsonObject, parse_json(header["about"], "it"), "it"))
 
 
@@ -127,12 +127,14 @@ def saved_config(folder: Path) -> TrainConfig:
     else:
         metadata = read_manifest(folder)
     if "config" not in metadata:
-        raise InputError(f"the lens in {folder} was not saved by a training run")
+        raise InputError(
+            f"the lens in {folder} was not saved by a training run, so its config is not known"
+        )
     return TrainConfig.from_json(metadata["config"], f"the config saved in {folder}")
 
 
 def newest_state(root: Path) -> Path:
-    """The folder under `root` with the run that was saved last.
+    """The folder under `root` with the most recently saved run.
 
     Raises:
         InputError: there is none.

@@ -36,7 +36,7 @@ def is_tuned_lens_folder(path: Path) -> bool:
 
 
 def base_model(folder: Path) -> JsonObject:
-    """The name and the revision of the model that a lens was made for, as far as its config says.
+    """The name and the revision of the model that a lens was made for, if its config has them.
 
     Raises:
         InputError: the config is damaged.
@@ -53,18 +53,18 @@ def base_model(folder: Path) -> JsonObject:
 def read_tuned_lens_folder(folder: Path, model: FrozenModel) -> TunedLens:
     """Read a lens that the library `tuned-lens` has written.
 
-    Its hash of the unembedding is not compared: it is the hash of a text with the first and the
-    last values, which depends on the version of numpy and misses most changes.
+    The hash of the unembedding in the folder is not compared. It is the hash of a text with the
+    first and the last values, so it depends on the version of numpy and misses most changes.
 
     Raises:
-        InputError: a file is damaged, a shape is not the model's, or the lens has layers of its
-            own before or in place of the unembedding.
+        InputError: a file is damaged, a shape is not the model's, or the lens has additional layers
+            or its own unembedding.
     """
     config = read_json(folder / CONFIG)
     if config.get("extra_layers") or not config.get("reuse_unembedding", True):
         raise InputError(
-            f"the lens in {folder} decodes with layers of its own (extra_layers, "
-            "reuse_unembedding); only translators before the model's own unembedding can be read"
+            f"the lens in {folder} has additional layers or its own unembedding (extra_layers, "
+            "reuse_unembedding); only lenses with the model's unembedding can be read"
         )
     if config.get("lens_type", "linear_tuned_lens") != "linear_tuned_lens":
         raise InputError(f"{folder} has a {config['lens_type']}, expected a linear_tuned_lens")
@@ -109,7 +109,7 @@ def _require_same_unembedding(params: Mapping[str, object], model: FrozenModel, 
 
 
 def _renamed(params: Mapping[str, object]) -> dict[str, object]:
-    """The translators of an old file by the names of releases from 0.1.0 on."""
+    """The translators of an old file with the names that releases since 0.1.0 use."""
     renamed = {}
     for name, value in params.items():
         new = re.sub("probe|adapter", "translator", name)

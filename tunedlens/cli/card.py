@@ -1,4 +1,4 @@
-"""`tunedlens card`: measures a lens and writes its card."""
+"""`tunedlens card`: measures the quality of a lens and writes its card."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""`tunedlens doctor`: examines a model, and a lens on it."""
+"""`tunedlens doctor`: checks a model, and a lens for it."""
 
 from tunedlens import checkpoint
 from tunedlens.cli.flags import make_parser, parse

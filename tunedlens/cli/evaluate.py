@@ -66,9 +66,9 @@ def evaluate_command(arguments: Arguments = None) -> int:
     accelerator = join_processes(config.model.device)
     is_main = accelerator.is_main_process
     if is_main and same_text and config.split in ("train", "all"):
-        say(f"note: --split {config.split} scores what {same_text[0].source} was trained on")
+        say(f"note: --split {config.split} scores text that {same_text[0].source} was trained on")
     if is_main:
-        say(f"scoring {', '.join(config.lenses)} beside the logit lens; output {output}")
+        say(f"scoring {', '.join(config.lenses)} and the logit lens; output: {output}")
     evaluation = evaluate(config, accelerator=accelerator, command=command)
     if not is_main:
         return 0
@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
 def _redraw(folder: Path, others: list[str]) -> int:
     if others:
         other = f"--{others[0].replace('_', '-')}"
-        raise InputError(f"--redraw needs no {other}: it reads {folder} and no model")
+        raise InputError(f"--redraw does not work with {other}: it only reads {folder}")
     report.write_report(report.read_evaluation(folder), folder)
     say(f"wrote the tables, plots and report.html in {folder} again")
     return 0
@@ -121,9 +121,9 @@ def _redraw(folder: Path, others: list[str]) -> int:
 def _default_output(
     saved: Sequence[SavedLens], config: EvaluateConfig, is_other_text: bool
 ) -> Path:
-    """A folder beside the first lens, other than that of an evaluation of more tokens.
+    """A folder in that of the first lens, named after a second model or another text.
 
-    A second model or another text is part of its name.
+    The folder of an evaluation of more tokens is not used.
     """
     name = "evaluation"
     if is_other_text and config.corpus.dataset is not None:

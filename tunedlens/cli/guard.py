@@ -1,4 +1,4 @@
-"""What every command does around its work: quiet libraries, memory, errors in one line."""
+"""The wrapper of every command: silences libraries, sets up memory, prints errors as one line."""
 
 import ctypes
 import functools
@@ -19,7 +19,7 @@ from tunedlens.escaping import printable
 Arguments = Sequence[str] | None
 
 INTERRUPTED = 130
-"""Exit status."""
+"""The exit status of an interrupted command."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 """Parameters of glibc's `mallopt`."""
@@ -28,7 +28,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 def keep_freed_memory() -> None:
     """Let the C allocator reuse freed memory instead of returning it to the system.
 
-    By default glibc maps every large tensor anew and unmaps it when it is freed, so a forward
+    By default, glibc maps every large tensor and unmaps it when it is freed, so a forward
     pass on a CPU spends a fifth to a third of its time on page faults. The setting affects the
     whole process, so the commands make it, not the library. It does nothing if the C library is
     not glibc.
@@ -57,7 +57,7 @@ def keep_streams_open() -> None:
 
 
 def close_streams() -> None:
-    """Write out what is buffered; what nobody reads is dropped, without the usual traceback."""
+    """Flush the output. Output that cannot be written is dropped without a traceback."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -90,7 +90,7 @@ def command(run: Callable[[Arguments], int]) -> Callable[[Arguments], int]:
                 raise
             _complain(
                 f"error: another process has ended or does not answer ({printable(reason)}); "
-                "an interrupted training continues from its last state with --resume"
+                "to continue training from the last saved state, use --resume"
             )
             return 1
         except KeyboardInterrupt:

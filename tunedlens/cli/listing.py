@@ -1,4 +1,4 @@
-"""`tunedlens list`: the lenses in a folder."""
+"""`tunedlens list`: shows the lenses in a folder."""
 
 from pathlib import Path
 from statistics import fmean
@@ -53,7 +53,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _line(folder: Path) -> list[str]:
-    """A row of the table; or the folder and what is wrong with it, or that it is interrupted."""
+    """A row of the table; for an interrupted or damaged run, the folder and a message."""
     if checkpoint.has_state(folder) and not (folder / checkpoint.MANIFEST).exists():
         return [str(folder), f"interrupted; continue with: tunedlens train --resume {folder}"]
     try:
@@ -81,7 +81,7 @@ def _line(folder: Path) -> list[str]:
 def _held_out_kl(manifest: JsonObject) -> str:
     """The mean KL of the lens over layers, at its first site.
 
-    Version 0.1.0 saved no mean, and so no error of it.
+    Version 0.1.0 saved neither the mean nor its error.
     """
     results = [r for r in manifest["held_out"]["results"] if r["metric"] == "kl_nats"]
     names = [r["lens"] for r in results if r["lens"].split()[0] != "logit"]

@@ -1,4 +1,4 @@
-"""`tunedlens plan`: what a run needs, before it is started."""
+"""`tunedlens plan`: shows what a run needs before it is started."""
 
 import math
 
@@ -51,7 +51,7 @@ def plan_command(arguments: Arguments = None) -> int:
 
 
 def _lines(size: RunSize) -> list[str]:
-    """The run, its memory by part and phase, its operations and its time."""
+    """The lines about the run, its memory by part and phase, its operations and its time."""
     shape, plan, costs = size.shape, size.plan, size.costs
     device = {"cpu": "CPU", "cuda": "GPU"}[size.device]
     share = f"one {device} each" if size.processes == size.devices else f"{size.devices} GPUs"
@@ -87,7 +87,7 @@ def _memory_table(size: RunSize) -> list[str]:
     for part in size.memory.parts:
         cells = [parts.get(part, 0.0) / scale for parts in phases.values()]
         rows.append([part, *(f"{cell:,.1f}" if cell else "–" for cell in cells)])
-    rows.append(["all", *(f"{sum(parts.values()) / scale:,.1f}" for parts in phases.values())])
+    rows.append(["total", *(f"{sum(parts.values()) / scale:,.1f}" for parts in phases.values())])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
@@ -102,18 +102,18 @@ def _memory_table(size: RunSize) -> list[str]:
 
 
 def _say_whether_it_fits(config: TrainConfig, size: RunSize) -> None:
-    """Whether the memory is enough, and what to change if it is not."""
+    """Print whether the memory is enough, and which flags help if it is not."""
     assert size.limit is not None
     needed = f"{size.memory.peak / 1e9:,.3g} of {size.limit / 1e9:,.3g} GB"
     if size.fits:
         say(f"memory    enough: {needed}")
         return
-    say(f"memory    not enough: {needed}, with a tenth reserved for libraries; it fits with")
+    say(f"memory    not enough: {needed} (a tenth is reserved for libraries); it fits with one of:")
     ways = ways_to_fit(config, size)
     for flags, new in ways:
         say(f"  {flags}  ({new.memory.peak / 1e9:,.3g} GB, {_duration(new.seconds)})")
     if not ways:
-        say("  no flags: the model needs more memory or, with --device-map auto, more GPUs")
+        say("  more memory or, with --device-map auto, more GPUs; no other flags are enough")
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""`evaluate.py --prompt`: texts through the layers, in the terminal and on one page."""
+"""`evaluate.py --prompt`: shows texts through the layers, in the terminal and on one page."""
 
 import argparse
 import dataclasses
@@ -20,13 +20,13 @@ from tunedlens.trajectories import Trajectory, trajectory
 
 _K = 5
 _LEAST_KEPT = 10
-"""The number of tokens per cell that the interactive page shows at least."""
+"""The smallest number of tokens per cell on the interactive page."""
 _OWN_FLAGS = ("whole_file", "stride", "top_k", "sites")
-"""Flags that mean something only with `--prompt` or `--prompt-file`."""
+"""Flags that work only with `--prompt` or `--prompt-file`."""
 
 
 def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of this command."""
+    """Add the flags for prompts."""
     group = parser.add_argument_group("prompts, which replace the text to score")
     group.add_argument(
         "--prompt",
@@ -67,23 +67,23 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def require_prompt(flags: Collection[str]) -> None:
-    """Check that a command which scores a corpus has no flag of this one.
+    """Check that no flag for prompts is given without a prompt.
 
     Raises:
-        InputError: it has.
+        InputError: one is given.
     """
     for name in _OWN_FLAGS:
         if name in flags:
             flag = f"--{name.replace('_', '-')}"
-            raise InputError(f"{flag} needs a text to look at: --prompt or --prompt-file")
+            raise InputError(f"{flag} works only with --prompt or --prompt-file")
 
 
 def show_prompts(flags: dict[str, Any], command: Sequence[str]) -> int:
     """Show texts through the layers of the logit lens and of saved lenses.
 
     Args:
-        flags: as they were given.
-        command: what the page names as its origin.
+        flags: the flags of the command line.
+        command: the command line, which the page shows.
 
     Returns:
         The exit status.
@@ -97,11 +97,11 @@ def show_prompts(flags: dict[str, Any], command: Sequence[str]) -> int:
     model_flags = {field.name for field in dataclasses.fields(ModelConfig)}
     if others := sorted(flags.keys() - model_flags):
         flag = f"--{others[0].replace('_', '-')}"
-        raise InputError(f"--prompt scores no corpus, so it needs no {flag}")
+        raise InputError(f"{flag} does not work with --prompt; leave it out")
     specs = lens_specs(asked) if asked else _newest(flags.get("model"))
     saved = saved_lenses(specs)
     if any(spec.kind in BASELINES for spec in specs):
-        raise InputError("unigram and mean are the same for every prompt; leave them out")
+        raise InputError("unigram and mean predict the same for every prompt; leave them out")
     output = output or (saved[0].results_folder if saved else Path()) / "prompts"
     report.require_no_evaluation(output)
     files.require_writable(output)
@@ -118,7 +118,7 @@ def show_prompts(flags: dict[str, Any], command: Sequence[str]) -> int:
     if is_chat:
         turns = [{"role": "user", "content": prompt} for prompt in prompts]
         prompts = [chat_text(model.tokenizer, [turn], for_reply=True) for turn in turns]
-    # A bad prompt is noticed before anything is written.
+    # All prompts are read before anything is written, in case one of them is invalid.
     kept = max(k, _LEAST_KEPT) if k > 0 else k
     read = trajectory(model, lenses, prompts, sites=sites, k=kept, stride=stride)
     for prompt, one in zip(prompts, read, strict=True):
@@ -145,13 +145,13 @@ def _newest(model: str | None) -> list[LensSpec]:
 
 
 def _in_file(path: Path | None, is_whole: bool) -> list[str]:
-    r"""The prompts of a file, if there is one.
+    r"""The prompts in a file, if there is one.
 
-    It has one per line, and `\n` in a line stands for a line break, or is one as a whole.
+    Every line is a prompt, in which `\n` stands for a line break, or the whole file is one prompt.
     """
     if path is None:
         if is_whole:
-            raise InputError("--whole-file reads a file as one prompt; name it with --prompt-file")
+            raise InputError("--whole-file works only with --prompt-file; give that too")
         return []
     text = files.read_text(path, f"there is no --prompt-file {path}")
     if is_whole:
@@ -166,7 +166,7 @@ def _in_file(path: Path | None, is_whole: bool) -> list[str]:
 
 
 def _print(prompt: str, read: Trajectory, k: int) -> None:
-    """The best tokens at the end of a prompt."""
+    """Print the best tokens at the end of a prompt."""
     last = read.vocabulary[int(read.input_ids[-1])].shown
     say(f"\n{prompt!r}\nbest tokens after {last}, with probabilities")
     for lens in read.predictions:

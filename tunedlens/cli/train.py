@@ -1,4 +1,4 @@
-"""`train.py`: trains a lens as the flags say."""
+"""`train.py`: trains a lens."""
 
 import dataclasses
 from pathlib import Path
@@ -57,7 +57,7 @@ def train_command(arguments: Arguments = None) -> int:
     resume = flags.pop("resume", None)
     output, wandb = flags.pop("output", None), flags.pop("wandb", "disabled")
     if "cache_gb" in flags and "cache_states" not in flags:
-        raise InputError("--cache-gb limits the folder of --cache-states; give that too")
+        raise InputError("--cache-gb works only with --cache-states; give that too")
     states, limit = flags.pop("cache_states", None), flags.pop("cache_gb", 50.0)
     cache = None if states is None else CacheSettings(states, limit)
     if resume is not None and output is not None:
@@ -66,7 +66,7 @@ def train_command(arguments: Arguments = None) -> int:
         config = configured(TrainConfig(), flags)
     else:
         output = checkpoint.newest_state(checkpoint.ROOT) if resume == checkpoint.ROOT else resume
-        # On another device these are chosen anew, unless there are flags for them.
+        # On another device, these are chosen again unless there are flags for them.
         saved = dataclasses.replace(saved_config(output), kernel=None, micro_batch_size=None)
         config = configured(saved, flags)
     main = join_processes(config.model.device).is_main_process

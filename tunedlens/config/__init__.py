@@ -1,4 +1,4 @@
-"""What makes a run: frozen dataclasses, validated when they are made.
+"""The configs of runs: frozen dataclasses that are validated when they are created.
 
 A field's `help` is its documentation: the command line shows it, and a YAML file given
 as `--config` uses the same names.

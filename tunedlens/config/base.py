@@ -1,4 +1,4 @@
-"""What the configs have in common: documented fields, and the values that they accept."""
+"""The base of all configs: documented fields, and checks of their values."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ WandbMode = Literal["online", "offline", "disabled"]
 
 
 def option(default: Any, meaning: str, metavar: str = "NAME") -> Any:
-    """A documented field; `metavar` stands for its value in the help, if that is text."""
+    """A documented field; `metavar` is the placeholder for a text value in the help."""
     return dataclasses.field(default=default, metadata={"help": meaning, "metavar": metavar})
 
 

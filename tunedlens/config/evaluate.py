@@ -1,4 +1,4 @@
-"""What an evaluation depends on."""
+"""The config of an evaluation."""
 
 import dataclasses
 from dataclasses import dataclass

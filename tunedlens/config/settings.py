@@ -90,7 +90,7 @@ class EvaluateSettings(InputSettings, total=False):
 
 
 def configured(base: AnyConfig, settings: Mapping[str, object]) -> AnyConfig:
-    """The base, and its parts, with the settings that they have, validated."""
+    """The base config and its parts with new values for their fields; other names are ignored."""
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(base):
         value = getattr(base, field.name)
@@ -102,10 +102,10 @@ def configured(base: AnyConfig, settings: Mapping[str, object]) -> AnyConfig:
 
 
 def with_settings(base: AnyConfig, settings: Mapping[str, object]) -> AnyConfig:
-    """The same, for settings that a caller has typed.
+    """As `configured`, but every name must be that of a field.
 
     Raises:
-        InputError: there is no such setting, or it has no such value.
+        InputError: there is no such setting, or its value is invalid.
     """
     known = [field.name for field in _documented(base)]
     for name in settings:
@@ -115,7 +115,7 @@ def with_settings(base: AnyConfig, settings: Mapping[str, object]) -> AnyConfig:
 
 
 def lists_settings(base: Config) -> Callable[[Call], Call]:
-    """Names the settings of a config in the signature of a call that takes them as `**settings`.
+    """Show the settings of a config in the signature of a function that takes `**settings`.
 
     `help` and the completion of a notebook read it. Type checkers read the TypedDict.
     """

@@ -1,4 +1,4 @@
-"""What a trained lens depends on."""
+"""The config of a training run."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -145,7 +145,7 @@ class TrainConfig(Config):
         if self.fit in ONE_PASS and self.tokens is not None:
             raise InputError(f"--fit {self.fit} takes no steps; give --init-tokens, not --tokens")
         if self.fit == "jacobian" and self.sites:
-            raise InputError("--fit jacobian has no further sites; leave out --sites")
+            raise InputError("--fit jacobian does not support further sites; leave out --sites")
         if self.bias_only and self.fit not in ("preconditioned", "closed-form"):
             raise InputError(
                 f"--bias-only works with --fit preconditioned and closed-form, not {self.fit}"
@@ -155,7 +155,9 @@ class TrainConfig(Config):
             raise InputError(f"--low-rank does not work with {other}; leave one of them out")
         _ = self.chosen_layers  # checked now rather than when the model is loaded
         if self.init is not None and self.fit in ONE_PASS:
-            raise InputError(f"--fit {self.fit} takes no steps, so it cannot start from --init")
+            raise InputError(
+                f"--fit {self.fit} takes no steps, so it does not use --init; leave it out"
+            )
 
     @property
     def further_sites(self) -> list[str]:

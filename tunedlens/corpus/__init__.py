@@ -1,4 +1,4 @@
-"""From a text to blocks of tokens: documents are read, split, joined by EOS and packed."""
+"""Turns a text into blocks of tokens: documents are read, split, joined by EOS and packed."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -43,12 +43,12 @@ DEFAULT_HUB_DATASET = "vietgpt/openwebtext_en"
 """OpenWebText, an open remake of GPT-2's own training text, as Parquet files."""
 
 LONGEST_DEFAULT_BLOCK = 1024
-"""In tokens."""
+"""The largest default length of a block, in tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedCorpus(CorpusConfig):
-    """A `CorpusConfig` with nothing left open: which text, and what a block is."""
+    """A `CorpusConfig` in which the text and the blocks are fully determined."""
 
     dataset: str
     seq_len: int
@@ -61,8 +61,8 @@ def resolve_corpus(
     """Choose the text, the length of a block and its start where the config leaves them open.
 
     Args:
-        config: what was asked for.
-        model_name: decides on the default text.
+        config: the given settings.
+        model_name: the name of the model, which decides on the default text.
         context: the longest sequence that the model reads, in tokens.
         has_bos: whether the model's tokenizer puts BOS before a text.
 
@@ -88,7 +88,7 @@ def load_splits(config: ResolvedCorpus, tokenizer: PreTrainedTokenizerBase) -> C
     """Read a text and split it into training and validation.
 
     Args:
-        config: from `resolve_corpus`.
+        config: the result of `resolve_corpus`.
 
     Raises:
         InputError: there is no such text, it is empty or too short, has no such column,
@@ -127,8 +127,8 @@ def split_ids(
     """Split documents that are token ids, without EOS, into training and validation.
 
     Raises:
-        InputError: there are not two blocks, one for each split, or a setting is for text that
-            is read.
+        InputError: there are not two blocks, one for each split, or a setting does not apply to
+            token ids.
     """
     _require_consistent(config)
     packer = Packer(tokenizer, config.seq_len, has_bos=config.bos)
@@ -151,12 +151,13 @@ def _require_consistent(config: ResolvedCorpus) -> None:
         for flag, value in given.items():
             if value is not None:
                 raise InputError(
-                    f"{flag} {value} is for datasets on the hub; {config.dataset} is local"
+                    f"{flag} {value} works only with datasets on the hub, and {config.dataset} is "
+                    "local; leave it out"
                 )
     if config.chat and config.dataset in (builtin.NAME, SELF):
         raise InputError(f"--chat needs rows of conversations; --dataset {config.dataset} has none")
     if config.dataset != SELF and config.self_tokens is not None:
-        raise InputError(f"--self-tokens is for --dataset {SELF}; leave it out")
+        raise InputError(f"--self-tokens works only with --dataset {SELF}; leave it out")
     if config.dataset == SELF and (config.streaming or config.text_column is not None):
         flag = "--streaming" if config.streaming else "--text-column"
-        raise InputError(f"{flag} is for text that is read; --dataset {SELF} samples it")
+        raise InputError(f"{flag} does not work with --dataset {SELF}; leave it out")

@@ -1,4 +1,4 @@
-"""What every corpus offers: blocks of tokens, in batches or one by one."""
+"""The interface of a corpus: blocks of tokens, in batches or one by one."""
 
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
@@ -19,14 +19,14 @@ class Batch(NamedTuple):
 
     input_ids: Int[Tensor, "batch seq"]
     position: JsonObject
-    """`Corpus.batches` continues from it. It can be written as JSON."""
+    """Where `Corpus.batches` can continue. It can be written as JSON."""
 
 
 class Corpus(Protocol):
     """One split (train or validation) of a text, as blocks."""
 
     about: JsonObject
-    """What the text consists of, as far as it is known. It can be written as JSON."""
+    """A description of the text, as far as it is known. It can be written as JSON."""
 
     def batches(
         self,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 DOCUMENTS_AT_A_TIME = 16
 _TOKENS_AT_A_TIME = 2**20
-"""Of which the bytes are counted."""
+"""The number of tokens whose bytes are counted at a time."""
 
 
 class Packer:
@@ -30,11 +30,12 @@ class Packer:
     Args:
         seq_len: tokens in a block.
         has_bos: whether every block starts with BOS.
-        is_chat: whether special tokens that a text spells out are those tokens, because a chat
-            template wrote them. A BOS or EOS where the packer puts one is not doubled.
+        is_chat: whether special tokens that are written out in a text are encoded as such, because
+            a chat template wrote them. If the text already has the BOS or EOS that the packer adds,
+            no second one is added.
 
     Raises:
-        InputError: the tokenizer has no EOS token, or no BOS token that is asked for.
+        InputError: the tokenizer has no EOS token, or BOS is wanted and it has no BOS token.
     """
 
     def __init__(
@@ -47,7 +48,8 @@ class Packer:
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise InputError(
-                f"the tokenizer {tokenizer.name_or_path} has no EOS token to join documents with"
+                f"the tokenizer {tokenizer.name_or_path} has no EOS token, which is needed to join "
+                "documents"
             )
         self.seq_len = seq_len
         self.text_tokens = seq_len - has_bos
@@ -83,7 +85,7 @@ class Packer:
         return sum(int(counts.next_bytes(part.long()).sum()) for part in parts)
 
     def to_blocks(self, stream: Int[Tensor, " tokens"]) -> Int[Tensor, "blocks seq"]:
-        """Cut a stream of tokens into blocks; what fills no block at its end is left out."""
+        """Cut a stream of tokens into blocks. Tokens at the end that fill no block are left out."""
         count = len(stream) // self.text_tokens
         blocks = stream[: count * self.text_tokens].view(count, self.text_tokens)
         if self._bos_id is None:
@@ -119,7 +121,7 @@ class Document(NamedTuple):
 
 
 class _Share(NamedTuple):
-    """What one process knows of the next texts."""
+    """What one process contributes to the next texts."""
 
     runs: int
     fractions: list[float]
@@ -129,7 +131,7 @@ class _Share(NamedTuple):
 
 
 def tokenised(runs: Iterator[list[str]], packer: Packer, name: str) -> Iterator[list[Document]]:
-    """The documents of a text, some at a time.
+    """The documents of a text, a few at a time.
 
     Several processes share the work: each reads all texts and tokenises every n-th of them.
 
@@ -153,7 +155,10 @@ def tokenised(runs: Iterator[list[str]], packer: Packer, name: str) -> Iterator[
         shares = gather(read_share)
         first = shares[0]
         if any(share[:2] != first[:2] for share in shares):
-            raise InputError(f"the text {name} is not the same in all processes")
+            raise InputError(
+                f"the text {name} is not the same in all processes; expected the same files or "
+                "revision on all machines"
+            )
         if not first.runs:
             return
         ids = [shares[index % count].ids[index // count] for index in range(len(texts))]
@@ -181,7 +186,7 @@ def from_ids(documents: list[list[int]], packer: Packer) -> list[Document]:
 
 
 def hold_out(fractions: list[float]) -> list[bool]:
-    """Which documents are held out: those with small hashes, but at least one, and never all."""
+    """Which documents are held out: those with small hashes, at least one and never all."""
     order = sorted(range(len(fractions)), key=lambda i: (fractions[i], i))
     wanted = sum(fraction < HELD_OUT_FRACTION for fraction in fractions)
     chosen = set(order[: max(1, min(wanted, len(fractions) - 1))])

@@ -1,7 +1,7 @@
 """A corpus in memory.
 
-Its blocks depend on nothing but the text and the tokenizer, and a batch on nothing but the seed
-and its index, whatever the number of workers and processes.
+Its blocks depend only on the text and the tokenizer, and a batch depends only on the seed and its
+index. The number of workers and processes changes neither.
 """
 
 import hashlib

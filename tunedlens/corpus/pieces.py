@@ -15,9 +15,9 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from tunedlens.errors import InputError
 
 PIECE, OVERLAP = 2**16, 2**10
-"""In characters. The overlap reaches as far to the left of a cut as to the right."""
+"""The lengths of a piece and of an overlap, in characters. A cut is in the middle of an overlap."""
 MAX_PIECE = 2**22
-"""No text needs pieces this long, except one whose tokens depend on all that stands before them."""
+"""A text needs longer pieces only if its tokens depend on all of the text before them."""
 
 
 class _Tokens(NamedTuple):
@@ -25,9 +25,9 @@ class _Tokens(NamedTuple):
 
     ids: list[int]
     starts: list[int]
-    """The characters of the text at which they start, in ascending order."""
+    """The indices of the characters at which they start, in ascending order."""
     end: int
-    """Where the part ends."""
+    """The index at which the part ends."""
 
     def between(self, low: int, high: int) -> "_Tokens":
         """The tokens that start in [low, high)."""
@@ -40,10 +40,10 @@ def token_ids(
 ) -> list["array[int]"]:
     """The token ids of each text, in 32 bits.
 
-    A tokenizer that does not say where its tokens start gets every text whole.
+    A text is cut only if the tokenizer reports where tokens start.
 
     Args:
-        is_chat: whether special tokens that a text spells out are those tokens.
+        is_chat: whether special tokens that are written out in a text are encoded as such.
 
     Raises:
         InputError: a long text cannot be cut.

@@ -1,7 +1,7 @@
-"""Looks through a table of text before a library parses it.
+"""Checks a table of text before a library parses it.
 
-The parser of pyarrow crashes on JSON that is nested deeply or begins with `null`. It reports a
-wrong byte or an empty file in words that help nobody.
+The parser of pyarrow crashes on JSON that is nested deeply or begins with `null`. Its messages for
+an invalid byte or an empty file are not helpful.
 """
 
 import re

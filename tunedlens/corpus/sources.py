@@ -1,6 +1,6 @@
-"""Where text comes from: the embedded text, local files, the Hugging Face hub.
+"""Reads text from the embedded text, local files or the Hugging Face hub.
 
-All of it comes out as a dataset with one column, `text`, a document a row.
+The result is a dataset with one column, `text`, and one document per row.
 """
 
 import glob
@@ -32,10 +32,10 @@ _SUFFIXES = " ".join(sorted([*_TEXT_SUFFIXES, *_BUILDERS]))
 
 
 def embedded_documents(split: Literal["train", "validation"]) -> "Dataset":
-    """The standard library of the running Python, a file a document.
+    """The standard library of the running Python, with one document per file.
 
     Raises:
-        InputError: this Python has no source files of it.
+        InputError: this Python has no source files of its standard library.
     """
     try:
         files = standard_library(split)
@@ -66,16 +66,16 @@ def read_documents(
 
 
 def is_on_hub(name: str) -> bool:
-    """Whether a dataset's name means one on the hub: it is no path and no glob.
+    """Whether a name is that of a dataset on the hub and not a path or glob.
 
     Raises:
-        InputError: it is a path with nothing to read at its end.
+        InputError: it is a path without a file that can be read.
     """
     return name not in (builtin.NAME, SELF) and _local_files(name) is None
 
 
 def is_stream(documents: "Dataset | IterableDataset") -> bool:
-    """Whether the documents are read as they are needed."""
+    """Whether the documents are read only when they are needed."""
     import datasets
 
     return isinstance(documents, datasets.IterableDataset)
@@ -108,14 +108,14 @@ def _local_files(name: str) -> list[Path] | None:
 
 
 def is_readable(path: Path) -> bool:
-    """Whether its name is that of a kind of file that can be read."""
+    """Whether files with this extension can be read."""
     return path.suffix.lower() in _TEXT_SUFFIXES | _BUILDERS.keys()
 
 
 def _read_local(
     config: CorpusConfig, files: list[Path], load: Callable[[str, str], Any]
 ) -> "Dataset | IterableDataset":
-    """Files of text are read whole in any case; rows are streamed if that is asked for."""
+    """Read files. Text files are always read whole; rows are streamed if the config asks for it."""
     import datasets
 
     texts = [file for file in files if file.suffix.lower() in _TEXT_SUFFIXES]
@@ -126,7 +126,7 @@ def _read_local(
     if texts:
         whole = _in_memory([read_text(file) for file in texts])
         if config.streaming and tables:
-            # A stream's rows come as they are in their files, as ordinary strings.
+            # Streamed rows are ordinary strings, so the texts must be too.
             whole = whole.cast(_features("string")).to_iterable_dataset()
         parts.insert(0, whole)
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
@@ -144,7 +144,7 @@ def _load(
     else:
         if path != "parquet":
             require_sound(Path(file))
-        options["data_files"] = glob.escape(file)  # a name with [ or * is a name, not a pattern
+        options["data_files"] = glob.escape(file)  # [ and * in a name are not a pattern
     if path == "csv":
         # "NA" and "null" are words of a text, not missing values.
         options["keep_default_na"] = False
@@ -153,7 +153,7 @@ def _load(
         with nullcontext() if file else hub_or_cache():
             rows = datasets.load_dataset(path, **options)
             features = rows.features or rows._resolve_features().features
-    except Exception as error:  # datasets raises whatever its many readers meet
+    except Exception as error:  # datasets raises many kinds of exception
         cause = str(error)
         if not isinstance(error, InputError):
             hint = "" if file else " (a dataset on the hub needs a network)"
@@ -236,7 +236,7 @@ def _in_memory(texts: list[str]) -> "Dataset":
 
 
 def _features(kind: str = "large_string") -> "Features":
-    """One type for all parts, so that they can be joined; large, for texts beyond 2 GiB."""
+    """One type for all parts, so that they can be joined. Large strings can exceed 2 GiB."""
     import datasets
 
     return datasets.Features({"text": datasets.Value(kind)})

@@ -31,8 +31,8 @@ class CorpusSplits:
 def split_by_hash(documents: list[Document], packer: Packer, name: str) -> CorpusSplits:
     """Hold out a fraction of the documents by the hash of each.
 
-    A single document is split by blocks instead, and so are documents of which one split
-    would have less than a block.
+    A single document is split by blocks instead. Documents are split by blocks too if one of the
+    splits would have less than a block.
 
     Raises:
         InputError: there are not two blocks, one for each split.

@@ -1,4 +1,4 @@
-"""The text that comes with every Python: the source of its standard library."""
+"""The embedded text: the source of the standard library of the running Python."""
 
 import hashlib
 import sys

@@ -1,4 +1,4 @@
-"""A corpus that is read while it is used."""
+"""A corpus that is read while a run uses it."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -92,7 +92,7 @@ class StreamedCorpus:
                     "reader": self._documents.state_dict(),
                     "left": stream.tolist(),
                     "window": start["window"] + windows,
-                    # Several processes read more at a time, so one may have to skip more.
+                    # Several processes read more at a time, so a continued run may skip batches.
                     "batches": max(0, start["batches"] - windows * in_window),
                     "read": read,
                 }
@@ -130,7 +130,7 @@ class StreamedCorpus:
                 return
             except Exception as error:  # datasets raises many kinds of exception
                 raise InputError(
-                    f"cannot read on in {self.about['dataset']}: {first_line(error)}"
+                    f"cannot continue to read {self.about['dataset']}: {first_line(error)}"
                 ) from error
             yield [
                 text

@@ -1,4 +1,4 @@
-"""Where the prediction of a lens is good enough to read no further layer."""
+"""Early exits: take the prediction of a lens at the first layer where it is good enough."""
 
 from tunedlens.early_exit.measuring import early_exits
 from tunedlens.early_exit.results import ChosenExit, EarlyExits, ExitCurve, ExitPoint

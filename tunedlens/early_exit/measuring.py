@@ -54,8 +54,8 @@ def early_exits(
     scorer, tallies = Scorer(model, layout, _METRICS), _tallies(layout, first_layer)
     if not tallies:
         raise InputError(
-            f"no lens reads the residual stream from layer {first_layer} on; give one that does, "
-            "or an earlier first_layer"
+            f"no lens reads the residual stream at layer {first_layer} or later; give a lens that "
+            "does, or an earlier first_layer"
         )
     digest, numbers = hashlib.sha256(), []
     numbered = numbered_blocks(blocks, config.tokens, digest.update)
@@ -80,7 +80,7 @@ def early_exits(
 
 
 def rules_of(signal: Signal, n_layers: int, vocab_size: int) -> list[ExitRule]:
-    """Rules from one that never exits to one that nearly always does."""
+    """Rules, from one that never exits to one that nearly always exits."""
     if signal == "agreement":
         return [ExitRule(signal, count) for count in range(n_layers + 1, 0, -1)]
     if signal == "confidence":
@@ -92,12 +92,12 @@ def rules_of(signal: Signal, n_layers: int, vocab_size: int) -> list[ExitRule]:
 
 
 def _short(values: Float[Tensor, " thresholds"]) -> list[float]:
-    """To four digits."""
+    """Round to four digits."""
     return [float(f"{value:.4g}") for value in values.tolist()]
 
 
 def _tallies(layout: Layout, first_layer: int) -> list["_Tally"]:
-    """One for every lens on the stream and every signal."""
+    """A tally for every signal and every lens that reads the stream."""
     tallies = []
     for column, (_, site) in enumerate(layout.columns.values()):
         layers = [layer for layer in layout.layers[column] if layer >= first_layer]

@@ -22,9 +22,9 @@ class ExitPoint:
     agreement: Estimate
     """The fraction of tokens where that prediction has the model's most probable token."""
     cross_entropy_nats: Estimate
-    """Of the true next token."""
+    """The cross-entropy of the true next token."""
     extra_nats: Estimate
-    """That cross-entropy minus the model's own, paired."""
+    """The paired difference of this cross-entropy and the model's own."""
 
     @property
     def perplexity(self) -> Estimate:

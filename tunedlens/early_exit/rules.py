@@ -87,5 +87,5 @@ def signal_of(signal: Signal, statistic: ByLayer) -> ByLayer:
 
 
 def first_exit(rule: ExitRule, signal: ByLayer) -> Int[Tensor, "*positions"]:
-    """The index of the first layer that is sure enough; the number of layers if none is."""
+    """The index of the first layer that meets the rule; the number of layers if none does."""
     return (~rule.is_met(signal)).long().cumprod(0).sum(0)

@@ -1,4 +1,4 @@
-"""States to logits to statistics of a distribution; the KL and its gradient."""
+"""Decodes states to logits, and computes statistics of distributions, the KL and its gradient."""
 
 from tunedlens.engine.capped import CappedLensKL, make_objective
 from tunedlens.engine.decoding import Decoder, chunk_tokens

@@ -19,14 +19,14 @@ from tunedlens.model import Unembedding
 class CappedLensKL(LensKL):
     """`LensKL` for an unembedding with a cap: exact, in the dtype of the unembedding.
 
-    A token and layer costs three matrix products: for the model, for the lens, and back.
+    Each token and layer costs three matrix products: for the model, for the lens, for the gradient.
     """
 
     def __init__(self, unembedding: Unembedding, *, chunk: int | None = None) -> None:
         assert unembedding.cap is not None
         super().__init__(unembedding, dtype=unembedding.weight.dtype, chunk=chunk)
         self._cap = unembedding.cap
-        # Below a cap no offset gives a row the probability 0, so there are none but the tokens'.
+        # A cap bounds the logits, so padding rows would get some probability. They are left out.
         self._all_keys = self._all_keys[: len(unembedding.weight)]
 
     @torch.no_grad()
@@ -92,11 +92,11 @@ class CappedLensKL(LensKL):
 def make_objective(
     unembedding: Unembedding, *, dtype: torch.dtype = torch.float32, kernel: Kernel = "products"
 ) -> LensKL:
-    """The objective of an unembedding: exact in float32 where there is a cap.
+    """The objective for an unembedding. With a cap, it is exact and in float32.
 
     Args:
-        dtype: of the products, without a cap.
-        kernel: of the products, without a cap; see `LensKL`.
+        dtype: the dtype of the products if there is no cap.
+        kernel: the kernel of the products if there is no cap; see `LensKL`.
     """
     if unembedding.cap is not None:
         return CappedLensKL(unembedding)

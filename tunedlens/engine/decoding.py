@@ -1,4 +1,4 @@
-"""States of the residual stream to logits, in memory that is reused."""
+"""Decodes states of the residual stream to logits, in memory that is reused."""
 
 import torch
 from jaxtyping import Float
@@ -41,7 +41,7 @@ class Decoder:
     def model_logits(
         self, hidden: Float[Tensor, "tokens d_model"]
     ) -> Float[Tensor, "tokens vocab"]:
-        """Logits of states that the final norm reads."""
+        """Logits of states before the final norm."""
         weight, bias = self._unembedding.weight, self._unembedding.bias
         normed = self._unembedding.norm(hidden.to(weight.dtype))
         logits = self._logits.resize_(len(hidden), len(weight))
@@ -67,5 +67,5 @@ def chunk_tokens(rows: int, device: torch.device) -> int:
 
 
 def max_chunk_tokens(device: torch.device) -> int:
-    """The largest chunk, however few rows there are."""
+    """The largest number of tokens in a chunk, for any number of rows."""
     return 1024 if device.type == "cpu" else 32_768

@@ -31,14 +31,13 @@ from tunedlens.model import Unembedding
 States = Float[Tensor, "tokens d_model"]
 PerToken = Float[Tensor, " tokens"]
 Keys = Float[Tensor, "rows width"]
-"""The rows that a softmax runs over. Each is a row of the unembedding, then a 1 for the shift of
-the query, then two columns for the row's offset if rows have offsets. Where there are fewer columns
-or rows than a multiple of 8, which GPUs multiply faster, zeros follow, and rows whose offset gives
-them the probability 0."""
+"""The rows that a softmax runs over. Each has a row of the unembedding, a 1 for the shift of the
+query and, if rows have offsets, two columns for the offset. Columns of zeros and rows with the
+probability 0 are added up to a multiple of 8, because GPUs multiply such sizes faster."""
 
 _MULTIPLE = 8
 _NO_PROBABILITY = -1e30
-"""The offset of a row that is no token's; half precision holds it too."""
+"""The offset of a row without a token. bfloat16 can represent it too."""
 
 
 class ModelSide(NamedTuple):
@@ -51,7 +50,7 @@ class ModelSide(NamedTuple):
 
     @classmethod
     def of_no_tokens(cls, d_model: int, device: torch.device) -> Self:
-        """The same without a token."""
+        """The terms for an empty set of tokens."""
         return cls(torch.empty(0, d_model, device=device), torch.empty(0, device=device))
 
 
@@ -63,7 +62,7 @@ class LensKL:
     parts instead: `keys` once per step, `model_side` once per token, `gradient` once per layer.
 
     The instance holds one copy of the unembedding in `dtype`. When memory runs out, it halves
-    the chunk, warns and goes on.
+    the chunk, warns and continues.
 
     Args:
         unembedding: pass `Unembedding.centred()`, which has the same softmax and keeps the
@@ -170,7 +169,7 @@ class LensKL:
 
         Args:
             translated: the translated states of the layer.
-            model: from `model_side`, for the same tokens.
+            model: the result of `model_side` for the same tokens.
             keys: the keys of a sample, which make both results estimates; by default those of
                 the whole vocabulary.
         """
@@ -275,8 +274,8 @@ def accumulate_gradient(
 
     Args:
         states: the states at `lens.points`, and last the one before the final norm.
-        model: from `objective.model_side`; computed if it is not given.
-        keys: the keys of a sample of the vocabulary; by default those of all of it.
+        model: the result of `objective.model_side`; it is computed if it is not given.
+        keys: the keys of a sample of the vocabulary; by default those of the whole vocabulary.
         layers: the indices of the points that take part; all by default.
         fraction: the fraction of the step's tokens that is in `states`.
 
@@ -330,10 +329,10 @@ def _make_keys(
 
 
 def _inner(mean_row: States, rounded: States) -> PerToken:
-    """⟨E_p[W], n⟩ with the state rounded as in the products."""
+    """⟨E_p[W], n⟩ with the same rounded state as in the products."""
     return torch.linalg.vecdot(mean_row, rounded.to(mean_row.dtype))
 
 
 def _upcast(values: Tensor) -> Tensor:
-    """To the dtype of accumulation: float32, or float64 where the values are."""
+    """Convert to the dtype of accumulation: float32, or float64 for values in float64."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

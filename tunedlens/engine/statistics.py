@@ -40,7 +40,7 @@ class ModelDistribution(NamedTuple):
 
 
 class LensStatistics:
-    """Statistics of a lens's distributions, each computed when it is first asked for.
+    """Statistics of a lens's distributions, each computed when it is first used.
 
     The largest logit of every token is shifted to 0. Then log Z is minus the logarithm of the
     largest probability, and KL, entropy and cross-entropy are log Z and one inner product or
@@ -167,8 +167,7 @@ def kl_by_layer(
     """Mean KL(model ‖ lens) of a short text by layer, in nats, with all logits in memory.
 
     Args:
-        lens: the lens.
-        unembedding: the model's.
+        unembedding: the unembedding of the model.
         states: all states of the residual stream, the last one before the final norm.
         shift: added to the layer to choose another translator for its state. Layers without
             one are left out.

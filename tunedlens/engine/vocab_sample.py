@@ -1,8 +1,8 @@
 """A random sample of the vocabulary, from which one training step estimates its gradient.
 
 Token v is in the sample with a known probability π_v, so Σ exp(z_v) / π_v over the sample is an
-unbiased estimate of the sum over the vocabulary, and likewise with W_v beside it. A softmax over
-the sample, of logits less log π_v, estimates E_q[W] with a bias that falls as 1 / size.
+unbiased estimate of the sum over the vocabulary; the same holds with W_v as a factor. A softmax of
+the logits minus log π_v over the sample estimates E_q[W] with a bias that decreases as 1 / size.
 """
 
 from typing import NamedTuple
@@ -37,18 +37,18 @@ def inclusion_probabilities(usage: OverVocab, size: int) -> OverVocab:
     """π_v of every token: proportional to the square root of its usage, at most 1, sum `size`.
 
     If the usage is the sum of p_v² over the tokens of a step, these probabilities minimise the
-    variance of an estimate of p. They prefer a token that one position is sure of to a token
-    that many positions give a little probability.
+    variance of an estimate of p. A token that is very probable at one position gets a higher
+    probability than a token that is slightly probable at many positions.
     """
     usage = usage if has_float64(usage.device) else usage.cpu()
     roots, tiny = usage.double().sqrt(), torch.finfo(torch.float64).tiny
     if size >= len(usage):
         return torch.ones_like(roots)
     proposal = (1 - _FLOOR) * (roots / roots.sum().clamp_min(tiny)) + _FLOOR / len(usage)
-    # Whole numbers have the same sum in any order, and the order is a GPU's own.
+    # The sum of whole numbers does not depend on their order, which differs between GPUs.
     proposal = (proposal * 2.0**52).round()
-    # With the m largest at 1, the others share what is left of the size. The smallest m for which
-    # none of these exceeds 1 is the right one, and clamping then sets the m largest to 1.
+    # If the m largest are 1, the others share the rest of the size. The right m is the smallest one
+    # for which none of these exceeds 1. Clamping then sets the m largest to 1.
     descending = proposal.sort(descending=True).values
     left = size - torch.arange(len(usage), device=usage.device)
     rest = descending.flip(0).cumsum(0).flip(0)
@@ -59,9 +59,9 @@ def inclusion_probabilities(usage: OverVocab, size: int) -> OverVocab:
 def draw_sample(usage: OverVocab, size: int, seed: int, step: int) -> VocabSample:
     """Draw the sample of one step as a function of usage, seed and step alone.
 
-    Each token is compared with a uniform number of its own. Tokens are thus independent, their
-    number varies around `size`, and a difference in the last digits of the usage, which another
-    number of processes makes, hardly ever changes the sample.
+    Each token is compared with its own uniform random number, so tokens are drawn independently and
+    their number varies around `size`. Another number of processes changes the last digits of the
+    usage, and this almost never changes the sample.
 
     Args:
         usage: squares of the model's probabilities, summed over the tokens of the step.

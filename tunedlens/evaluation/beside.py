@@ -1,7 +1,7 @@
 """The same lenses on a second model of the same shape, such as a fine-tuned one.
 
-A lens on another model is its translators between the states of that model and its own final norm
-and unembedding. It is scored against that model's own distribution.
+On another model, a lens applies its translators to the states of that model, and then that model's
+final norm and unembedding. It is compared with the distribution of that model.
 """
 
 import copy
@@ -23,10 +23,10 @@ _ADAPTER_CONFIG = "adapter_config.json"
 
 
 class SecondModel(NamedTuple):
-    """A model on which lenses are scored beside the first."""
+    """A second model, on which the same lenses are scored."""
 
     title: str
-    """What results call it."""
+    """Its name in results."""
     model: FrozenModel
 
 
@@ -36,10 +36,11 @@ def second_model(
     """Load the second model, if there is one.
 
     Args:
-        beside: a loaded model; or a folder or a name on the hub, with an optional `NAME=` in
-            front. The folder of a PEFT adapter stands for the first model with that adapter.
-        config: that of the first model, whose dtype, device and structure the second one shares.
-        device: where it runs if the config names no device.
+        beside: a loaded model; or a folder or a name on the hub, with an optional prefix `NAME=`.
+            The folder of a PEFT adapter stands for the first model with that adapter.
+        config: the config of the first model. The second model has the same dtype, device and
+            structure.
+        device: the device if the config names none.
 
     Raises:
         InputError: it cannot be loaded.
@@ -79,8 +80,8 @@ def require_comparable(model: FrozenModel, other: FrozenModel, seq_len: int | No
     for token, number in model.tokenizer.get_vocab().items():
         if theirs.get(token) != number:
             raise InputError(
-                f"{other.name} has a different vocabulary than {model.name} (such as {token!r}), "
-                "so they cannot be scored on the same text"
+                f"{other.name} has a different vocabulary than {model.name} (for example, "
+                f"{token!r} has another id), so they cannot be scored on the same text"
             )
 
 
@@ -94,10 +95,10 @@ def onto(lens: Lens, model: FrozenModel, name: str) -> Lens:
     """
     if not isinstance(lens, ResidualLens):
         raise InputError(
-            f"the lens {name} does not read the states of a model, so it cannot be scored beside "
-            "on another one; leave it out"
+            f"the lens {name} does not read the states of a model, so it cannot be scored on a "
+            "second model; leave it out"
         )
-    # deepcopy takes these in place of copies.
+    # deepcopy uses these objects instead of copies of them.
     parts: dict[int, nn.Module] = {id(child): child for child in lens.children()}
     parts[id(lens.unembedding)] = model.unembedding.shared()
     moved = copy.deepcopy(lens, parts)

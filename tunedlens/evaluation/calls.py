@@ -1,4 +1,4 @@
-"""`evaluate` as one call: with a config, with settings by name, or of a text in memory."""
+"""The function `evaluate`, which takes a config, settings by name, or a text in memory."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -86,11 +86,11 @@ def evaluate(
     `evaluate(model, lenses, text)` scores a text in memory, or the text at a path.
     `evaluate(model, lenses, tokens=10_000)` is short for an `EvaluateConfig` with this setting.
 
-    Of a dataset that a lens was trained on, only the held-out part is scored, unless `split` is
-    given. With several processes, each process scores a part, and all return the whole result.
+    If a lens was trained on the dataset, only the held-out part is scored, unless `split` is given.
+    With several processes, each process scores a part, and all return the whole result.
 
     Args:
-        config: an `EvaluateConfig`, or the model: loaded, its name on the hub or its folder.
+        config: an `EvaluateConfig`, or the model: a loaded model, its hub name or its folder.
         lenses: one lens, a list, or a dict by name, in addition to those of the config. Lenses
             are objects, paths, names on the hub, `logit`, `unigram` or `mean`. The logit lens is
             always added. If no lens is given, the newest saved lens is evaluated.
@@ -98,8 +98,8 @@ def evaluate(
         model: the model, if the first argument is a config.
         beside: a second model of the same shape, on which the same lenses are scored too.
         accelerator: the processes and the device.
-        progress: called with the positions just scored and the total, instead of a progress bar.
-        sampled: the same for tokens that are sampled from the model, for the text `self`.
+        progress: called with the positions just scored and their total, instead of a progress bar.
+        sampled: called in the same way while tokens are sampled, for the text `self`.
         command: the command to record; by default that of this process.
         settings: fields of `EvaluateConfig` and of its parts, which replace those of `config`.
 
@@ -189,7 +189,9 @@ def _score_text(
     for spec in saved_lenses(specs):
         lenses[spec.name] = checkpoint.load_lens(spec.folder, loaded)
     if missing := [spec.name for spec in specs if spec.name not in lenses]:
-        raise InputError(f"the lens {missing[0]} is made from a dataset; give one, not a text")
+        raise InputError(
+            f"the lens {missing[0]} is computed from a dataset; give a dataset instead of a text"
+        )
     in_order = {spec.name: lenses[spec.name] for spec in specs}
     evaluation = pipeline.score_lenses(loaded, in_order, _blocks(loaded, text), scoring)
     return replace(evaluation, provenance={**describe_run(loaded)})
@@ -198,7 +200,8 @@ def _score_text(
 def _blocks(model: FrozenModel, text: str) -> list[Int[Tensor, " seq"]]:
     """The tokens of a text in as few blocks of equal length as the context allows.
 
-    Each begins with BOS if the model's texts do. Fewer tokens than there are blocks are left over.
+    Each begins with BOS if the model's texts do. A few tokens at the end, fewer than the number of
+    blocks, are left out.
     """
     ids = model.encode(text, is_any_length=True)[0].cpu()
     bos = ids[: int(model.bos_id is not None)]

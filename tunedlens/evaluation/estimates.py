@@ -1,4 +1,4 @@
-"""Values for a whole corpus with their standard errors, from sums that stream.
+"""Values for a whole corpus with their standard errors, from streaming sums.
 
 Tokens of one block are not independent, so errors are clustered by block. The sums of two parts
 of a corpus add up to those of the whole, so results do not depend on how it is cut into batches
@@ -148,8 +148,8 @@ class GroupSums:
         value = statistic(self.sums[used].sum(0)).cpu()
         if len(used) < 2:
             return Estimates(value, torch.full_like(value, math.nan))
-        # The sums are added up anew. If all of a token's probability is in one group, then
-        # subtracting that group from the total would leave nothing but rounding errors.
+        # The sums of the other groups are added up again. Subtracting a group from the total would
+        # leave only rounding errors if that group had all of a token's probability.
         others = [[other for other in used if other != group] for group in used]
         without_one = torch.stack([statistic(self.sums[part].sum(0)).cpu() for part in others])
         spread = (without_one - without_one.mean(0)).square().mean(0) * (len(used) - 1)

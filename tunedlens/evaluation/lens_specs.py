@@ -1,4 +1,4 @@
-"""From the names of lenses to their folders and manifests."""
+"""Finds the folders and the manifests of lenses by their names."""
 
 import dataclasses
 import os
@@ -14,7 +14,7 @@ from tunedlens.files import JsonObject, require_lens_name
 from tunedlens.fit import mean_lens, unigram_lens
 
 BASELINES = {"unigram": (unigram_lens, 10_000_000), "mean": (mean_lens, 65_536)}
-"""By kind, what makes a baseline, and from how many positions of the training text at most."""
+"""By kind: the function that makes a baseline, and the largest number of positions that it uses."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SavedLens(LensSpec):
 
     @classmethod
     def read(cls, name: str, source: str) -> "SavedLens":
-        """Read what a lens says of itself; one on the hub is downloaded."""
+        """Read the description of a lens; a lens on the hub is downloaded first."""
         folder = checkpoint.find_lens(source)
         manifest = checkpoint.describe_lens(folder)
         if "config" in manifest:
@@ -59,7 +59,7 @@ class SavedLens(LensSpec):
 
     @property
     def is_text_known(self) -> bool:
-        """Whether the lens says which text it was trained on."""
+        """Whether the lens records the text that it was trained on."""
         return "config" in self.manifest
 
     @property
@@ -70,7 +70,7 @@ class SavedLens(LensSpec):
 
     @property
     def results_folder(self) -> Path:
-        """Where results go: beside the lens, or for one on the hub, in a folder of its name."""
+        """The folder for results: that of the lens or, for one on the hub, a folder of its name."""
         if checkpoint.hub_name(self.source) is None:
             return self.folder.with_suffix("") if self.folder.is_file() else self.folder
         return checkpoint.ROOT / re.sub(r"[/@:]+", "--", self.source)
@@ -80,8 +80,8 @@ def lens_specs(asked: Iterable[str], in_memory: Iterable[str] = ()) -> list[Lens
     """The logit lens and the lenses asked for, each with a unique name.
 
     Args:
-        asked: paths, names on the hub, `unigram`, `mean` or `logit`, each with an optional
-            `NAME=` in front.
+        asked: paths, names on the hub, `unigram`, `mean` or `logit`, each with an optional prefix
+            `NAME=`.
         in_memory: names of further lenses.
 
     Raises:
@@ -107,7 +107,7 @@ def lens_specs(asked: Iterable[str], in_memory: Iterable[str] = ()) -> list[Lens
         if names.count(spec.name) > 1 or spec.name == "model":
             source = spec.source if isinstance(spec, SavedLens) else spec.kind
             raise InputError(
-                f"the lens name {spec.name} is taken; choose another: --lens NAME={source}"
+                f"the lens name {spec.name} is already used; choose another: --lens NAME={source}"
             )
     return specs
 

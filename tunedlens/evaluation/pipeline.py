@@ -1,4 +1,4 @@
-"""An evaluation: from its config to the text and the lenses, and over the text to its results."""
+"""Runs an evaluation: loads the model, the lenses and the text, and scores the text."""
 
 import dataclasses
 import hashlib
@@ -55,7 +55,7 @@ def evaluate(
     sampled: Callable[[int, int], None] | None = None,
     command: Sequence[str] | None = None,
 ) -> Evaluation:
-    """See `calls.evaluate`; lenses are in memory, by name, and a loaded model replaces a name."""
+    """See `calls.evaluate`. `lenses` are objects by name; loaded models replace the config's."""
     accelerator = accelerator or join_processes(config.model.device)
     if not config.lenses and not lenses:
         newest = checkpoint.newest_lens(checkpoint.ROOT)
@@ -122,7 +122,7 @@ def _in_order(
     model: FrozenModel,
     training: CorpusSplits,
 ) -> dict[str, Lens]:
-    """The lenses by name, with the logit lens and the baselines made."""
+    """The lenses by name, including the logit lens and the baselines."""
     found = {"logit": LogitLens.from_model(model), **ready}
     for spec in specs:
         if spec.kind in BASELINES:

@@ -20,7 +20,8 @@ from tunedlens.fit import MIN_GAIN, MIN_TOKENS_PER_DIMENSION, Doubling, last_dou
 from tunedlens.model import FrozenModel, HookPoint, hook_points, load_configured
 
 OFF_CORPUS = 1.5
-"""On another text, a lens may have this many times its share of the logit lens's KL on its own."""
+"""A warning is given if the KL of a lens, relative to that of the logit lens, is more than this
+many times as large on another text as on its own."""
 _LEAST_NATS = 1e-12
 
 
@@ -29,7 +30,7 @@ class QualityWarning(NamedTuple):
 
     kind: Literal["undertrained", "off corpus"]
     message: str
-    """In one or two sentences."""
+    """One or two sentences."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,12 @@ class Quality:
     manifest: JsonObject
     """As `describe_lens` returns it."""
     own: Evaluation
-    """On held-out text of its corpus, or on another text if its corpus is not known; see
-    `is_held_out`."""
+    """The evaluation on held-out text of its corpus, or on another text if its corpus is not known;
+    see `is_held_out`."""
     transfer: Evaluation
-    """Every translator at every layer, on the first positions of the same text."""
+    """The evaluation of every translator at every layer, on the first positions of this text."""
     others: list[Evaluation]
-    """On other corpora."""
+    """The evaluations on other corpora."""
 
     @property
     def is_held_out(self) -> bool:
@@ -78,7 +79,7 @@ class Quality:
 
     @property
     def warnings(self) -> list[QualityWarning]:
-        """Warnings of too few training tokens, or of a worse fit on another text than its own."""
+        """Warnings about too few training tokens, or about a worse fit on another text."""
         return [*self._undertrained(), *self._off_corpus()]
 
     def _undertrained(self) -> list[QualityWarning]:
@@ -136,7 +137,7 @@ def share_of_logit_lens(evaluation: Evaluation, lens: str) -> float:
 
 
 def names_at_sites(evaluation: Evaluation, lens: str) -> list[str]:
-    """What results call a lens: its name, and its name with the site where it reads another one."""
+    """The names of a lens in results: its name, and its name followed by each further site."""
     return [name for name in evaluation.lenses if name == lens or name.startswith(f"{lens} ")]
 
 

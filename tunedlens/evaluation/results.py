@@ -13,7 +13,7 @@ from tunedlens.provenance import Provenance
 
 SCHEMA = 2
 MODEL = "model"
-"""In results, the name of the model itself beside the names of the lenses."""
+"""The name of the model itself in results."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Grid:
 
 
 def name_on(lens: str, title: str) -> str:
-    """What results call a lens, or the model itself, on a second model."""
+    """The name in results of a lens, or of the model itself, on a second model."""
     return f"{lens} on {title}"
 
 
@@ -108,10 +108,10 @@ class _Second(TypedDict):
 
 
 class EvaluationProvenance(Provenance, total=False):
-    """What produced an evaluation."""
+    """The record of how an evaluation was made."""
 
     lenses: dict[str, JsonObject]
-    """What each lens was made from: a saved file, or a text for a baseline."""
+    """The origin of each lens: a saved file, or a text for a baseline."""
     corpus: Mapping[str, object]
     """The description of the scored text, or of each side of the split if both are scored."""
     beside: JsonObject
@@ -258,10 +258,10 @@ class Evaluation:
         return evaluation
 
     def _require_complete(self) -> None:
-        """Check that tables and plots find what they are made of.
+        """Check that the data for tables and plots is present and valid.
 
         Raises:
-            InputError: something is missing or cannot be.
+            InputError: something is missing or invalid.
         """
         run = self.provenance
         as_type(_Settings, run.get("config", {}), "its config")

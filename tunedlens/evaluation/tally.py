@@ -1,4 +1,4 @@
-"""All that is summed during an evaluation, and the results from these sums."""
+"""Accumulates the sums of an evaluation, and computes the results from them."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,7 +56,7 @@ class Tally:
              for depth in range(n_layers + 1)]
             for one in (*own, range(n_layers))
         ])  # fmt: skip
-        """By column and depth: the first layer from there on that a lens has."""
+        """By column and depth: the first layer at this depth or later that a lens has."""
         self._depths = RatioSums(n_layers + 1, columns=columns)
         self._mean_depth = RatioSums(columns=columns)
         self._probabilities = GroupSums(
@@ -275,7 +275,7 @@ def _grids(
 
     Args:
         sums: one column per lens.
-        layers: by lens.
+        layers: the layers of each lens, by name.
         is_square: whether the columns are layers as well.
     """
     estimates = {metric: part.estimates() for metric, part in sums.items()}
@@ -291,7 +291,7 @@ def _grids(
 def _rounded(
     values: Float[Tensor, "rows columns"], layers: Sequence[int], is_square: bool
 ) -> list[list[float | None]]:
-    """To seven digits, since grids hold many numbers; None for NaN and outside the layers."""
+    """Round to seven digits, since grids hold many numbers; None for NaN and other layers."""
     columns = layers if is_square else range(values.shape[1])
     return [
         [

@@ -1,4 +1,4 @@
-"""Which text an evaluation scores: never what a lens was trained on, unless asked to."""
+"""Chooses the text of an evaluation. Training text of a lens is scored only on request."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,8 +53,8 @@ def load_text(
             to sample.
 
     Raises:
-        InputError: there is no such text, what is held out may have been trained on, or there are
-            fewer positions than `config.tokens`, as far as that is known beforehand.
+        InputError: there is no such text, held-out text may have been used for training, or there
+            are fewer positions than `config.tokens`, if their number is known in advance.
     """
 
     def resolved(corpus: CorpusConfig) -> ResolvedCorpus:

@@ -1,4 +1,4 @@
-"""The one reader and the one writer of files that a user may hand us."""
+"""Reads and writes files safely; all files that come from a user are read here."""
 
 from tunedlens.files.reading import (
     MAX_DEPTH,

@@ -1,7 +1,7 @@
 """Reads files that may come from a stranger.
 
-A file is read only if it is a regular file of a bounded size. Nothing in it is run, and whatever
-is wrong with it becomes an `InputError`.
+A file is read only if it is a regular file of a bounded size. No code in it is run, and every
+fault in it raises an `InputError`.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from tunedlens.errors import InputError, first_line
 MAX_JSON_BYTES = 64 * 2**20
 MAX_YAML_BYTES = 64 * 2**10
 MAX_DEPTH = 64
-"""Lists and objects within each other, in JSON or YAML."""
+"""The largest depth of nested lists and objects in JSON or YAML."""
 _MAX_INTEGER = 2**63
 
 
@@ -36,7 +36,7 @@ class TensorFile(NamedTuple):
     tensors: dict[str, Shaped[Tensor, "..."]]
     metadata: dict[str, str]
     sha256: str
-    """Of the whole file."""
+    """The hash of the whole file."""
 
 
 class TensorHeader(NamedTuple):
@@ -54,7 +54,7 @@ def read_bytes(path: Path, if_missing: str | None = None, max_bytes: int | None 
         max_bytes: the largest size that is read; None for any.
 
     Raises:
-        InputError: the file is missing, too large or no regular file, or cannot be read.
+        InputError: the file is missing, too large or not a regular file, or cannot be read.
     """
     with _opened(path, if_missing) as file:
         content = file.read() if max_bytes is None else file.read(max_bytes + 1)
@@ -85,7 +85,7 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 
 def read_text(path: Path, if_missing: str | None = None, max_bytes: int | None = None) -> str:
-    """Read a text as it is: no newline is translated, no byte left out.
+    """Read a text without any change: newlines are not translated, and no byte is left out.
 
     Raises:
         InputError: as `read_bytes`, or the text is not UTF-8.
@@ -110,13 +110,13 @@ def read_json(path: Path, if_missing: str | None = None, max_bytes: int = MAX_JS
 
 
 def parse_json(text: str, what: str) -> Any:
-    """Parse JSON; its numbers are finite, and its strings can be written as UTF-8.
+    """Parse JSON, with finite numbers and strings that can be written as UTF-8.
 
     Args:
-        what: what the message calls the text.
+        what: the name of the text in the message.
 
     Raises:
-        InputError: it is no such JSON, or it is nested more than `MAX_DEPTH` deep.
+        InputError: it is not such JSON, or it is nested more than `MAX_DEPTH` deep.
     """
     try:
         data = json.loads(text, parse_constant=_refuse_constant)
@@ -154,10 +154,10 @@ def _require_plain(data: object) -> None:
 
 
 def parse_yaml(text: str, what: str) -> Any:
-    """Parse YAML of plain values, without aliases: a few lines of those can stand for gigabytes.
+    """Parse YAML of plain values. Aliases are refused: a few lines of them can expand to gigabytes.
 
     Raises:
-        InputError: it is no such YAML, or it is nested more than `MAX_DEPTH` deep.
+        InputError: it is not such YAML, or it is nested more than `MAX_DEPTH` deep.
     """
     if len(text) > MAX_YAML_BYTES:
         raise InputError(f"{what} is larger than {MAX_YAML_BYTES:,} bytes, the limit")
@@ -189,10 +189,10 @@ def read_tensors(
 ) -> TensorFile:
     """Read a safetensors file.
 
-    The memory that this takes is about twice the size of the file, whatever the file says.
+    This takes about twice the size of the file in memory, for any content of the file.
 
     Args:
-        dtypes: those that are accepted.
+        dtypes: the accepted dtypes.
 
     Raises:
         InputError: as `read_bytes`, or the file is damaged or holds another dtype.
@@ -213,7 +213,7 @@ def read_tensors(
 
 
 def read_tensor_header(path: Path, if_missing: str | None = None) -> TensorHeader:
-    """What the header of a safetensors file says; the tensors are not read.
+    """Read the header of a safetensors file, without the tensors.
 
     Raises:
         InputError: as `read_tensors`.
@@ -223,10 +223,10 @@ def read_tensor_header(path: Path, if_missing: str | None = None) -> TensorHeade
 
 
 def require_finite(tensors: Mapping[str, Shaped[Tensor, "..."]], path: Path) -> None:
-    """Check that no value of a file is infinite or NaN.
+    """Check that all values of a file are finite.
 
     Raises:
-        InputError: one is.
+        InputError: a value is infinite or NaN.
     """
     for name, value in tensors.items():
         if not value.isfinite().all():

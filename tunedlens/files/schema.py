@@ -1,4 +1,4 @@
-"""JSON as dataclasses: the annotations of the fields are the schema."""
+"""Converts JSON to dataclasses. The annotations of their fields are the schema."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -25,13 +25,13 @@ _NAMES = {str: "text", bool: "true or false", int: "a whole number", float: "a n
 
 
 def as_type(kind: type[T], data: object, what: str) -> T:
-    """JSON as an instance of a type, with every value checked.
+    """Convert JSON to an instance of a type, and check every value.
 
     Args:
-        kind: a dataclass, whose fields are all that an object may have; a TypedDict, where further
-            keys are kept; or a list, tuple, dict, union, Literal or plain type of such.
-        data: as `json` reads it.
-        what: what the message calls the data.
+        kind: a dataclass, which allows no other keys than its fields; a TypedDict, which keeps
+            further keys; or a list, tuple, dict, union, Literal or plain type.
+        data: the data, as `json` reads it.
+        what: the name of the data in the message.
 
     Raises:
         InputError: a value is missing, not known or of another type.
@@ -43,7 +43,7 @@ def as_type(kind: type[T], data: object, what: str) -> T:
 
 
 def _build(kind: Any, value: object, where: str) -> object:
-    """The value as this type; `where` is the way to it, for the message."""
+    """The value as this type; `where` is its path, for the message."""
     origin, parts = get_origin(kind) or kind, get_args(kind)
     if origin in (Union, UnionType):
         return _build_one_of(parts, value, where)
@@ -67,7 +67,7 @@ def _build(kind: Any, value: object, where: str) -> object:
 
 
 def _build_one_of(kinds: Sequence[Any], value: object, where: str) -> object:
-    """The value as the first of some types that it fits; the message is that of the last."""
+    """The value as the first type that it fits; the message is that of the last type."""
     if value is None and NoneType in kinds:
         return None
     first, *others = [kind for kind in kinds if kind is not NoneType]

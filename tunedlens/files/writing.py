@@ -1,4 +1,4 @@
-"""Writes files whole or not at all."""
+"""Writes files completely or not at all."""
 
 import json
 import os
@@ -18,11 +18,11 @@ _A_DAY = 24 * 60 * 60
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name to write a file under, which replaces `path` at the end.
+    """A temporary path to write to. At the end, the file there replaces `path`.
 
-    After a crash at any time there is either the old file or the new one: the content is on the
-    disk before the name is, and the name before this returns. Temporary files that a process left
-    behind when it was killed are removed.
+    After a crash at any time, there is either the old file or the new one: the content is on the
+    disk before the file is renamed, and the new name is on the disk before this returns. Temporary
+    files of killed processes are removed.
 
     Args:
         path: its folder is created if it does not exist.
@@ -46,7 +46,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def require_lens_name(name: str) -> None:
-    """Check that the name of a lens can be part of the names of files.
+    """Check that the name of a lens can be used in the names of files.
 
     Raises:
         InputError: it cannot.
@@ -54,8 +54,8 @@ def require_lens_name(name: str) -> None:
     is_right = name.isprintable() and 0 < len(name.encode()) <= _LONGEST_NAME
     if not is_right or "/" in name or name.startswith("."):
         raise InputError(
-            f"the name of a lens must have 1 to {_LONGEST_NAME} bytes, no slash and no dot "
-            f"in front; got {name!r:.40}"
+            f"the name of a lens must be printable text of 1 to {_LONGEST_NAME} bytes, with no "
+            f"slash and no dot at its start; got {name!r:.40}"
         )
 
 
@@ -76,7 +76,7 @@ def write_json(path: Path, data: object) -> None:
 
 def _flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
-    if os.name == "nt":  # Windows flushes only what is open for writing
+    if os.name == "nt":  # Windows flushes only files that are open for writing
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -86,9 +86,9 @@ def _flush(path: Path) -> None:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove temporary files for `path` whose process is gone.
+    """Remove temporary files for `path` whose process has ended.
 
-    The processes of another host cannot be seen: a file of theirs counts as abandoned after a day.
+    The processes of other hosts are not visible, so their files count as abandoned after a day.
     """
     pattern = re.compile(rf"\.(.+)-(\d+)\.{re.escape(path.name)}")
     with suppress(OSError):
@@ -101,12 +101,12 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def _is_alive(pid: int) -> bool:
-    """Whether this host has a process of this number."""
+    """Whether this host has a process with this id."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except (OSError, OverflowError):  # it belongs to somebody else
+    except (OSError, OverflowError):  # it belongs to another user
         return True
     return True
 
@@ -115,7 +115,7 @@ def require_writable(folder: Path) -> None:
     """Check that a folder can be created or written to, without leaving anything behind.
 
     Raises:
-        InputError: the folder cannot be made or written to.
+        InputError: the folder cannot be created or written to.
     """
     try:
         existing = folder.absolute()

@@ -63,7 +63,7 @@ def _first(blocks: Iterable[Block], tokens: int) -> Iterator[Block]:
 
 
 def _constant_lens(sums: Tensor, model: FrozenModel, *, added: int) -> ConstantLens:
-    """The lens with the probabilities that are in proportion to the sums plus what is added."""
+    """The constant lens with probabilities in proportion to `sums + added`."""
     if not sums.sum():
         raise InputError("a baseline needs text with at least one token; got none")
     probs = (sums + added) / (sums + added).sum()

@@ -1,13 +1,13 @@
-"""Validations of a run, and which layers have converged according to them."""
+"""Decides from the validations of a run which layers have converged."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 MIN_GAIN = 0.02
-"""The fraction of its held-out KL that a layer gains at least from twice the tokens."""
+"""A layer has converged if twice the tokens lower its held-out KL by less than this fraction."""
 MIN_TOKENS_PER_DIMENSION = 128
-"""Times d_model, the tokens of the default fit's first pass."""
+"""The first pass of the default fit takes this number of tokens times d_model."""
 
 
 @dataclass
@@ -21,7 +21,7 @@ class ValidationResult:
     kl_nats: list[float]
     """One value per layer."""
     standard_error: float | None = None
-    """Of the mean over layers, clustered by block. A single block has none."""
+    """The error of the mean over layers, clustered by block; None for a single block."""
 
     @property
     def mean_kl_nats(self) -> float:
@@ -39,20 +39,20 @@ def converged_layers(history: Sequence[ValidationResult]) -> list[bool]:
 
 
 class Doubling(NamedTuple):
-    """The last validation, and the last one at no more than half of its tokens."""
+    """The last validation, and the last one that had at most half of its tokens."""
 
     before: ValidationResult
     after: ValidationResult
 
     @property
     def gains(self) -> list[float]:
-        """For every layer, the fraction of its held-out KL that the tokens between them saved."""
+        """For every layer, the fraction by which the tokens in between lowered its held-out KL."""
         pairs = zip(self.before.kl_nats, self.after.kl_nats, strict=True)
         return [1 - after / before if before else 0.0 for before, after in pairs]
 
 
 def last_doubling(history: Sequence[ValidationResult]) -> Doubling | None:
-    """What the last doubling of the tokens of the steps led to; None if there is none."""
+    """The validations before and after the last doubling of the steps' tokens, if there is one."""
     if not history:
         return None
     end = history[-1]

@@ -23,7 +23,7 @@ Translators = Float[Tensor, "layers d_model d_model_plus_1"]
 RIDGES = tuple(10.0**exponent for exponent in range(-8, 1))
 """Candidates for the ridge, relative to the mean square of the inputs."""
 _FLOAT32_TOKENS = 4096
-"""Tokens that are summed in float32 before the sum is added to the one in float64."""
+"""The number of tokens that are summed in float32 before the sum is added to the float64 total."""
 
 
 class Sums(NamedTuple):
@@ -41,8 +41,8 @@ class LeastSquares:
     """Streaming sums of the regression of `final - h` on `h` and a constant.
 
     The sums over two parts of a text add up to those over the whole. A few thousand tokens at
-    a time are summed in float32; the totals are float64. Both are on the device of the states,
-    unless the totals do not fit there: then these are on the CPU.
+    a time are summed in float32; the totals are float64. Both are on the device of the states. If
+    the totals do not fit there, they are on the CPU.
 
     Args:
         n_layers: the number of states to map, over all sites.

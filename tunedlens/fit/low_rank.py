@@ -22,10 +22,11 @@ def nearest_of_rank(
     second_moment: Float[Tensor, "layers d_model_plus_1 d_model_plus_1"],
     rank: int,
 ) -> LowRankTranslators:
-    """The translators of a rank that move states the most as the given ones do.
+    """The translators of a given rank that change the states as similarly as possible.
 
-    They minimise the mean square distance between the translated states. The columns of L are the
-    leading principal components of A h, R is Lᵀ A, and the bias takes up the mean of the rest.
+    They minimise the mean square distance to the states that the given translators produce. The
+    columns of L are the leading principal components of A h, R is Lᵀ A, and the bias contains the
+    mean of the remaining components.
 
     Args:
         translators: `[A b]` of every layer.

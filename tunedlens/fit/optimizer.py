@@ -69,7 +69,7 @@ class PreconditionedMuon(LensOptimizer):
     large in all coordinates of the translator changes the translated states very unequally. This
     optimizer writes `[A b] = initial + M P`, where P is the inverse fourth root of the inputs'
     second moment, and takes its steps in M. P whitens only halfway, because directions that few
-    tokens use also have less to teach.
+    tokens use also matter less.
 
     The step size is constant, relative to the error that least squares leave in the final state.
     Averaging over the last part of the iterates, which grows with their number, removes the noise,
@@ -80,9 +80,9 @@ class PreconditionedMuon(LensOptimizer):
         step_size: change of a translated state in one step, relative to the root mean
             square error of least squares.
         weight_decay: pulls towards the initial lens.
-        dtype: of the products of the orthogonalisation.
-        rank: the rank that no translator of the result exceeds. The steps move translators of full
-            rank, along the gradient at the nearest ones of this rank.
+        dtype: the dtype of the products in the orthogonalisation.
+        rank: the largest rank of a translator in the result. The steps change translators of full
+            rank, with the gradient at the nearest translators of this rank.
 
     Source:
         Jordan et al. 2024, "Muon", kellerjordan.github.io/posts/muon; Shamir and Zhang
@@ -128,8 +128,8 @@ class PreconditionedMuon(LensOptimizer):
 
         Args:
             first_pass: the sums over the first part of the text.
-            solution: what `first_pass` solves to.
-            from_solution: start from the solution; otherwise from the lens as it is.
+            solution: the solution of `first_pass`.
+            from_solution: whether to start from the solution, or from the current lens.
             bias_only: whether the steps change the biases only.
         """
         second_moment = first_pass.second_moment
@@ -155,7 +155,7 @@ class PreconditionedMuon(LensOptimizer):
     def step(self, active: Sequence[bool], fraction_done: float) -> None:  # noqa: ARG002 - see class
         state = self._state
         learning = [layer for layer, learns in enumerate(active) if learns]
-        # A list as an index would make a GPU's queue wait for its copy.
+        # With a list as the index, the GPU would have to wait for a copy of it.
         layers = (
             slice(None) if all(active) else send(torch.tensor(learning), state["iterate"].device)
         )
@@ -211,9 +211,9 @@ def _fill(lens: AffineLens, **values: Tensor) -> None:
 def _orthogonalised(matrices: Matrices, dtype: torch.dtype) -> Matrices:
     """Every matrix with its singular values moved close to 1 (between about 0.7 and 1.2).
 
-    Runs five Newton-Schulz iterations with the coefficients of the source. In bfloat16 each of
-    them rounds anew, which turns a difference in the last digit of a gradient, such as another
-    order of a sum makes, into one of 0.3 % of the result.
+    Runs five Newton-Schulz iterations with the coefficients of the source. In bfloat16, a
+    difference in the last digit of a gradient, for example from another order of summation, grows
+    to 0.3 % of the result, because every iteration rounds.
 
     Source:
         Jordan et al. 2024, "Muon", kellerjordan.github.io/posts/muon.
@@ -238,7 +238,7 @@ best of four rates on the embedded model."""
 
 _MAX_GRADIENT_NORM = 1.0
 _BIAS_LEARNING_RATE = 1e-3
-"""For AdamW, which updates the biases in Muon runs, because Muon is for matrices only."""
+"""The learning rate of AdamW, which updates the biases in Muon runs: Muon is for matrices only."""
 
 
 class TorchOptimizer(LensOptimizer):
@@ -307,7 +307,7 @@ class TorchOptimizer(LensOptimizer):
                 if name.startswith(f"{index}."):
                     _, parameter, key = name.split(".")
                     if value.ndim and value.shape != parameters[int(parameter)].shape:
-                        raise ValueError(f"{name} has the shape {tuple(value.shape)}")
+                        raise ValueError(f"{name} has a wrong shape, {tuple(value.shape)}")
                     values.setdefault(int(parameter), {})[key] = value
             optimizer.load_state_dict(optimizer.state_dict() | {"state": values})
 

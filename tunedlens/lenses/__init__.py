@@ -1,4 +1,4 @@
-"""The kinds of lens: from a state of any layer to logits."""
+"""The kinds of lenses, which decode a state of any layer to logits."""
 
 from tunedlens.lenses.affine import AffineLens, JacobianLens, Translator, TunedLens
 from tunedlens.lenses.base import Lens, ResidualLens, require_made_for

@@ -104,7 +104,7 @@ class AffineLens(ResidualLens):
             if site not in TRANSLATED_SITES:
                 raise InputError(
                     f"a lens can have translators at {', '.join(TRANSLATED_SITES)}; got {site!r} "
-                    "(the stream leaving a block is resid_pre of the next layer)"
+                    "(the stream that leaves a block is resid_pre of the next layer)"
                 )
         self.sites = tuple(site for site in TRANSLATED_SITES if site in sites)
         """The sites that have translators, in the order in which a block computes them."""

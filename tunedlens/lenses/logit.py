@@ -1,4 +1,4 @@
-"""The logit lens: no translation at all."""
+"""The logit lens, which has no translators."""
 
 from jaxtyping import Float
 from torch import Tensor

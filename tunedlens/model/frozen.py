@@ -256,7 +256,7 @@ class FrozenModel(nn.Module):
                 or `resid_mid` is wanted and attention and MLP run side by side.
         """
         if unknown := [site for site in wanted if site not in SITES]:
-            raise InputError(f"sites must be of {', '.join(SITES)}; got {', '.join(unknown)}")
+            raise InputError(f"sites must be some of {', '.join(SITES)}; got {', '.join(unknown)}")
         blocks = [
             BlockSites(block, f"block {layer} of {self.name}", wanted)
             for layer, block in enumerate(self.blocks)

@@ -1,4 +1,4 @@
-"""The facts about a model that decide whether a lens fits it."""
+"""The properties of a model that decide whether a lens fits it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from tunedlens.errors import InputError
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """The facts that a lens and its model must agree on."""
+    """The properties in which a lens and its model must agree."""
 
     name: str
     """Hub name or folder; `embedded` for the one that ships with the package."""
@@ -25,10 +25,10 @@ def require_same_model(saved: Mapping[str, object], model: Mapping[str, object],
     """Compare two identities, in the form of `dataclasses.asdict`.
 
     Args:
-        what: what the message calls the lens.
+        what: the name of the lens in the message.
 
     Raises:
-        InputError: they differ in more than the name; the message says in what.
+        InputError: they differ in more than the name; the message lists the differences.
     """
     differences = [
         f"{name} {saved.get(name)}, not {model[name]}"

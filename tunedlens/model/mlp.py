@@ -1,4 +1,4 @@
-"""An MLP as a sum over neurons: a coefficient times an output vector for each."""
+"""Writes an MLP as a sum over neurons of a coefficient times an output vector."""
 
 from collections.abc import Callable
 from contextlib import ExitStack

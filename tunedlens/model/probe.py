@@ -1,7 +1,7 @@
-"""What a model predicts on a short text: saved with a lens, compared when the lens is loaded.
+"""A probe: a model's predictions on a short text. It is saved with a lens and checked on loading.
 
-The fingerprint of a model covers its final norm and unembedding. A probe covers the rest: a
-fine-tuned body, or a release of transformers that computes it otherwise.
+The fingerprint of a model covers its final norm and unembedding. A probe covers the blocks: it
+detects fine-tuning, or a release of transformers that computes them differently.
 """
 
 from collections.abc import Mapping
@@ -54,7 +54,7 @@ def take_probe(model: FrozenModel) -> JsonObject:
 
 
 def probe_tolerance(probe: Mapping[str, object], model: FrozenModel) -> float:
-    """The KL, in nats, that rounding explains: more if either side is in half precision."""
+    """The largest KL in nats that rounding explains; it is larger with half precision."""
     dtypes = {probe.get("dtype"), str(model.model.dtype).removeprefix("torch.")}
     return 1e-4 if dtypes == {"float32"} else 0.02
 
@@ -63,7 +63,7 @@ def probe_tolerance(probe: Mapping[str, object], model: FrozenModel) -> float:
 def probe_kl(probe: Mapping[str, object], model: FrozenModel) -> float:
     """Mean KL from the probed model to another one, in nats.
 
-    The tokens that the probe does not have count as one, so this is at most the KL over the
+    All tokens that are not in the probe count as one token, so this is at most the KL over the
     vocabulary.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Weights of modules that may be quantised, read through the module."""
+"""Reads the weights of modules that may be quantised."""
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ def is_quantised(module: nn.Module) -> bool:
 
 
 def count_weights(module: nn.Module) -> int:
-    """The number of parameters, whatever number of elements they are packed into."""
+    """The number of parameters. Packed weights count as the parameters that they represent."""
     total = 0
     for part in module.modules():
         own, packed = dict(part.named_parameters(recurse=False)), _packed_weights(part)
@@ -29,7 +29,7 @@ def count_weights(module: nn.Module) -> int:
 
 @torch.no_grad()
 def read_linear(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a linear map; those of a quantised one by the unit vectors' images.
+    """Weight and bias of a linear map; of a quantised map, from its outputs for unit vectors.
 
     Raises:
         InputError: the map is not linear, because it rounds its inputs too.

@@ -15,7 +15,7 @@ _FAR = 100.0
 
 
 def check_ids(vocab_size: int, context: int | None) -> Int[Tensor, "2 seq"]:
-    """Random tokens, twice, with another last token the second time."""
+    """Two sequences of random tokens that differ in the last token only."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (1, min(16, context or 16)), generator=generator).repeat(2, 1)
     ids[1, -1] = (ids[1, -1] + 1) % vocab_size
@@ -32,14 +32,14 @@ def require_causal_states(
     """
     if len(states) != n_layers + 1:
         raise InputError(
-            f"{name}: expected {n_layers + 1} states of the residual stream, captured "
+            f"{name}: expected {n_layers + 1} states of the residual stream, but captured "
             f"{len(states)}; this architecture is not supported"
         )
     for layer, state in enumerate(states):
         if not state.isfinite().all():
             raise InputError(
-                f"{name}: the states of layer {layer} are not finite on random tokens; its weights "
-                f"are damaged, or too large for {str(state.dtype).removeprefix('torch.')}"
+                f"{name}: the states of layer {layer} are not finite on random tokens; the model's "
+                f"weights are damaged, or too large for {str(state.dtype).removeprefix('torch.')}"
             )
         difference = (state[0, :-1] - state[1, :-1]).abs().max()
         if difference > _tolerance(state.dtype) * state.abs().max():
@@ -50,7 +50,7 @@ def require_causal_states(
 
 
 def far_factor(unembedding: Unembedding, final: Float[Tensor, "batch seq d_model"]) -> float:
-    """The factor of the head's input that makes logits so large that a cap changes them."""
+    """A factor for the head's input that makes the logits so large that a cap changes them."""
     raw = F.linear(unembedding.norm(final.float()), unembedding.weight, unembedding.bias)
     largest = 4 * unembedding.cap if unembedding.cap else _FAR
     return max(1.0, largest / float(raw.abs().max()))
@@ -68,16 +68,16 @@ def require_same_logits(
 
     Args:
         expected: the model's own logits.
-        name: what messages call the model.
-        factor: what the input of the head was multiplied by.
+        name: the name of the model in messages.
+        factor: the factor that the input of the head was multiplied by.
 
     Raises:
         InputError: they differ; the message names the cause if it is a known one.
     """
     if not expected.isfinite().all():
         raise InputError(
-            f"{name}: its logits are not finite; its weights are damaged, or too large for their "
-            "dtype"
+            f"{name}: the logits are not finite; the model's weights are damaged, or too large for "
+            "their dtype"
         )
     tolerance = _tolerance(final.dtype) * expected.abs().max()
     final, expected = final.float(), expected.float()
@@ -112,8 +112,8 @@ def require_same_logits(
     else:
         reason = f"the logits differ by up to {float((decoded - expected).abs().max()):.3g}"
     raise InputError(
-        f"{name}: final norm and unembedding do not give the model's own logits "
-        f"({reason}); a lens on it would be wrong, so this architecture is not supported"
+        f"{name}: the final norm and the unembedding do not give the model's logits "
+        f"({reason}); lenses would be wrong, so this architecture is not supported"
     )
 
 
@@ -129,5 +129,5 @@ def _cap_between(raw: Tensor, expected: Tensor) -> float:
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    """The relative error that the model's dtype explains."""
+    """The largest relative error that rounding in this dtype can explain."""
     return max(1e-4, 8 * torch.finfo(dtype).eps)

@@ -13,16 +13,16 @@ from tunedlens.model.structure import ModelParts, find_parts
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What is known of a model without its weights."""
+    """The sizes of a model, which can be computed without its weights."""
 
     name: str
     n_layers: int
     d_model: int
     vocab_size: int
     weights: int
-    """Parameters, those that two modules share counted once."""
+    """The number of parameters; shared ones count once."""
     block_weights: int
-    """Parameters of the blocks, without those of embeddings and unembedding."""
+    """The number of parameters of the blocks, without embeddings and unembedding."""
     widest: int
     """The longest side of a weight in a block, usually the width of its MLP."""
     context: int | None

@@ -11,12 +11,12 @@ from tunedlens.errors import InputError
 from tunedlens.model.structure import is_norm, mixer_name
 
 SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
-"""The sites of a block, in the order in which it computes them: the stream entering the block,
-what attention adds, the stream between attention and MLP, what the MLP adds, the stream leaving
-the block."""
+"""The sites of a block, in the order in which it computes them: the stream that enters the block,
+the output of attention, the stream between attention and MLP, the output of the MLP, and the stream
+that leaves the block."""
 
 TRANSLATED_SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out")
-"""The sites that translators are keyed by; the stream leaving a block is the next `resid_pre`."""
+"""The sites of translators, without `resid_post`, which is `resid_pre` of the next block."""
 
 
 class HookPoint(NamedTuple):
@@ -71,13 +71,13 @@ class _Call(NamedTuple):
 
     name: str
     inputs: list[Tensor]
-    """Those that have the shape of the stream."""
+    """The inputs that have the shape of the stream."""
     output: Tensor
     is_norm: bool
 
 
 class _Terms(NamedTuple):
-    """What a block adds to the residual stream."""
+    """The terms that a block adds to the residual stream."""
 
     attn_out: Tensor
     mlp_out: Tensor
@@ -86,14 +86,15 @@ class _Terms(NamedTuple):
 
 
 class BlockSites:
-    """The sites of one block: captured while it runs, checked when it is done.
+    """The sites of one block, which are captured while it runs and checked afterwards.
 
-    What the block adds is found among the outputs of its parts. It is the output of attention
-    or MLP in most models, of a norm after them in others (Gemma 2, OLMo 2), times a constant
-    (Granite), or without the stream that the part itself has added (BLOOM).
+    The terms that the block adds to the stream are found among the outputs of its parts. In most
+    models, they are the outputs of attention and MLP. In others, a term is the output of a norm
+    after them (Gemma 2, OLMo 2), is multiplied by a constant (Granite), or is the output of a part
+    minus the stream, because the part itself adds the stream (BLOOM).
 
     Args:
-        name: what messages call the block.
+        name: the name of the block in messages.
         wanted: the names from `SITES` to keep.
     """
 
@@ -111,7 +112,7 @@ class BlockSites:
         hooks.enter_context(self._block.register_forward_pre_hook(self._enter, with_kwargs=True))
         for name, part in self._block.named_children():
             if isinstance(part, nn.Dropout):
-                continue  # it passes on what it reads, which need not be the stream
+                continue  # its output is its input, which need not be the stream
             hooks.enter_context(part.register_forward_hook(self._keep_as(name), with_kwargs=True))
         hooks.enter_context(self._block.register_forward_hook(self._leave))
 
@@ -150,13 +151,13 @@ class BlockSites:
             )
         if terms is None:
             raise InputError(
-                f"{self._name} is not its input plus attention plus MLP, so it has no terms to "
-                "read; ask for resid_pre and resid_post"
+                f"the output of {self._name} is not its input plus attention plus MLP, so only "
+                "resid_pre and resid_post can be read; leave out other sites"
             )
         if "resid_mid" in self._wanted and terms.middle is None:
             raise InputError(
-                f"{self._name} runs attention and MLP side by side, so there is no resid_mid "
-                "between them; ask for other sites"
+                f"{self._name} runs attention and MLP side by side, so there is no resid_mid; "
+                "leave out this site"
             )
         sites = {"resid_pre": start, "resid_mid": terms.middle, "resid_post": end}
         sites |= {"attn_out": terms.attn_out, "mlp_out": terms.mlp_out}
@@ -184,7 +185,7 @@ def _parallel(start: Tensor, end: Tensor, calls: list[_Call]) -> _Terms | None:
 
 
 def _additions(before: Tensor, after: Tensor, calls: list[_Call]) -> Iterator[Tensor]:
-    """The outputs whose sum with the stream before, perhaps times a constant, is that after."""
+    """The outputs that, perhaps times a constant, are the difference of the streams."""
     step = after - before
     for call in reversed(calls):
         adds_stream = any(_agree(value, before) for value in call.inputs) and not call.is_norm

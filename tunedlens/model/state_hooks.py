@@ -1,4 +1,4 @@
-"""Hooks that see the states of the residual stream, and may replace them."""
+"""Hooks that read the states of the residual stream and may replace them."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -16,14 +16,14 @@ from tunedlens.model.sites import (
 from tunedlens.model.structure import ModelParts
 
 See = Callable[[Tensor], Tensor | None]
-"""Called with every value of a state; what it returns, if anything, takes the state's place."""
+"""A function that is called with a state. If it returns a tensor, this replaces the state."""
 
 
 def on_state(parts: ModelParts, layer: int, see: See) -> AbstractContextManager[object]:
-    """Call a function with each value of a state, which it may replace, until the hooks are closed.
+    """Call a function with a state in every run, until the hooks are closed.
 
     Args:
-        layer: from 0 to n, whose state is read after the last block.
+        layer: the layer of the state, from 0 to n. The state of layer n follows the last block.
     """
     if layer == len(parts.blocks):
         return _on_final_state(parts, see)

@@ -1,4 +1,4 @@
-"""Finds the parts of a model: blocks, what follows them, attention, MLP."""
+"""Finds the parts of a model: blocks, final norm, head, attention and MLP."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,8 @@ _MIXER_NAMES = ("attn", "attention", "mamba", "mixer", "temporal", "conv")
 _MLP_NAMES = ("mlp", "feed_forward", "ffn", "moe", "fc1")
 _OTHER_NAMES = ("norm", "ln", "dropout")
 
-# What structure cannot tell: functions that a model applies to its logits, by the config keys
-# that declare them.
+# The functions that a model applies to its logits are not visible in its modules. These keys of its
+# config declare them.
 _FACTORS = ("logit_scale", "lm_head_multiplier")
 _DIVISORS = ("logits_scaling",)
 _CAPS = ("final_logit_softcapping", "logits_soft_cap")
@@ -27,10 +27,10 @@ class ModelParts:
     blocks: nn.ModuleList
     """The n blocks of the residual stream."""
     final_norm: nn.Module
-    """What follows the last block and precedes the head: usually a norm, in some models a
-    projection as well, in some neither (then an empty sequence)."""
+    """The modules between the last block and the head: usually a norm, in some models also a
+    projection, and in some models nothing (an empty sequence)."""
     entry: nn.Module | None
-    """The module of the model that reads the last state; None if that is the head."""
+    """The module that reads the last state; None if the head reads it."""
     head: nn.Module
     """The linear map to raw logits."""
     logit_scale: float
@@ -42,7 +42,7 @@ class ModelParts:
 def find_parts(
     model: PreTrainedModel, blocks: str | None = None, final_norm: str | None = None
 ) -> ModelParts:
-    """Find the parts by structure, or at the paths given by hand.
+    """Find the parts by the structure of the model, or at given paths.
 
     Args:
         blocks: the path of the list of blocks in the model, such as `model.layers`.
@@ -86,7 +86,7 @@ def find_attention_and_mlp(block: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 
 def mixer_name(block: nn.Module) -> str:
-    """The name of the child that moves information between positions, usually attention.
+    """The name of the child that mixes positions, usually attention.
 
     Raises:
         InputError: the block does not have exactly one.
@@ -145,7 +145,7 @@ def _find_blocks(
 def _find_after_blocks(
     model: PreTrainedModel, config: PretrainedConfig, rest: list[nn.Module], head: nn.Module
 ) -> list[nn.Module]:
-    """What the model applies between its last block and its head, in order."""
+    """The modules that the model applies between its last block and its head, in order."""
     width, read = config.hidden_size, _input_width(head)
     found = [module for module in rest if _is_final_norm(module, width)][-1:]
     if read != width:

@@ -23,7 +23,7 @@ class Unembedding(nn.Module):
     are its translators. It shares the memory of a float32 model.
 
     Args:
-        norm: what precedes the unembedding, usually a norm.
+        norm: the module before the unembedding, usually a norm.
         cap: the logits are `cap * tanh(logits / cap)`, as in Gemma 2.
     """
 
@@ -59,13 +59,13 @@ class Unembedding(nn.Module):
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
     def shared(self) -> "Unembedding":
-        """Another module on the same memory: moving or converting it leaves this one alone."""
+        """Another module that shares memory; moving or converting it does not change this one."""
         return Unembedding(self.norm, self.weight, self.bias, self.cap)
 
     def centred(self) -> "Unembedding":
-        """The unembedding less its mean row, which leaves the softmax unchanged.
+        """The unembedding minus its mean row, which has the same softmax.
 
-        A cap does not commute with that, so an unembedding with a cap stays as it is.
+        With a cap, the softmax would change, so such an unembedding is returned without change.
 
         GPT-2's raw logits sit around -30 to -100, where half precision has steps of a
         tenth and more. Centred logits sit around 0.
@@ -109,7 +109,7 @@ def read_unembedding(parts: ModelParts) -> Unembedding:
 
 
 def _copied(norm: nn.Module) -> nn.Module:
-    """A copy with its values in memory and without the hooks of accelerate."""
+    """A copy that holds its values in memory and has no hooks of accelerate."""
     without: dict[int, object] = {}
     with ExitStack() as loaded:
         for module in norm.modules():

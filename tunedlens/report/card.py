@@ -40,7 +40,7 @@ def card(name: str, manifest: JsonObject, evaluation: Evaluation | None = None) 
 
 
 def about(manifest: JsonObject) -> str:
-    """What a lens is and how it was made.
+    """The description of a lens and of how it was made.
 
     Args:
         manifest: as `describe_lens` returns it.
@@ -59,7 +59,7 @@ def about(manifest: JsonObject) -> str:
 
 
 def with_generated(text: str, generated: str) -> str:
-    """A card whose generated part is replaced; without one, it is put at the end."""
+    """Replace the generated part of a card, or add it at the end if there is none."""
     part = f"{_BEGIN}\n\n{generated}\n\n{_END}"
     before, begin, rest = text.partition(_BEGIN)
     _, end, after = rest.partition(_END)
@@ -124,7 +124,7 @@ def with_front_matter(text: str, manifest: JsonObject, license_id: str | None = 
 
 
 def _front_matter(manifest: JsonObject) -> JsonObject:
-    """What the hub shows and searches; it must know the model and the dataset by their names."""
+    """The entries that the hub shows and searches, with models and datasets that are on the hub."""
     entries: JsonObject = {"library_name": "tunedlens"} if "format" in manifest else {}
     model = manifest["model"]
     if model.get("revision") is not None:  # only a model from the hub has one

@@ -1,4 +1,4 @@
-"""The report of an evaluation on disk."""
+"""Reads and writes the report of an evaluation."""
 
 import csv
 import io
@@ -27,7 +27,7 @@ from tunedlens.report.tables import (
 
 METRICS_JSON = "metrics.json"
 _GRIDS = {"by_position.csv": ("layer", "position"), "transfer.csv": ("translator", "layer")}
-"""Tables of what is measured on request only, with the axes of each."""
+"""Tables of values that are measured only on request, with the axes of each."""
 _NAMES = {
     *(METRICS_JSON, "metrics.csv", "differences.csv", *_GRIDS, "report.md", "report.html"),
     *(f"{name}.{kind}" for name in plots.DRAWINGS for kind in plots.FORMATS),
@@ -72,7 +72,7 @@ def write_report(evaluation: Evaluation, folder: str | Path) -> None:
 
 
 def _csv(keys: tuple[str, ...], rows: Iterable[Sequence[object]]) -> str:
-    """A table of estimates, each with its keys before it."""
+    """A table of estimates, in which the keys of each come first."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow((*keys, "metric", "value", "standard_error"))
@@ -149,7 +149,7 @@ def pictures(folder: Path) -> dict[str, Path]:
 
 
 def require_own(folder: Path) -> None:
-    """Check that writing a report replaces nothing but an earlier report.
+    """Check that writing a report would replace only an earlier report.
 
     Raises:
         InputError: the folder holds other files.
@@ -157,7 +157,7 @@ def require_own(folder: Path) -> None:
     try:
         names = {path.name for path in folder.iterdir()} - _NAMES - {"wandb"}
     except OSError:
-        return  # if something is wrong with it, writing says so
+        return  # if the folder cannot be used, writing raises the error
     other = sorted(name for name in names if not _is_abandoned(name))
     if not other and (folder / METRICS_JSON).exists():
         try:
@@ -173,5 +173,5 @@ def require_own(folder: Path) -> None:
 
 
 def _is_abandoned(name: str) -> bool:
-    """Whether a file is a temporary form of one of a report's, which a killed process left."""
+    """Whether a file is a temporary file of a report that a killed process left behind."""
     return name.startswith(".") and any(name.endswith(f".{own}") for own in _NAMES)

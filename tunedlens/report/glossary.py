@@ -1,4 +1,4 @@
-"""What a report of an evaluation explains: how to read it, its terms and its metrics."""
+"""The explanations in a report of an evaluation: how to read it, its terms and its metrics."""
 
 from tunedlens.builtin import NAME
 from tunedlens.evaluation import Evaluation

@@ -20,7 +20,7 @@ class Page(str):
     """An HTML document as text, which a notebook shows in a frame."""
 
     height: int
-    """Of the frame, in pixels."""
+    """The height of the frame in pixels."""
 
     def __repr__(self) -> str:
         return f"Page({len(self):,} characters of HTML)"
@@ -73,7 +73,7 @@ def evaluation_html(evaluation: Evaluation) -> str:
 
 
 def lens_html(lens: Lens) -> str:
-    """What a lens is and which model it belongs to."""
+    """The properties of a lens, as a table."""
     about: dict[str, object] = {
         "kind": type(lens).__name__,
         "model": lens.identity.name,
@@ -89,7 +89,7 @@ def lens_html(lens: Lens) -> str:
 
 
 def model_html(model: FrozenModel) -> str:
-    """What a model is, in five lines."""
+    """The properties of a model, as a table."""
     return _facts(
         {
             "model": model.name,

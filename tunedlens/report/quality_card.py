@@ -15,7 +15,7 @@ from tunedlens.report.tables import Rows, markdown, plus_minus, rows_by_layer
 
 CARD = "README.md"
 PICTURES = "card"
-"""The folder of the pictures, beside the card."""
+"""The folder of the pictures, next to the card."""
 _Columns = dict[str, dict[int | None, Estimate]]
 
 

@@ -21,7 +21,7 @@ _TERMINAL = (
 )
 """The metrics that fit into a terminal."""
 _COLORS = {0.5: "16;48;5;45", 0.25: "16;48;5;38", 0.1: "231;48;5;31", 0.05: "231;48;5;24"}
-"""The smallest probability of every colour of a cell, as foreground and background."""
+"""The colours of a cell, as foreground and background, by their smallest probability."""
 
 Rows = list[list[str]]
 """Cells by row and column; the first row is the header."""
@@ -182,7 +182,7 @@ def _of_model(evaluation: Evaluation, name: str, title: str | None) -> str:
 
 
 def _layers_note(evaluation: Evaluation, lens: str) -> str:
-    """The layers of a lens that has not all that were scored."""
+    """The layers of a lens, if other lenses were scored at more."""
     layers = evaluation.layers_of(lens)
     return "" if layers == evaluation.layers else f" (at {', '.join(map(str, layers))})"
 
@@ -280,7 +280,6 @@ def top_k(
     """The best tokens of every row at one position.
 
     Args:
-        trajectory: the trajectory.
         position: an index within the trajectory.
         k: the number of tokens; by default 5, or fewer if fewer were kept.
         lens: a name; by default the first.

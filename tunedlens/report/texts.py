@@ -20,11 +20,10 @@ from tunedlens.trajectories import Trajectory
 from tunedlens.trajectories.frames import to_dataframe, words
 
 _MAX_POSITIONS = 44
-"""The heatmaps of a longer text are of its end; the interactive page has all of it."""
+"""Heatmaps show only the end of a longer text; the interactive page shows all of it."""
 _WIDTH = 12.0
-"""The width of heatmaps in inches, if they would be wider."""
+"""The width of heatmaps of more than `_NARROW` positions, in inches."""
 _NARROW = 16
-"""The number of positions up to which they are not."""
 
 
 def write_texts(
@@ -42,7 +41,7 @@ def write_texts(
     `report.html` needs none of these files, and replaces that of an earlier call.
 
     Args:
-        trajectories: those of whole texts, read with the same lenses.
+        trajectories: the trajectories of whole texts, read with the same lenses.
         folder: created if needed.
         run: the model, the command and the date, which the page shows.
         lenses: a description of each lens by name, which the page shows.

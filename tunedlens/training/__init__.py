@@ -1,4 +1,4 @@
-"""From a frozen model and a corpus to a saved lens."""
+"""Trains a lens on a frozen model and a corpus, and saves it."""
 
 from tunedlens.training.calls import train
 from tunedlens.training.checkpointing import new_folder

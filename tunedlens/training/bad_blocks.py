@@ -1,7 +1,7 @@
-"""Blocks whose numbers are not finite: they are found, left out, counted and kept.
+"""Finds blocks whose numbers are not finite, leaves them out, counts them and saves their tokens.
 
-A step costs one look at the sum of its gradient. Only if the sum is not finite are the blocks of
-the step looked at one by one.
+Each step checks one norm of its loss and gradient. The blocks of the step are checked one by one
+only if the norm is not finite.
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ MAX_BAD_BLOCKS = 16
 """More than these end the steps."""
 
 
-class StepsEnded(Exception):  # noqa: N818 - the run goes on to its table
-    """The steps cannot go on. The message says why; the lens so far can be used."""
+class StepsEnded(Exception):  # noqa: N818 - the run continues with its table
+    """The steps cannot continue. The message gives the reason; the lens so far can be used."""
 
 
 def is_finite(kl: Float[Tensor, " points"], lens: AffineLens) -> bool:
@@ -39,10 +39,10 @@ def finite_blocks(
 ) -> Bool[Tensor, " blocks"]:
     """Which blocks have finite states.
 
-    What is not finite in one layer is not finite in the final state either.
+    If a state is not finite at one layer, the final state is not finite either.
 
     Args:
-        positions: tokens of a block in `final`.
+        positions: the number of tokens of a block in `final`.
     """
     return final.isfinite().view(-1, positions * final.shape[-1]).all(1)
 
@@ -78,19 +78,19 @@ def leave_out(
 
 
 def record(output: Path, name: str, cause: str, row: Int[Tensor, " seq"]) -> None:
-    """Say that a block is left out, and keep its token ids in the run's folder."""
+    """Print that a block is left out, and save its token ids in the run's folder."""
     path = output / FOLDER / f"{name}.json"
     say(f"{name.replace('-', ' ')} is left out: {cause} is not finite (its tokens: {path})")
     try:
         files.write_json(path, {"cause": f"{cause} is not finite", "input_ids": row.tolist()})
-    except InputError as error:  # the run is worth more
+    except InputError as error:  # the run can continue without this file
         say(str(error))
 
 
 def _first_fault(
     run: Run, lens: AffineLens, row: Int[Tensor, " seq"], active: Sequence[bool]
 ) -> int:
-    """The first of `_places` where a block has a number that is not finite; their number if none.
+    """The index of the first of `_places` where a block is not finite; their number if none.
 
     The losses are those of the layers of this process.
     """
@@ -117,7 +117,7 @@ def _first_fault(
 
 
 def _places(run: Run) -> list[str]:
-    """Where a number may not be finite, in the order in which they are looked at."""
+    """The places where a number may not be finite, in the order in which they are checked."""
     labels = [f"layer {run.reader.points[index].label}" for index in _by_layer(run)]
     states = [f"the state at {label}" for label in [*labels, "the end"]]
     return [*states, *(f"the {LOSS} at {label}" for label in labels)]

@@ -1,4 +1,4 @@
-"""`train` as one call: with a config, or with settings by name."""
+"""The function `train`, which takes a config or settings by name."""
 
 from pathlib import Path
 from typing import Unpack, overload

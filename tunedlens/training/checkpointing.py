@@ -51,7 +51,7 @@ def require_usable(output: Path, *, resume: bool) -> None:
 def continued(config: TrainConfig, output: Path) -> TrainConfig:
     """The config of a resumed run: settings that `config` leaves open keep their saved values.
 
-    On another device, a kernel and a micro-batch that `config` leaves open are chosen anew.
+    On another device, a kernel and a micro-batch size that `config` leaves open are chosen again.
 
     Raises:
         InputError: there is no run to resume, or an earlier version saved it.
@@ -90,11 +90,11 @@ def save(run: Run, state: TrainState) -> None:
 
 
 def save_if_possible(run: Run, state: TrainState) -> None:
-    """Save; a run that cannot be saved now, on a full disk for example, says so and goes on."""
+    """Save the run. If that fails, for example on a full disk, print a message and continue."""
     try:
         save(run, state)
     except InputError as error:
-        run.say(f"the run goes on without being saved: {error}")
+        run.say(f"the run continues without being saved: {error}")
 
 
 def restore(run: Run) -> TrainState:
@@ -126,8 +126,8 @@ def restore(run: Run) -> TrainState:
         progress = Progress.from_json(manifest["progress"], f"the manifest of {run.output}")
         if (run.plan.tokens or 0) <= progress.tokens or run.plan.fit in ONE_PASS:
             raise InputError(
-                f"{run.output} is trained on {progress.tokens:,} tokens already; give a larger "
-                "--tokens"
+                f"{run.output} has already been trained on {progress.tokens:,} tokens; give a "
+                "larger --tokens"
             )
         progress.ended_early = None
         run.fill_lens(lens, run.output)
@@ -135,15 +135,15 @@ def restore(run: Run) -> TrainState:
         text = manifest["corpus"]["train"].get("tokens_sha256")
     if text != run.splits.train.about.get("tokens_sha256"):
         raise InputError(
-            f"the text {run.plan.corpus.dataset} is not the one that {run.output} was trained on: "
-            "it has changed since then (the embedded text changes with Python, and sampled text "
-            "with the device, the threads and the versions)"
+            f"the text {run.plan.corpus.dataset} has changed since {run.output} was trained; "
+            "expected the same text (the embedded text depends on the version of Python; sampled "
+            "text depends on the device, the number of threads and the versions of libraries)"
         )
     return TrainState(optimizer, progress)
 
 
 def _require_same_shapes(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    """Check that saved tensors can take the place of the expected ones as they are."""
+    """Check that saved tensors have the shapes and dtypes of the expected ones, and are finite."""
     for name, value in expected.items():
         if (tensors[name].shape, tensors[name].dtype) != (value.shape, value.dtype):
             raise ValueError(f"{name} is {tensors[name].dtype} {tuple(tensors[name].shape)}")
@@ -162,7 +162,7 @@ _MAY_CHANGE = (
 def _require_same_settings(run: Run) -> None:
     saved = _flat(checkpoint.saved_config(run.output))
     changed = [
-        f"{name} is {saved[name]!r} there and {value!r} here"
+        f"{name} was {saved[name]!r} and is now {value!r}"
         for name, value in _flat(run.plan).items()
         if value != saved[name] and name not in _MAY_CHANGE
     ]

@@ -1,4 +1,4 @@
-"""The first pass over the text, which makes a lens without any gradient of the KL."""
+"""The first pass over the text, which fits a lens without gradients of the KL."""
 
 import threading
 from collections.abc import Iterator
@@ -21,8 +21,8 @@ def fit_closed_form(
 ) -> None:
     """Initialise the optimizer from least squares over the first tokens of the text.
 
-    The steps of a new run continue with the text that follows. A run that is extended keeps its
-    lens, as one with `--init` does, and takes only the preconditioner and the scale of the steps.
+    The steps of a new run continue with the text that follows. A run that is extended, or that has
+    `--init`, keeps its lens and takes only the preconditioner and the scale of the steps.
 
     Raises:
         InputError: the states of many blocks are not finite.
@@ -79,7 +79,7 @@ def mean_jacobian(run: Run, progress: Progress, stop: threading.Event) -> Jacobi
 def _finite_states(
     run: Run, progress: Progress, input_ids: Int[Tensor, "batch seq"]
 ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """The states of this process's finite blocks and their final one, by micro-batch."""
+    """The states and the final states of this process's finite blocks, by micro-batch."""
     micro_batches = run.reader.micro_batches(input_ids)
     for blocks, states in zip(micro_batches, run.reader.read(input_ids), strict=True):
         kept = _finite(run, progress, blocks, states[-1])

@@ -26,12 +26,12 @@ LOCK = "run.lock"
 def locked(folder: Path, *, is_main: bool = True) -> Iterator[None]:
     """Keep other runs out of a folder, which is created if it does not exist.
 
-    The operating system releases the lock when its process ends, whatever ended it, so the file
-    that a killed run leaves behind keeps nobody out. The file says who holds the lock: host,
-    process and time.
+    The operating system releases the lock when its process ends for any reason, so the file that a
+    killed run leaves behind does not block other runs. The file names the host, the process and the
+    time of the lock.
 
     Args:
-        is_main: whether this is the process that holds the lock; the others wait for it.
+        is_main: whether this process takes the lock; the others wait for it.
 
     Raises:
         InputError: another run holds the lock, or the folder cannot be written to.
@@ -75,7 +75,7 @@ def _acquire(folder: Path) -> IO[str]:
     except BlockingIOError as error:
         file.seek(0)
         raise InputError(
-            f"{folder} is in use by another run ({file.read().strip()}); wait for its end, or "
+            f"{folder} is in use by another run ({file.read().strip()}); wait until it ends, or "
             "choose another --output"
         ) from error
     except OSError as error:
@@ -96,7 +96,7 @@ def _try_to_lock(file: IO[str]) -> bool:
         raise
     except OSError as error:
         warnings.warn(
-            f"{file.name} cannot be locked ({error}); start no other run in its folder",
+            f"{file.name} cannot be locked ({error}); do not start another run in its folder",
             stacklevel=2,
         )
     return False

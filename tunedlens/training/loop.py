@@ -1,4 +1,4 @@
-"""Training: plan, state, step, state. This module reads from top to bottom."""
+"""The training loop: makes the plan and the initial state, takes steps, validates and saves."""
 
 import dataclasses
 import math
@@ -53,9 +53,9 @@ def train(
     wandb: WandbMode = "disabled",
     cache: CacheSettings | None = None,
 ) -> Evaluation:
-    """See `calls.train`; the config is complete, and a loaded model is the one that it names."""
+    """See `calls.train`. A loaded model must be the one that the config names."""
     if resume and output is None:
-        raise InputError("a run can only be resumed in its folder; give output")
+        raise InputError("resume needs the folder of the run; give output")
     accelerator = join_processes(config.model.device)
     output = checkpointing.new_folder(config) if output is None else Path(output)
     with locked(output, is_main=accelerator.is_main_process):
@@ -81,7 +81,7 @@ def train(
 
 
 def _fit(run: Run, state: TrainState, tracker: Tracker) -> AffineLens:
-    """The lens of the run, which saves itself when it is asked to stop."""
+    """Fit the lens of the run. When the run is asked to stop, it saves its state."""
     with stop_flag(show=run.is_main) as stop:
         if run.plan.fit == "jacobian":
             return mean_jacobian(run, state.progress, stop)
@@ -97,7 +97,7 @@ def _fit(run: Run, state: TrainState, tracker: Tracker) -> AffineLens:
 
 
 def _end_early(run: Run, state: TrainState, tracker: Tracker, reason: str) -> None:
-    """Return to the closed form where the steps have made the lens worse.
+    """Revert the layers that the steps have made worse to the closed form.
 
     Raises:
         InputError: the fit did not start from a closed form.
@@ -128,7 +128,7 @@ def _take_steps(run: Run, state: TrainState, tracker: Tracker, stop: threading.E
             try:
                 batch = next(batches)
             except InputError as error:
-                # A budget is a promise; without one, a run may end where its text does.
+                # Without a fixed number of tokens, a run may end where its text ends.
                 if plan.tokens is not None or not isinstance(error, TextRanOutError):
                     checkpointing.save(run, state)
                     raise
@@ -184,7 +184,7 @@ def _accumulate(
         held = list(micro_batches)
         reduce_sums(run.accelerator, usage)
         keys = objective.keys(draw_sample(usage, plan.vocab_sample, plan.seed, state.progress.step))
-        # Each micro-batch is let go once its gradient is taken.
+        # Each micro-batch is freed once its gradient is computed.
         micro_batches = (held.pop(0) for _ in range(len(held)))
     rounds = run.reader.rounds(len(input_ids))
     none = ModelSide.of_no_tokens(run.model.identity.d_model, device)
@@ -209,7 +209,7 @@ def _accumulate(
 def _accumulate_finite(
     run: Run, state: TrainState, input_ids: Int[Tensor, "batch seq"], active: list[bool]
 ) -> Float[Tensor, " layers"]:
-    """The same without the blocks whose numbers are not finite, summed over processes."""
+    """As `_accumulate`, without the blocks with non-finite numbers, summed over processes."""
     kept = leave_out(run, state, input_ids, active)
     if not len(kept):
         return torch.zeros(len(active), device=run.model.device)
@@ -228,7 +228,7 @@ def _reduce(
         return flags
     lens = state.optimizer.lens
     gradients = [part.grad for part in lens.parameters() if part.grad is not None]
-    if run.shards.is_divided:  # the gradients are whole; only whether they are finite is shared
+    if run.shards.is_divided:  # only whether the gradients are finite is shared
         gradients = []
         if not is_finite(kl, lens):
             kl.fill_(math.nan)
@@ -248,7 +248,7 @@ def _validate(run: Run, state: TrainState, tracker: Tracker) -> None:
     if not math.isfinite(result.mean_kl_nats):
         problem = f"held-out KL is {result.mean_kl_nats} after {result.tokens:,} tokens"
         if not progress.history:
-            raise InputError(f"{problem}, so the fit has nothing to start from")
+            raise InputError(f"{problem}, so the fit has no valid starting point")
         raise StepsEnded(
             f"{problem}, so the steps are too large; give a smaller --lr than {run.plan.lr:g}"
         )

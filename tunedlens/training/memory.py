@@ -21,21 +21,23 @@ from tunedlens.training.validation import BLOCKS_AT_A_TIME
 FIRST_PASS, STEP, TABLE = "first pass", "a step", "table"
 
 _COPIES = 7
-"""Of L · d_model² numbers that `PreconditionedMuon` keeps: two lenses and five of its own."""
+"""Arrays of L · d_model² numbers that `PreconditionedMuon` keeps: two lenses and five arrays of
+its state."""
 _STEP_COPIES, _LOW_RANK_STEP_COPIES = 6, 10
-"""Further ones at the peak of a step, when its gradient is no longer needed."""
+"""Additional arrays of this size at the peak of a step, when its gradient is no longer needed."""
 _SOLUTION_COPIES = 9
-"""Arrays of L · d_model² numbers in float64 at the peak of `PreconditionedMuon.initialise`; two of
-them and half of a third are the sums."""
+"""Arrays of L · d_model² numbers in float64 at the peak of `PreconditionedMuon.initialise`; the
+sums take two and a half of them."""
 _JACOBIAN_COPIES = 7
 _GATHERED_COPIES = 2
 """Of the weights of a block, when they have come from all processes and are put in place."""
 _BLOCK_ARRAYS = 4
-"""Arrays as large as the widest of a block that a block holds at a time."""
+"""The number of arrays, each as large as the largest one in a block, that a block holds at once."""
 _LAYER_ARRAYS = 5
-"""States of the layers that are processed together: translated, gradients and so on."""
+"""Arrays of the states of the layers that are processed together, such as translated states and
+gradients."""
 _TABLE_ARRAYS = {"cpu": 3, "cuda": 5}
-"""Arrays of a chunk's logits while the table is computed."""
+"""Arrays as large as a chunk's logits while the table is computed."""
 
 Parts = dict[str, float]
 """Bytes by part."""
@@ -48,11 +50,11 @@ class Memory:
     device: dict[str, Parts]
     """On the device, by phase."""
     host: float
-    """Of sums that a GPU leaves to the CPU."""
+    """Bytes of the sums that a run on a GPU keeps in the memory of the CPU."""
 
     @property
     def parts(self) -> list[str]:
-        """All parts, in the order in which they come to be."""
+        """All parts, in the order in which a run allocates them."""
         return list(dict.fromkeys(part for phase in self.device.values() for part in phase))
 
     @property
@@ -65,12 +67,13 @@ class MemoryModel:
     """Counts the memory of a process, the first one if layers are divided.
 
     Args:
-        plan: of the run.
-        shape: of its model.
+        plan: the plan of the run.
+        shape: the shape of the model.
         device: cpu or cuda.
-        processes: that share the steps.
+        processes: the number of processes that share the steps.
         spread: the number of devices that the weights of the model are spread over.
-        limit: bytes of the device, which decide where the sums of the first pass are kept.
+        limit: the memory of the device in bytes. It decides where the sums of the first pass are
+            kept.
     """
 
     def __init__(
@@ -93,9 +96,9 @@ class MemoryModel:
         layers = sorted({point.layer for point in points})
         own = divide(layers, processes)[0] if self._is_divided else layers
         self._own = sum(point.layer in own for point in points)
-        """Points whose translators the process trains."""
+        """The number of points whose translators the process trains."""
         self._elements = self._own * shape.d_model * (shape.d_model + 1)
-        """Numbers of their translators."""
+        """The number of elements in these translators."""
         self._blocks = -(-plan.batch_size // processes)
         self._micro_blocks = min(plan.micro_batch_size or self._blocks, self._blocks)
 
@@ -114,7 +117,7 @@ class MemoryModel:
         return Memory(phases, host)
 
     def _kept(self) -> Parts:
-        """What a run holds from its first to its last step."""
+        """Bytes by part that a run holds from its first to its last step."""
         plan, shape = self._plan, self._shape
         rows = -(-shape.vocab_size // 8) * 8
         width = shape.d_model + 1 + 2 * (shape.has_bias or rows > shape.vocab_size)
@@ -137,7 +140,7 @@ class MemoryModel:
         return self._model_bytes * (head + _GATHERED_COPIES * largest)
 
     def _states(self, blocks: int) -> tuple[float, float]:
-        """Bytes of the states of some blocks in float32, and while the model computes them."""
+        """Bytes of the states of some blocks: in float32, and at the peak of the forward pass."""
         plan, shape = self._plan, self._shape
         tokens = blocks * plan.corpus.seq_len
         states = 4 * tokens * (self._points + 1) * shape.d_model
@@ -146,7 +149,7 @@ class MemoryModel:
         return states, max(states, computed) if self._model_bytes == 4 else states + computed
 
     def _exchanged(self, blocks: int) -> tuple[float, float]:
-        """Bytes that come to the owner of layers from all processes, and while they are sent."""
+        """Bytes that the owner of layers receives from all processes, and those at the peak."""
         if not self._is_divided:
             return 0.0, 0.0
         n, d_model = self._processes, self._shape.d_model
@@ -156,13 +159,13 @@ class MemoryModel:
         return received, sent + 2 * received
 
     def _block(self, blocks: int) -> float:
-        """Bytes of what one block of the model computes."""
+        """Bytes of the activations of one block of the model."""
         tokens = blocks * self._plan.corpus.seq_len
         itemsize = min(self._model_bytes, self._product_bytes)
         return _BLOCK_ARRAYS * tokens * self._shape.widest * itemsize
 
     def _first_pass(self, kept: float) -> tuple[Parts, float]:
-        """Of the closed form: the larger of summing on held-out text and of solving."""
+        """The memory of the closed form, at the larger of two peaks: summing or solving."""
         states, computed = self._states(min(self._micro_blocks, BLOCKS_AT_A_TIME))
         block = self._block(min(self._micro_blocks, BLOCKS_AT_A_TIME))
         n, pending = self._elements, 8 * self._elements
@@ -178,18 +181,18 @@ class MemoryModel:
             summing, solving = 2 * pending, pending + 4 * n
         received, exchanging = self._exchanged(min(self._micro_blocks, BLOCKS_AT_A_TIME))
         held = states + received + max(computed, exchanging)
-        at_sum = {"states": held, "work of a block": block, "sums": summing}
-        at_solution = {"states": states + received, "work of a block": 0.0, "sums": solving}
+        at_sum = {"states": held, "activations of a block": block, "sums": summing}
+        at_solution = {"states": states + received, "activations of a block": 0.0, "sums": solving}
         largest = max(at_sum, at_solution, key=lambda parts: sum(parts.values()))
         name = "sums of least squares and their solution"
         return {
             "states": largest["states"],
-            "work of a block": largest["work of a block"],
+            "activations of a block": largest["activations of a block"],
             name: largest["sums"],
         }, host
 
     def _jacobian(self) -> Parts:
-        """Of the mean Jacobian, whose graph holds what every block computes."""
+        """The memory of the mean Jacobian; its graph holds the activations of every block."""
         tokens = self._micro_blocks * self._plan.corpus.seq_len
         layer = tokens * (12 * self._shape.d_model + 4 * self._shape.widest)
         states, _ = self._states(self._micro_blocks)
@@ -200,7 +203,7 @@ class MemoryModel:
         }
 
     def _step(self) -> Parts:
-        """Of a step: the largest of the forward pass, the gradients and the optimizer's step."""
+        """The memory of a step at its peak: forward pass, exchange, gradients or optimizer."""
         plan, d_model = self._plan, self._shape.d_model
         blocks = self._blocks if plan.vocab_sample else self._micro_blocks
         states, _ = self._states(blocks)
@@ -220,10 +223,10 @@ class MemoryModel:
             copies = 3
         logits = self._logits(self._product_bytes)
         moments = [
-            {"states": states - micro + computed, "work of a block": block},
+            {"states": states - micro + computed, "activations of a block": block},
             {"states": states + model_sides + exchanging},
             {"states": states + model_sides + received, "gradients": gradients}
-            | {"work of a layer": 4.0 * _LAYER_ARRAYS * together * d_model},
+            | {"temporary arrays of a layer": 4.0 * _LAYER_ARRAYS * together * d_model},
             {"states": 0.0, "gradients": 4.0 * copies * self._elements},
         ]
         largest = max(moments, key=lambda parts: sum(parts.values()))
@@ -235,7 +238,7 @@ class MemoryModel:
         return chunk_tokens(shape.vocab_size, self._device) * shape.vocab_size * itemsize
 
     def _table(self) -> Parts:
-        """Of the evaluation at the end, of the logit lens and the trained one in float32."""
+        """The memory of the final evaluation of the logit lens and the trained lens, in float32."""
         plan, shape = self._plan, self._shape
         total = Costs(plan, shape).table_tokens(plan.budget) // (plan.corpus.seq_len - 1)
         blocks = min(plan.micro_batch_size or BLOCKS_AT_A_TIME, total)

@@ -1,4 +1,4 @@
-"""What a run prints."""
+"""The lines that a run prints."""
 
 import time
 
@@ -22,7 +22,7 @@ def describe(run: Run) -> None:
         f"model     {identity.name}: {identity.n_layers} layers, d_model {identity.d_model}, "
         f"vocabulary {identity.vocab_size:,}, {plan.model.dtype} on {run.model.device}"
     )
-    remarks = {DEFAULT_HUB_DATASET: " (the default; see --dataset)", SELF: ", by the model itself"}
+    remarks = {DEFAULT_HUB_DATASET: " (the default; see --dataset)", SELF: " (sampled)"}
     run.say(f"text      {text['dataset']}{remarks.get(plan.corpus.dataset, '')}")
     blocks = f"blocks of {plan.corpus.seq_len} tokens"
     if text.get("streamed"):
@@ -48,8 +48,7 @@ def describe(run: Run) -> None:
     if plan.batch_size < processes:
         run.say(
             f"note      a step has {plan.batch_size} blocks, so {processes - plan.batch_size} of "
-            f"{processes} processes have none; a larger --batch-size or a smaller --seq-len gives "
-            "each of them some"
+            f"{processes} processes are idle; use a larger --batch-size or a smaller --seq-len"
         )
     tokens = f"{plan.budget:,} tokens"
     if plan.tokens is None:

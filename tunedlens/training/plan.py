@@ -1,4 +1,4 @@
-"""A training config with nothing left open, and how much held-out text such a run can afford.
+"""The plan of a run: its config with every setting chosen, and the held-out text it can afford.
 
 Costs are counts of floating-point operations. No clock is involved, so a run stays a function of
 its plan.
@@ -16,17 +16,17 @@ _MAX_VALIDATION_TOKENS, _MAX_TABLE_TOKENS = 8192, 16_384
 _MIN_VALIDATION_BLOCKS, _MIN_TABLE_BLOCKS = 1, 2
 """A standard error needs at least two blocks."""
 _FP32_COST = 4.0
-"""Of a product in float32 relative to bfloat16, on CPUs and GPUs that multiply both."""
+"""The cost of a product in float32 relative to bfloat16, on CPUs and GPUs that support both."""
 _FORWARD_COST = 2.0
-"""Of a forward pass relative to its products with parameters: attention and elementwise operations
-take about as long."""
+"""The cost of a forward pass relative to its products with parameters: attention and elementwise
+operations take about as long as these."""
 _FIRST_VALIDATIONS = (16, 23)
-"""In steps; after that, the step number doubles with every second validation."""
+"""The steps of the first validations; then the step number doubles with every second validation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainPlan(TrainConfig):
-    """What a run does, for one model and one device; `resolve` makes it from a `TrainConfig`.
+    """A config in which all settings are chosen for one model and one device; see `resolve`.
 
     Four fields may still be None, with a meaning of their own: `tokens` (no budget: the run ends
     when held-out KL has converged), `ridge` (chosen on held-out text), `micro_batch_size` (a
@@ -47,7 +47,7 @@ class TrainPlan(TrainConfig):
 
     @property
     def budget(self) -> int:
-        """The most tokens that the steps may take."""
+        """The largest number of tokens for the steps."""
         return 0 if self.fit in ONE_PASS else self.tokens or self.max_tokens
 
     @property
@@ -57,7 +57,7 @@ class TrainPlan(TrainConfig):
         return tuple(site for site in TRANSLATED_SITES if site in wanted)
 
     def points(self, n_layers: int) -> tuple[HookPoint, ...]:
-        """Where the lens of a model with this many layers has translators."""
+        """The points at which the lens of a model with this many layers has translators."""
         layers = self.chosen_layers
         return hook_points(self.all_sites, range(n_layers) if layers is None else layers)
 
@@ -73,12 +73,12 @@ class TrainPlan(TrainConfig):
 
     @property
     def steps(self) -> int:
-        """The most steps that the budget allows."""
+        """The largest number of steps that the budget allows."""
         return -(-self.budget // self.step_tokens)
 
 
 def next_validation_step(steps: list[int]) -> int:
-    """The step of the next validation, from the steps of all earlier ones, the first being 0."""
+    """The step of the next validation, given the steps of all earlier ones; the first is 0."""
     if len(steps) <= len(_FIRST_VALIDATIONS):
         return _FIRST_VALIDATIONS[len(steps) - 1]
     return max(steps[-1] + 1, 2 * steps[-2])

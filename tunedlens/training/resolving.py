@@ -1,4 +1,4 @@
-"""From a config to a plan: defaults for what the config leaves open."""
+"""Makes a plan from a config: chooses a value for every setting that the config leaves open."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ _VOCAB_SAMPLE = 6144
 _MIN_SAMPLED_VOCAB = 4 * _VOCAB_SAMPLE
 """A vocabulary of at most this size is not sampled."""
 _COPIES = 8
-"""Of the translators, in training: lens, result, gradient and the five of the optimizer."""
+"""Copies of the translators in training: lens, result, gradient and five in the optimizer."""
 _CPU_MICRO_BATCH_TOKENS = 2048
 """Larger forward passes are not faster on a CPU."""
 
@@ -57,8 +57,8 @@ def resolve(config: TrainConfig, model: FrozenModel, accelerator: Accelerator) -
 def resolve_without_model(config: TrainConfig, shape: ModelShape, device: str) -> TrainPlan:
     """The plan of a run whose model is not loaded.
 
-    Nothing is measured, so precision and kernel are bf16 and products where the config leaves them
-    open, and the model is not asked whether its blocks have the sites.
+    Nothing is measured: where the config leaves them open, the precision is bf16 and the kernel is
+    `products`. Whether the blocks of the model have the sites is not checked.
 
     Args:
         device: the type of the device, cpu or cuda.
@@ -75,7 +75,7 @@ def resolve_without_model(config: TrainConfig, shape: ModelShape, device: str) -
 def _completed(
     config: TrainConfig, corpus: ResolvedCorpus, shape: ModelShape, defaults: dict[str, object]
 ) -> TrainPlan:
-    """The config with the defaults in place, and as much validation as the run affords."""
+    """The config with the defaults, and with as much validation as the run can afford."""
     if config.shard_layers and config.fit in (*BASELINES, "jacobian"):
         raise InputError(
             f"--shard-layers works with --fit preconditioned and closed-form, not {config.fit}"
@@ -102,7 +102,7 @@ def _layers(config: TrainConfig, shape: ModelShape) -> str | None:
     if wrong := [layer for layer in chosen if not -count <= layer < count]:
         raise InputError(
             f"--layers must be between 0 and {count - 1} (or {-count} and -1, from the end) for "
-            f"{shape.name}, whose last state has no translator; got {wrong[0]}"
+            f"{shape.name}; got {wrong[0]}"
         )
     return ",".join(map(str, sorted({layer % count for layer in chosen})))
 
@@ -113,11 +113,11 @@ def _require_possible(
     further = config.further_sites
     if unknown := [site for site in further if site not in TRANSLATED_SITES]:
         raise InputError(
-            f"--sites must be of {', '.join(TRANSLATED_SITES)}, separated by commas; got "
+            f"--sites must be some of {', '.join(TRANSLATED_SITES)}, separated by commas; got "
             f"{', '.join(unknown)}"
         )
     if further:
-        # A block that has no such site says so here rather than after the first batch.
+        # If a block has no such site, the error is raised here and not after the first batch.
         ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
         model.states_at([HookPoint(site, 0) for site in further], ids)
     if config.low_rank is not None and config.low_rank > model.identity.d_model:
@@ -131,15 +131,15 @@ def _require_possible(
             "of them out"
         )
     if config.kernel == "attention" and model.device.type != "cpu":
-        raise InputError("--kernel attention is for CPUs; leave it out, or choose products")
+        raise InputError("--kernel attention works only on CPUs; leave it out, or choose products")
     if config.skip_first >= corpus.seq_len:
         raise InputError(
             f"--skip-first must be less than --seq-len ({corpus.seq_len}), got {config.skip_first}"
         )
     if config.shuffle_window and not corpus.streaming:
         raise InputError(
-            "--shuffle-window is for --streaming; the order of a text in memory is random as a "
-            "whole, so leave it out"
+            "--shuffle-window works only with --streaming, because a text in memory is always "
+            "shuffled as a whole; leave it out"
         )
     if processes > 1 and config.model.device not in (None, "cpu", model.device.type):
         raise InputError(
@@ -171,7 +171,7 @@ def _require_memory(plan: TrainPlan, model: FrozenModel, processes: int) -> None
     needed, memory = 4 * held * n_states * model.identity.d_model + ids, _memory_bytes(model.device)
     if needed > memory:
         raise InputError(
-            f"a step holds {needed / 1e9:,.0f} GB of states at a time, and {model.device} has "
+            f"a step holds {needed / 1e9:,.0f} GB of states at a time, but {model.device} has "
             f"{memory / 1e9:,.0f} GB of memory; give a smaller {flag}"
         )
 
@@ -229,7 +229,7 @@ def _defaults(
         "lr": lr,
         "momentum": momentum,
         "weight_decay": weight_decay,
-        "validation_tokens": corpus.seq_len,  # one block, until the plan says what it affords
+        "validation_tokens": corpus.seq_len,  # one block, until the affordable number is known
     }
 
 

@@ -1,4 +1,4 @@
-"""What a run consists of: parts that stay the same, and the state that a step changes."""
+"""A run: the parts that stay the same, and the state that a step changes."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ class Run:
     """The parts of a run that stay the same from its first to its last step.
 
     Args:
-        cache: where states are kept, if they are kept.
+        cache: where states are stored; by default they are not stored.
 
     Raises:
         InputError: the text cannot be read or is too short, or the cache holds other states.
@@ -46,7 +46,7 @@ class Run:
     ) -> None:
         self.plan, self.output, self.model, self.accelerator = plan, output, model, accelerator
         self.is_main: bool = accelerator.is_main_process
-        """Whether this process is the one that writes files and messages."""
+        """Whether this process writes files and messages."""
         is_sampled = self.is_main and plan.corpus.dataset == SELF
         with progress_bar(plan.corpus.self_tokens or 0, "sampling text", show=is_sampled) as bar:
             self.splits = load_or_sample(plan.corpus, model, bar.update)
@@ -102,7 +102,7 @@ class Run:
 
 @dataclass
 class Progress:
-    """How far a run has come; JSON-able, and saved with it."""
+    """The progress of a run, which is saved with it. It can be written as JSON."""
 
     step: int = 0
     tokens: int = 0
@@ -112,11 +112,11 @@ class Progress:
     init_lens: JsonObject | None = None
     """Model and hash of the lens that `--init` names."""
     position: JsonObject | None = None
-    """Where the corpus continues."""
+    """The position from which the corpus continues."""
     bad_blocks: int = 0
     """Blocks that were left out because their numbers are not finite."""
     ended_early: str | None = None
-    """Why the steps could not go on."""
+    """The reason why the steps ended early."""
     seconds: float = 0.0
     history: list[ValidationResult] = field(default_factory=list)
 
@@ -133,7 +133,7 @@ class Progress:
         """The inverse of `dataclasses.asdict`.
 
         Args:
-            what: what messages call the data.
+            what: the name of the data in messages.
 
         Raises:
             InputError: a value is missing, not known or of another type.
@@ -142,13 +142,13 @@ class Progress:
 
 
 class TrainState(NamedTuple):
-    """What a step changes."""
+    """The state that a step changes."""
 
     optimizer: LensOptimizer
     progress: Progress
 
     def best_lens(self, own: Sequence[int]) -> AffineLens:
-        """The result of the optimizer, with the closed form at layers that are worse than it.
+        """The result of the optimizer, with the closed form at the layers where that is better.
 
         Args:
             own: the indices of the optimizer's points among all points.

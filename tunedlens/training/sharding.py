@@ -1,4 +1,4 @@
-"""Layers divided among processes: who has which, and how states come to them.
+"""Divides layers among processes, and sends states to the processes that own them.
 
 Each process runs the model on its blocks of a batch, sends the states of every layer to the
 process that owns its translators, and receives those of its own layers from all processes. The
@@ -32,18 +32,18 @@ def divide(layers: list[int], processes: int) -> list[list[int]]:
     if processes > len(layers):
         raise InputError(
             f"--shard-layers cannot divide {len(layers)} layers among {processes} processes; "
-            "start fewer"
+            "start fewer processes"
         )
     return [layers[process::processes] for process in range(processes)]
 
 
 class LayerShards:
-    """Which layers each process has: every n-th of n processes, or all of them.
+    """The layers of each process: every n-th layer with n processes, or all layers.
 
     Args:
-        points: where the whole lens has translators.
-        is_divided: whether the layers are divided; otherwise every process has all, and nothing
-            is sent.
+        points: the points where the whole lens has translators.
+        is_divided: whether the layers are divided. Otherwise every process has all layers, and
+            nothing is sent.
 
     Raises:
         InputError: there are more processes than layers.
@@ -73,12 +73,12 @@ class LayerShards:
     def to_owners(
         self, micro_batches: Iterable[tuple[list[States], Shared]], rounds: int, none: Shared
     ) -> Iterator[tuple[list[States], Shared]]:
-        """From all layers at this process's tokens to its own layers at the tokens of all.
+        """Exchange states: give away those of other layers, and get this process's layers of all.
 
         Args:
             micro_batches: the states at all points, and further values.
             rounds: the number of micro-batches of the process that has the most.
-            none: further values of no tokens.
+            none: the further values for an empty set of tokens.
         """
         if not self.is_divided:
             yield from micro_batches
@@ -119,7 +119,7 @@ class LayerShards:
     def collect_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The optimizer's state of all points, on the CPU of the main process, point by point.
 
-        Other processes get nothing. All take part.
+        All processes must call it. The others get nothing.
         """
         if not self.is_divided:
             return dict(state)

@@ -1,4 +1,4 @@
-"""What a run needs before it is started: memory, operations, tokens and hours."""
+"""Computes what a run needs before it is started: memory, operations, tokens and hours."""
 
 import bisect
 import dataclasses
@@ -13,22 +13,24 @@ from tunedlens.training.plan import Costs, TrainPlan
 from tunedlens.training.resolving import can_divide, needs_shards, resolve_without_model
 
 TFLOPS = {"cpu": 0.5, "cuda": 100.0}
-"""Operations that a device is assumed to do, in 10^12 per second, as `Costs` counts them.
+"""The assumed speed of a device, in 10^12 operations per second, as `Costs` counts operations.
 
-On an H100 the steps of `benchmarks/README.md` do 30 to 120 of them, which is 4 to 16 % of its
-761 TFLOP/s in bfloat16. Two cores of a CPU do 0.5 in a run on SmolLM2-135M.
+On an H100, the steps of `benchmarks/README.md` reach 30 to 120, which is 4 to 16 % of its
+761 TFLOP/s in bfloat16. Two cores of a CPU reach 0.5 in a run on SmolLM2-135M.
 """
 _SOLUTION_FLOPS = 80
-"""Times d_model³, of a layer's closed form: two eigendecompositions and nine ridges."""
+"""The closed form of a layer takes this number of operations times d_model³: two
+eigendecompositions and nine ridges."""
 _FLOAT64_COST = {"cpu": 10, "cuda": 100}
-"""Of an eigendecomposition in float64, relative to products in bfloat16; a guess for a GPU."""
+"""The cost of an eigendecomposition in float64 relative to products in bfloat16. The value for a
+GPU is a guess."""
 _USABLE = 0.9
-"""Part of a memory that tensors can fill; libraries and allocators take the rest."""
+"""The fraction of memory that tensors can fill; libraries and allocators take the rest."""
 
 
 @dataclass(frozen=True)
 class RunSize:
-    """What a run needs."""
+    """The memory, the operations and the time that a run needs."""
 
     shape: ModelShape
     plan: TrainPlan
@@ -36,11 +38,11 @@ class RunSize:
     processes: int
     devices: int
     memory: Memory
-    """Of one process."""
+    """The memory of one process."""
     limit: float | None
     """Bytes of a device's memory, if they are known."""
     flops_per_second: float
-    """That one process is assumed to do."""
+    """The assumed speed of one process."""
 
     @property
     def fits(self) -> bool:
@@ -54,7 +56,7 @@ class RunSize:
 
     @property
     def seconds(self) -> float:
-        """Of the longest run that the plan allows."""
+        """The time of the longest run that the plan allows."""
         # Every process takes the optimizer's steps and solves the least squares for its layers.
         costs, tokens = self.costs, self.plan.budget
         dividing = self.processes if self.plan.shard_layers else 1
@@ -76,16 +78,16 @@ def size_run(
     tflops: float | None = None,
     shape: ModelShape | None = None,
 ) -> RunSize:
-    """What a run needs, from the configuration file of its model.
+    """Compute what a run needs from the configuration file of its model.
 
     Each GPU has a process, unless a device map spreads the model over all of them in one process.
 
     Args:
-        config: of the run; `model.device` may be cpu.
-        gpus: that the run has; 0 for a CPU.
-        memory_gb: of one GPU, or of the machine without GPUs, in 10^9 bytes.
-        tflops: operations that a device does, in 10^12 per second; see `TFLOPS`.
-        shape: of the model; by default it is read from the model's configuration.
+        config: the config of the run; `model.device` may be cpu.
+        gpus: the number of GPUs; 0 for a CPU.
+        memory_gb: the memory of one GPU, or of the machine without GPUs, in 10^9 bytes.
+        tflops: the speed of a device, in 10^12 operations per second; see `TFLOPS`.
+        shape: the shape of the model; by default it is read from the model's configuration.
 
     Raises:
         InputError: there is no such model, or a setting does not fit it.
@@ -125,9 +127,9 @@ def size_run(
 
 
 def ways_to_fit(config: TrainConfig, size: RunSize) -> list[tuple[str, RunSize]]:
-    """Flags that make a run fit, each with what the run then needs.
+    """Flags that make a run fit, each with the size of the run with these flags.
 
-    Changes are tried one by one, then all together, and at last with fewer layers in one run.
+    Changes are tried one by one, then all together, and finally with fewer layers in each run.
     """
     changes: list[TrainConfig] = []
     model, smaller = config.model, dataclasses.replace(config, micro_batch_size=1)

@@ -1,4 +1,4 @@
-"""States on disk, so that several runs on one text share the model's forward pass."""
+"""Stores states on disk, so that several runs on one text share the model's forward pass."""
 
 import dataclasses
 import hashlib
@@ -37,15 +37,15 @@ class CacheSettings(NamedTuple):
 class CachedStateReader(StateReader):
     """Reads states that an earlier run has written, and writes those that it has to compute.
 
-    There is one safetensors file per block, named by the hash of the block's tokens, with the
-    states at every position as the model gives them and a checksum of each. A damaged file counts
-    as missing and is written anew. What else the states depend on (the model,
-    its dtype, the precision, the device) is in a manifest and is the same for all files. So runs
-    find each other's blocks whatever their fit, seed and batch size are.
+    There is one safetensors file per block, named by the hash of the block's tokens. It holds the
+    states at every position, as the model computes them, and a checksum of each. A damaged file
+    counts as missing and is written again. A manifest records what else the states depend on (the
+    model, its dtype, the precision, the device), which is the same for all files. Runs with another
+    fit, seed or batch size can therefore use the same files.
 
-    A micro-batch goes through the model as a whole if one of its blocks is missing. A run that
-    reads every block once and in the order of the run that wrote them has therefore exactly the
-    states that the model would give.
+    If one block of a micro-batch is missing, the model runs on the whole micro-batch. A run that
+    reads every block once, in the order of the run that wrote them, therefore gets exactly the
+    states that the model computes.
 
     Raises:
         InputError: the folder cannot be written or holds states of another model, or the fit
@@ -138,7 +138,7 @@ class CachedStateReader(StateReader):
     def _stop(self, reason: str) -> None:
         self._bytes_left = 0
         if self.accelerator.is_main_process:
-            say(f"{reason}; the model runs for the blocks that are not in it")
+            say(f"{reason}; the states of other blocks are computed again in every run")
 
     def _require_same_states(self) -> None:
         """Compare the folder's manifest with this run, or write it if there is none."""
@@ -168,7 +168,7 @@ class CachedStateReader(StateReader):
             )
 
     def _manifest(self) -> JsonObject:
-        """What the states depend on besides the tokens."""
+        """Everything that the states depend on except the tokens."""
         vocab_size, context = self.model.identity.vocab_size, self.model.context
         ids = torch.arange(min(_CHECKED_TOKENS, context or _CHECKED_TOKENS)) * 7919 % vocab_size
         digest = hashlib.sha256()

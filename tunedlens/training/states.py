@@ -1,4 +1,4 @@
-"""From blocks of tokens to the states of the residual stream that a run trains on."""
+"""Reads the states of the residual stream that a run trains on, from blocks of tokens."""
 
 from collections.abc import Iterator, Sequence
 

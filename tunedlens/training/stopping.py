@@ -23,7 +23,7 @@ def stop_flag(*, show: bool = True) -> Iterator[threading.Event]:
     stays ignored. Outside the main thread, signals are left alone.
 
     Args:
-        show: whether to say at once that the signal was heard.
+        show: whether to print a message as soon as a signal arrives.
     """
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -36,7 +36,7 @@ def stop_flag(*, show: bool = True) -> Iterator[threading.Event]:
         if show:
             # `print` must not be called here: the signal may have interrupted one.
             with suppress(OSError):
-                os.write(2, b"\nfinishing this step, then stopping (once more: stop now)\n")
+                os.write(2, b"\nstopping after this step (interrupt again to stop at once)\n")
 
     previous = {number: signal.getsignal(number) for number in _SIGNALS}
     previous = {number: old for number, old in previous.items() if old != signal.SIG_IGN}

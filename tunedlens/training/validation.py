@@ -25,10 +25,10 @@ BLOCKS_AT_A_TIME = 8
 
 
 class ValidationSet:
-    """Held-out text: for validation while a run goes on, and for the table at its end.
+    """Held-out text for the validations during a run and for the table at its end.
 
     Args:
-        table_tokens: the most positions that the table may have.
+        table_tokens: the largest number of positions for the table.
 
     Raises:
         InputError: the text has no block.
@@ -59,7 +59,7 @@ class ValidationSet:
 
     @property
     def table_positions(self) -> int:
-        """Positions that the table can have."""
+        """The number of positions that the table can have."""
         return len(self._blocks) * (self._plan.corpus.seq_len - 1)
 
     @torch.no_grad()

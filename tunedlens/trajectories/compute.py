@@ -1,4 +1,4 @@
-"""A model, lenses and texts to trajectories and comparisons."""
+"""Computes trajectories and comparisons from a model, lenses and texts."""
 
 from collections.abc import Sequence
 from typing import overload
@@ -115,20 +115,19 @@ def compare(
 
     Args:
         model: the model of the first side.
-        lenses: as for `trajectory`.
         text: a text or its token ids.
         baseline_text: the text of the baseline.
         baseline_lenses: each lens is compared with the one of the same name, or with the first.
         baseline_model: a model with the same vocabulary and number of layers.
         positions: the positions of the text to compare.
         baseline_positions: the positions of the baseline text; by default the same.
-        sites, k, track, stride: as for `trajectory`.
+        lenses, sites, k, track, stride: as for `trajectory`.
 
     Raises:
         InputError: nothing differs, the sides do not align, or as for `trajectory`.
     """
     if baseline_text is baseline_lenses is baseline_model is baseline_positions is None:
-        raise InputError("give a baseline to compare with: a text, lenses, a model or positions")
+        raise InputError("there is no baseline; give a text, lenses, a model or positions for it")
     if baseline_lenses is None and baseline_model is None:
         baseline_lenses = lenses
     baseline_model = baseline_model or model

@@ -1,4 +1,4 @@
-"""The arguments of `trajectory` and `compare`: lenses, texts and tokens, checked."""
+"""Checks the arguments of `trajectory` and `compare`: lenses, texts and tokens."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,7 +31,7 @@ def named_lenses(model: FrozenModel, lenses: Lenses) -> dict[str, ResidualLens]:
     if isinstance(lenses, str) or not isinstance(lenses, Sequence | Mapping):
         lenses = [lenses]
     if not lenses:
-        raise InputError("there is no lens to read with; give one, or None for the logit lens")
+        raise InputError("the list of lenses is empty; give a lens, or None for the logit lens")
     if isinstance(lenses, Mapping):
         pairs = [(name, _opened(model, one)) for name, one in lenses.items()]
     else:
@@ -75,7 +75,7 @@ def texts_of(
             f"expected a text, its token ids, or a list of texts; got {type(text).__name__}"
         )
     if not text:
-        raise InputError("there is no text to read; give at least one")
+        raise InputError("the list of texts is empty; give at least one text")
     if isinstance(text[0], int):
         return [token_ids(model, text)], True
     return [token_ids(model, one) for one in text], False
@@ -116,7 +116,7 @@ def _single_id(model: FrozenModel, token: str | int) -> int:
     if len(ids) != 1:
         parts = ", ".join(repr(as_text(model.tokenizer, i)) for i in ids)
         raise InputError(
-            f"{token!r} is {len(ids)} tokens ({parts}); track one of them, or give it with or "
-            "without the space before it"
+            f"expected one token, but {token!r} is {len(ids)} tokens ({parts}); track one of them, "
+            "or add or remove the space before it"
         )
     return ids[0]

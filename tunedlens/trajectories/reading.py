@@ -1,4 +1,4 @@
-"""States of a few positions to logits, and logits to predictions."""
+"""Decodes the states of a few positions to logits, and computes predictions from these."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

@@ -198,7 +198,7 @@ class Trajectory:
         """The ids of one or several tokens, checked to occur."""
         several = as_list(tokens)
         if not several:
-            raise InputError("there is no token to follow; give at least one")
+            raise InputError("the list of tokens is empty; give at least one token")
         return [self.token_id(token) for token in several]
 
     def token_id(self, token: str | int) -> int:
@@ -292,7 +292,7 @@ def _metric_of_token(
 
 
 def _not_tracked(name: str) -> InputError:
-    return InputError(f"{name} was not tracked; pass it to trajectory as `track`")
+    return InputError(f"{name} was not tracked; pass it as `track` to `trajectory`")
 
 
 def as_list(tokens: Tokens) -> Sequence[str | int]:

@@ -1,4 +1,4 @@
-"""The states of texts: rows of the model's depth, windows of the text."""
+"""Computes the states of texts, in windows if a text is longer than the context."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -50,7 +50,8 @@ def rows_of(
     sites = [sites] if isinstance(sites, str) else sites
     unknown = [site for site in sites if site not in SITES]
     if unknown or not sites:
-        raise InputError(f"sites must be of {', '.join(SITES)}; got {', '.join(unknown) or 'none'}")
+        names = ", ".join(unknown) or "none"
+        raise InputError(f"sites must be some of {', '.join(SITES)}; got {names}")
     rows = [Row(site, layer) for layer in range(n_layers) for site in SITES if site in sites]
     last = rows.pop() if rows[-1].site == "resid_post" else Row("resid_pre", n_layers)
     for name, lens in lenses.items():
@@ -65,8 +66,8 @@ def rows_of(
     ]
     if rows and not shared:
         raise InputError(
-            f"the lenses {', '.join(lenses)} have translators at no common layer; read the text "
-            "with each of them"
+            f"the lenses {', '.join(lenses)} have no layer with translators in common; read the "
+            "text with each lens separately"
         )
     return [*shared, last]
 

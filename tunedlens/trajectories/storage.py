@@ -1,4 +1,4 @@
-"""Trajectories and comparisons on disk: one safetensors file with JSON metadata."""
+"""Reads and writes trajectories and comparisons: one safetensors file with JSON metadata."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ from tunedlens.trajectories.result import LensPredictions, Row, Trajectory
 
 FORMAT = 1
 _DAMAGE = (ValueError, TypeError, KeyError, AttributeError, OverflowError)
-"""What a damaged file can raise while it is read and checked."""
+"""The exceptions that a damaged file can raise while it is read and checked."""
 _ID_NAMES = ("input_ids", "next_ids", "tracked_ids")
 _NAMES = tuple(field.name for field in fields(LensPredictions))
 _TYPES = Trajectory.__annotations__ | LensPredictions.__annotations__
@@ -125,7 +125,7 @@ def _record(trajectory: Trajectory) -> JsonObject:
 
 @contextmanager
 def _opened(path: Path, kind: str) -> Iterator[tuple[Tensors, list[JsonObject]]]:
-    """The tensors and records of a file; whatever is wrong with them becomes an `InputError`."""
+    """The tensors and records of a file; every fault in them raises an `InputError`."""
     file = read_tensors(path, dtypes=(torch.float32, torch.int64))
     try:
         metadata, tensors = parse_json(file.metadata.get("tunedlens", "{}"), "it"), file.tensors
@@ -153,12 +153,12 @@ def _trajectory(tensors: Tensors, record: JsonObject, prefix: str) -> Trajectory
     lenses, positions = _list_of(str, record["lenses"]), _list_of(int, record["positions"])
     rows = [Row(str(site), int(layer)) for site, layer in record["rows"]]
     layers = range(int(record["n_layers"]) + 1)
-    _require(bool(lenses) and len(set(lenses)) == len(lenses), "the lenses are wrong")
+    _require(bool(lenses) and len(set(lenses)) == len(lenses), "lens names are missing or repeated")
     for lens in lenses:
         require_lens_name(lens)
-    _require(bool(positions) and min(positions) >= 0, "the positions are wrong")
+    _require(bool(positions) and min(positions) >= 0, "positions are missing or negative")
     is_known = all(row.site in SITES and row.layer in layers for row in rows)
-    _require(bool(rows) and is_known, "the rows are wrong")
+    _require(bool(rows) and is_known, "rows are missing or unknown")
     result = Trajectory(
         model=str(record["model"]),
         text=str(record["text"]),

@@ -26,7 +26,7 @@ _READABLE = 0.179
 
 @dataclass(frozen=True)
 class ColorScale:
-    """How values become colours."""
+    """The mapping of values to colours."""
 
     low: float
     high: float
@@ -100,7 +100,7 @@ class ColorScale:
 
 
 def _whiskers(values: Float[Tensor, " values"], scale: Scale) -> tuple[float, float]:
-    """The smallest and the largest value that is no outlier."""
+    """The smallest and the largest value that are not outliers."""
     if not len(values):
         return 0.0, 1.0
     on_scale = _TRANSFORMS[scale](values)

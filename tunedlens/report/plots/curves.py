@@ -91,7 +91,7 @@ def learning_curve(
 def draw_learning_curve(
     history: Sequence[ValidationResult], folder: Path, points: Sequence[HookPoint] | None = None
 ) -> None:
-    """Draw it as PNG, SVG and PDF, if there are at least two validations."""
+    """Draw the learning curve as PNG, SVG and PDF, if there are at least two validations."""
     if len(history) > 1:
         save(learning_curve(history, points), folder / "learning_curve")
 
@@ -135,8 +135,8 @@ def curves(
                 line = trajectory.values(metric, lens, token=token)[:, index].tolist()
                 if math.isnan(line[0]):
                     raise InputError(
-                        f"{word} was not tracked at position {position}; pass it to trajectory as "
-                        "`track`"
+                        f"{word} was not tracked at position {position}; pass it as `track` to "
+                        "`trajectory`"
                     )
                 axes.plot(range(len(line)), line, linestyle=dash, color=color)
             ends[word] = line[-1], color  # every lens equals the model there

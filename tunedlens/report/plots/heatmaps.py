@@ -123,7 +123,7 @@ def _trajectory(data: Trajectory | Comparison) -> Trajectory:
 
 @dataclass(frozen=True, eq=False)
 class _Panels:
-    """What is drawn: a panel for every lens, on one scale."""
+    """The panels of a heatmap: one for every lens, on one colour scale."""
 
     data: Trajectory | Comparison
     values: dict[str, Float[Tensor, "rows positions"]]
@@ -147,7 +147,7 @@ class _Panels:
         lens = trajectory.lens_name() if lens is None else lens
         lenses = [lens] if isinstance(lens, str) else list(lens)
         if not lenses:
-            raise InputError("there is no lens to draw; name one, or leave it out for the first")
+            raise InputError("the list of lenses is empty; name one, or leave it out for the first")
         values = {one: data.values(metric, one, token=token) for one in lenses}
         is_difference = isinstance(data, Comparison)
         counted = [(trajectory, one) for one in values.values()]
@@ -242,7 +242,7 @@ def _write_cells(axes: "Axes", trajectory: Trajectory, lens: str, image: "AxesIm
         for x, word in enumerate(_words(trajectory, line)):
             color = ink(colors[y, x])
             cell = axes.text(x, y, word, ha="center", va="center", fontsize=6.5, color=color)
-            cell.set_in_layout(False)  # it is inside the axes, and to measure it takes long
+            cell.set_in_layout(False)  # it is inside the axes, and measuring it is slow
             if line[x] == best[-1, x] and y < len(best) - 1:
                 frame = Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, edgecolor=color)
                 frame.set(fill=False, linewidth=0.8, zorder=3, in_layout=False)

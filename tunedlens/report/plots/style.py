@@ -51,7 +51,7 @@ _WIDE_FONTS = (
 """Fonts of Debian, Apple and Microsoft for letters that matplotlib's own font lacks."""
 
 _PIXELS_PER_INCH = 100
-"""In a notebook, whose letters are larger than those of a paper."""
+"""The scale of figures in a notebook, whose letters are larger than those of a paper."""
 
 _RC: Any = {
     "font.size": 9,
@@ -98,7 +98,7 @@ def new_figure(width: float, height: float, *, has_tokens: bool = False) -> Iter
     """
     import matplotlib
 
-    # The last one is for readers of an SVG who have none of the others.
+    # The last one is used if an SVG is opened where none of the others is installed.
     fonts = {"font.family": [*_families(), "sans-serif"]} if has_tokens else {}
     with matplotlib.rc_context(_RC | fonts):
         yield _figure_class()(figsize=(width, height), layout="constrained", dpi=200)
@@ -203,7 +203,7 @@ def in_svg(figure: "Figure") -> bytes:
 
 
 def save(figure: "Figure", path: str | Path) -> None:
-    """Write a figure as PNG, SVG and PDF beside each other: `<path>.png` and so on.
+    """Write a figure as `<path>.png`, `<path>.svg` and `<path>.pdf`.
 
     Raises:
         InputError: the folder cannot be written.
@@ -278,10 +278,11 @@ def name_lines(axes: "Axes", ends: Ends, size: float = 8.5) -> None:
 def _apart(heights: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """The nearest heights, in least squares, that are `gap` apart and within the limits.
 
-    The heights fall, and so do the results. If there is too little room, they go beyond `high`.
+    The heights must be in descending order, and so are the results. If there is too little room,
+    they exceed `high`.
     """
-    # With gap · index added, the order is all that is left: an isotonic regression, by pooling
-    # neighbours that are out of order.
+    # With gap · index added, the only constraint is the order. This is an isotonic regression,
+    # which is solved by pooling neighbours that are out of order.
     pools: list[tuple[float, int]] = []
     for index, height in enumerate(heights):
         mean, count = height + gap * index, 1
