@@ -382,8 +382,12 @@ def test_bad_lenses_are_one_line(here, tokenizer, text_file, capsys):
     cases = [
         (["--lens", "steps", "--lens", "foreign"], "does not fit"),
         (["--lens", "broken", "--model", "other", "--dataset", text_file], "not finite", "1.bias"),
-        (["--lens", "steps", "--lens", "steps"], "the lens name steps is taken", "NAME=steps"),
-        (["--lens", "mean", "--lens", "mean"], "the lens name mean is taken", "NAME=mean"),
+        (
+            ["--lens", "steps", "--lens", "steps"],
+            "the lens name steps is already used",
+            "NAME=steps",
+        ),
+        (["--lens", "mean", "--lens", "mean"], "the lens name mean is already used", "NAME=mean"),
         (["--lens", "model=steps"], "model"),
         (["--lens", "nowhere"], "nowhere holds no lens"),
         (
