@@ -124,16 +124,17 @@ def make_gpt2(seed=0, n_layer=3, n_embd=16, vocab_size=4096, n_positions=32):
     return gpt2
 
 
-def make_llama():
+def make_llama(n_layers=2, **settings):
     """A random model with RMS norms, rotary positions and gated MLPs."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4096,
         hidden_size=16,
         intermediate_size=40,
-        num_hidden_layers=2,
+        num_hidden_layers=n_layers,
         num_attention_heads=2,
         initializer_range=0.3,
+        **settings,
     )
     return LlamaForCausalLM(config)
 

@@ -19,6 +19,7 @@ def costs(vocab_size=49_152, sample=6144, n_layers=30, d_model=576, init_tokens=
         context=1024,
         has_bias=False,
         is_scaled=False,
+        has_fsdp_plan=False,
         is_capped=False,
     )
     plan = TrainPlan(

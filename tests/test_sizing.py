@@ -1,5 +1,7 @@
 """What a run needs, beside a calculation by hand."""
 
+import dataclasses
+
 import pytest
 from transformers import LlamaConfig
 
@@ -71,6 +73,20 @@ def test_divided_layers_agree_with_a_calculation_by_hand(llama):
     assert step["gradients"] == 4 * 2 * layer
     # States of 3 blocks at 5 points, their mean rows, and 9 blocks at the 3 points that it needs.
     assert step["states"] == 4 * 128 * 64 * (3 * 5 + 3 + 9 * 3)
+
+
+def test_fsdp_agrees_with_a_calculation_by_hand(llama):
+    config = config_of(llama, "bfloat16")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, fsdp=True))
+    size = size_run(config, gpus=4)
+    step, head = size.memory.device["a step"], 32_000 * 64
+    assert step["model in bfloat16"] == 2 * size.shape.weights / 4
+    # The head stays, and the embedding, beside which the norm is counted, is larger than a block.
+    assert step["weights gathered"] == 2 * (head + 2 * (head + 64))
+    with pytest.raises(InputError, match=r"--fsdp divides .* among processes, but there is one"):
+        size_run(config, gpus=1)
+    with pytest.raises(InputError, match="but transformers has no plan for that"):
+        size_run(TrainConfig(ModelConfig(fsdp=True)), gpus=2)
 
 
 def test_layers_are_divided_if_memory_asks_for_it(llama):

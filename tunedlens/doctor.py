@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from tunedlens.checkpoint import describe_lens, find_lens, load_lens
 from tunedlens.devices import float32_products
+from tunedlens.distributed import rank_and_count
 from tunedlens.engine import kl_by_layer
 from tunedlens.errors import InputError
 from tunedlens.lenses import AffineLens, LogitLens
@@ -101,7 +102,7 @@ def warn_of_faults(
     """Warn of each fault that makes numbers wrong and takes a few short forward passes to find.
 
     `train` and `evaluate` call this; whether the final state decodes to the model's logits is
-    checked when a model is loaded.
+    checked when a model is loaded. Of several processes, the first one warns.
 
     Args:
         is_bos_default: whether the tokenizer's default decides if texts begin with BOS.
@@ -114,7 +115,7 @@ def warn_of_faults(
     if is_sampled:
         checks.append(_cache(model, ids))
     for check in checks:
-        if check.passed is False:
+        if check.passed is False and rank_and_count()[0] == 0:
             warnings.warn(
                 f"{model.name} fails a check ({check.name}): {check.detail} (see tunedlens doctor)",
                 stacklevel=3,

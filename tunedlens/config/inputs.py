@@ -22,6 +22,10 @@ class ModelConfig(Config):
         "auto, balanced, balanced_low_0 or sequential: spread the model over all devices and the "
         "memory of the CPU; replaces --device",
     )
+    fsdp: bool = option(
+        False,
+        "divide the weights of the model among the processes (FSDP), if it is larger than one GPU",
+    )
     adapter: str | None = option(
         None, "folder or hub name of a PEFT adapter to merge into the model (needs peft)"
     )
@@ -46,7 +50,7 @@ class ModelConfig(Config):
 
     def on_any_device(self) -> Self:
         """The same model, wherever it runs on this machine."""
-        return dataclasses.replace(self, device=None, device_map=None)
+        return dataclasses.replace(self, device=None, device_map=None, fsdp=False)
 
 
 @dataclass(frozen=True)

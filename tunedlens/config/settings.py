@@ -29,6 +29,7 @@ class InputSettings(TypedDict, total=False):
     dtype: Dtype
     device: str | None
     device_map: str | None
+    fsdp: bool
     adapter: str | Path | None
     gguf_file: str | None
     trust_remote_code: bool

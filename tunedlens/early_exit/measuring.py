@@ -14,7 +14,7 @@ from tunedlens.early_exit.results import EarlyExits, ExitCurve, ExitPoint
 from tunedlens.early_exit.rules import SIGNALS, ExitRule, Signal, first_exit, signal_of
 from tunedlens.errors import InputError
 from tunedlens.evaluation.estimates import RatioSums
-from tunedlens.evaluation.pipeline import blocks_of_this_process
+from tunedlens.evaluation.pipeline import numbered_blocks
 from tunedlens.evaluation.scoring import Layout, ScoredBatch, Scorer
 from tunedlens.lenses import Lens, require_made_for
 from tunedlens.model import FrozenModel
@@ -58,8 +58,8 @@ def early_exits(
             "does, or an earlier first_layer"
         )
     digest, numbers = hashlib.sha256(), []
-    own = blocks_of_this_process(blocks, config.tokens, None, digest.update)
-    while batch := list(islice(own, config.batch_size)):
+    numbered = numbered_blocks(blocks, config.tokens, digest.update)
+    while batch := list(islice(numbered, config.batch_size)):
         scored = scorer.score(batch)
         numbers += [block.number for block in batch if block.scored]
         half = torch.tensor([block.number % _HALVES for block in batch])

@@ -174,8 +174,15 @@ def score_lenses(
     scorer = Scorer(model, layout, per_token_metrics(config.metrics))
     tally = Tally(layout, config, positions=len(first[0]) - 1 if first else 0)
     digest = hashlib.sha256()
-    own = blocks_of_this_process(chain(first, blocks), config.tokens, accelerator, digest.update)
-    while batch := list(islice(own, config.batch_size)):
+    process, processes = 0, 1
+    if accelerator is not None:
+        process, processes = accelerator.process_index, accelerator.num_processes
+    numbered = numbered_blocks(chain(first, blocks), config.tokens, digest.update)
+    while of_all := list(islice(numbered, config.batch_size * processes)):
+        batch = of_all[process::processes]
+        if not batch:
+            model.lend_weights()
+            continue
         scored = scorer.score(batch)
         tally.add(scored)
         if progress is not None:
@@ -185,16 +192,14 @@ def score_lenses(
     return tally.evaluation(digest.hexdigest())
 
 
-def blocks_of_this_process(
-    blocks: Iterable[Int[Tensor, " seq"]],
-    tokens: int | None,
-    accelerator: Accelerator | None,
-    digest: Callable[[bytes], object],
+def numbered_blocks(
+    blocks: Iterable[Int[Tensor, " seq"]], tokens: int | None, digest: Callable[[bytes], object]
 ) -> Iterator[Block]:
-    """Every n-th block for n processes; the digest is given the scored tokens of all blocks."""
-    process, processes = 0, 1
-    if accelerator is not None:
-        process, processes = accelerator.process_index, accelerator.num_processes
+    """The blocks with so many positions; the digest is given their scored tokens.
+
+    Raises:
+        InputError: blocks differ in length.
+    """
     left, length = math.inf if tokens is None else tokens, None
     for number, ids in enumerate(blocks):
         if left <= 0:
@@ -208,5 +213,4 @@ def blocks_of_this_process(
         scored = int(min(len(ids) - 1, left))
         left -= scored
         digest(ids[: scored + 1].int().cpu().numpy().tobytes())
-        if number % processes == process:
-            yield Block(ids, scored, number)
+        yield Block(ids, scored, number)

@@ -12,7 +12,7 @@ from tunedlens.config import ScoringConfig
 from tunedlens.devices import float32_products
 from tunedlens.errors import InputError
 from tunedlens.evaluation.estimates import Estimate, GroupSums
-from tunedlens.evaluation.pipeline import blocks_of_this_process
+from tunedlens.evaluation.pipeline import numbered_blocks
 from tunedlens.evaluation.scoring import Layout, Scorer
 from tunedlens.evaluation.tally import bias_nats
 from tunedlens.lenses import Lens, require_made_for
@@ -87,8 +87,8 @@ def token_bias(
     layout = Layout.of(model, lenses, transfer=False)
     scorer = Scorer(model, layout, ("entropy_nats",))
     sums = GroupSums(len(layout.decodings), vocab_size, device=layout.sums_device)
-    own, tokens = blocks_of_this_process(blocks, config.tokens, None, lambda _: None), 0
-    while batch := list(islice(own, config.batch_size)):
+    numbered, tokens = numbered_blocks(blocks, config.tokens, lambda _: None), 0
+    while batch := list(islice(numbered, config.batch_size)):
         scored = scorer.score(batch)
         sums.sums.index_add_(
             0, scored.groups.unique().to(sums.sums.device), scored.probability_sums

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tunedlens.devices import float32_products
 from tunedlens.errors import InputError
+from tunedlens.model.fsdp import is_sharded, whole_parts
 from tunedlens.model.identity import ModelIdentity
 from tunedlens.model.mlp import neuron_activations
 from tunedlens.model.self_check import (
@@ -63,7 +64,12 @@ class FrozenModel(nn.Module):
         self.name = name or model.name_or_path or type(model).__name__
         self.parts = find_parts(model, blocks, final_norm)
         self.blocks, self.final_norm = self.parts.blocks, self.parts.final_norm
-        self.unembedding = read_unembedding(self.parts)
+        self.is_sharded = is_sharded(model)
+        """Whether the weights are divided among processes. Then all run the model equally often."""
+        parts = self.parts
+        if self.is_sharded:
+            parts = whole_parts(model, parts, blocks, final_norm)
+        self.unembedding = read_unembedding(parts)
         vocab_size = len(self.unembedding.weight)
         if len(tokenizer) > vocab_size:
             raise InputError(
@@ -115,7 +121,22 @@ class FrozenModel(nn.Module):
         hook = getattr(self.model, "_hf_hook", None)
         first = self.device if hook is None else hook.execution_device
         mask = None if attention_mask is None else attention_mask.to(first)
-        self.model.base_model(input_ids=input_ids.to(first), attention_mask=mask, use_cache=False)
+        ids = input_ids.to(first)
+        if not self.is_sharded:
+            self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+            return
+        # Weights are gathered by hooks of the whole model. Its head reads one position only.
+        with self.parts.head.register_forward_pre_hook(lambda _head, args: (args[0][:, -1:],)):
+            self.model(input_ids=ids, attention_mask=mask, use_cache=False)
+
+    @torch.no_grad()
+    def lend_weights(self) -> None:
+        """Take part in a forward pass of the other processes, if the weights are divided.
+
+        Each process has a part of every weight, so one that has no tokens left runs the model too.
+        """
+        if self.is_sharded:
+            self._run(torch.zeros(1, 1, dtype=torch.long))
 
     @property
     def context(self) -> int | None:
@@ -163,7 +184,16 @@ class FrozenModel(nn.Module):
             attention_mask: 0 at padding tokens, 1 elsewhere.
             differentiable: whether later states can be differentiated with respect to earlier
                 ones by autograd. Each state then stays on the device that computes it.
+
+        Raises:
+            InputError: the states cannot be differentiated, because the weights are divided among
+                processes.
         """
+        if differentiable and self.is_sharded:
+            raise InputError(
+                f"the weights of {self.name} are divided among processes, so it cannot be "
+                "differentiated; load it without --fsdp"
+            )
         if isinstance(input_ids, str):
             input_ids = self.encode(input_ids)
         states: list[Tensor] = []

@@ -15,8 +15,10 @@ from tunedlens.config import Dtype, ModelConfig
 from tunedlens.errors import InputError, first_line
 from tunedlens.hub import hub_or_cache
 from tunedlens.model.frozen import FrozenModel
+from tunedlens.model.fsdp import division
 from tunedlens.model.quantised import is_quantised
 from tunedlens.model.shape import ModelShape, shape_without_weights
+from tunedlens.model.structure import find_parts
 
 DeviceMap = str | dict[str, int | str | torch.device]
 
@@ -28,6 +30,7 @@ def load_model(
     dtype: str = "float32",
     device: str | torch.device | None = None,
     device_map: DeviceMap | None = None,
+    fsdp: bool = False,
     adapter: str | Path | None = None,
     gguf_file: str | None = None,
     trust_remote_code: bool = False,
@@ -45,6 +48,7 @@ def load_model(
         device_map: how transformers spreads the model over several devices, instead of `device`:
             `auto`, or the device of every module by name. Lenses are on the device of the
             unembedding.
+        fsdp: whether to divide the weights among the processes, which then all run the model.
         adapter: folder or hub name of a PEFT adapter, which is merged into the model.
         gguf_file: the name of a GGUF file with the weights, in the folder or on the hub.
         trust_remote_code: whether to run code from the model's repository. If not, a model that
@@ -59,16 +63,14 @@ def load_model(
     """
     name = builtin.NAME if model is None else str(model)
     source = _model_source(name, gguf_file)
-    weights_dtype, placed = _load_dtype(dtype), _placement(device, device_map, dtype)
-    options: dict[str, object] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    options |= {} if gguf_file is None else {"gguf_file": gguf_file}
-    try:
-        with _reaching(source):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-            options |= {"dtype": weights_dtype, "device_map": placed}
-            loaded = _with_all_weights(source, options)
-    except Exception as error:  # transformers raises many kinds of exception
-        raise InputError(f"cannot load the model {name}: {_reason(error)}") from error
+    weights_dtype, options = _load_dtype(dtype), _options(revision, trust_remote_code, gguf_file)
+    if fsdp:
+        _require_alone(device, device_map, dtype, adapter)
+        skeleton = _without_weights(name, source, options)
+        placement = division(skeleton, find_parts(skeleton, blocks, final_norm), name)
+    else:
+        placement = {"device_map": _placement(device, device_map, dtype)}
+    tokenizer, loaded = _load(name, source, options, placement | {"dtype": weights_dtype})
     if adapter is not None:
         loaded = _with_adapter(loaded, name, str(adapter))
         name = f"{name} + {adapter}"
@@ -93,6 +95,7 @@ def load_configured(
         dtype=config.dtype,
         device=config.device or (device if config.device_map is None else None),
         device_map=config.device_map,
+        fsdp=config.fsdp,
         adapter=config.adapter,
         gguf_file=config.gguf_file,
         trust_remote_code=config.trust_remote_code,
@@ -111,24 +114,74 @@ def load_shape(config: ModelConfig) -> ModelShape:
         InputError: there is no such configuration, or the model is not supported.
     """
     name = builtin.NAME if config.model is None else config.model
-    source = _model_source(name, config.gguf_file)
-    trusted = {"trust_remote_code": config.trust_remote_code}
-    options = trusted | ({} if config.gguf_file is None else {"gguf_file": config.gguf_file})
+    options = _options(config.revision, config.trust_remote_code, config.gguf_file)
+    model = _without_weights(name, _model_source(name, config.gguf_file), options)
+    return shape_without_weights(name, model, config.blocks, config.final_norm)
+
+
+def _options(
+    revision: str | None, trust_remote_code: bool, gguf_file: str | None
+) -> dict[str, object]:
+    """What transformers is told to find a model."""
+    options: dict[str, object] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    return options | ({} if gguf_file is None else {"gguf_file": gguf_file})
+
+
+def _without_weights(
+    name: str, source: str, options: Mapping[str, object]
+) -> transformers.PreTrainedModel:
+    """The model on the meta device.
+
+    Raises:
+        InputError: there is no configuration of a causal language model.
+    """
     try:
         with _reaching(source):
-            found = transformers.AutoConfig.from_pretrained(
-                source, revision=config.revision, **options
-            )
+            config = transformers.AutoConfig.from_pretrained(source, **options)
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(found, **trusted)
+            trusted = options["trust_remote_code"]
+            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     except Exception as error:  # transformers raises many kinds of exception
         raise InputError(f"cannot read the model {name}: {_reason(error)}") from error
-    return shape_without_weights(name, model, config.blocks, config.final_norm)
+
+
+def _require_alone(
+    device: str | torch.device | None,
+    device_map: DeviceMap | None,
+    dtype: str,
+    adapter: str | Path | None,
+) -> None:
+    """Check that nothing is given that excludes FSDP."""
+    others = {
+        f"--device {device}": _usable_device(device).type != _usable_device(None).type,
+        "--device-map": device_map is not None,
+        "--dtype float16": dtype == "float16",
+        "--adapter": adapter is not None,
+    }
+    for other, is_given in others.items():
+        if is_given:
+            raise InputError(f"--fsdp does not work with {other}; leave one of them out")
 
 
 def _reaching(source: str) -> AbstractContextManager[None]:
     """Reads a name on the hub from there or from the cache."""
     return nullcontext() if Path(source).is_dir() else hub_or_cache()
+
+
+def _load(
+    name: str, source: str, options: Mapping[str, object], of_weights: Mapping[str, object]
+) -> tuple[transformers.PreTrainedTokenizerBase, transformers.PreTrainedModel]:
+    """A tokenizer and its model.
+
+    Raises:
+        InputError: they do not exist, are damaged, or cannot be loaded in this way.
+    """
+    try:
+        with _reaching(source):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+            return tokenizer, _with_all_weights(source, {**options, **of_weights})
+    except Exception as error:  # transformers raises many kinds of exception
+        raise InputError(f"cannot load the model {name}: {_reason(error)}") from error
 
 
 def _with_all_weights(source: str, options: Mapping[str, object]) -> transformers.PreTrainedModel:

@@ -8,6 +8,7 @@ from accelerate.utils import align_module_device
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tunedlens.model.fsdp import whole
 from tunedlens.model.structure import find_output_projection, output_rows
 
 
@@ -38,7 +39,7 @@ def neuron_activations(
     if not isinstance(coefficients, Tensor) or not isinstance(output, Tensor):
         return None
     with align_module_device(projection):
-        vectors, bias = output_rows(projection), projection.bias
-        total = coefficients @ vectors + (0 if bias is None else bias)
+        vectors, bias = whole(output_rows(projection)), projection.bias
+        total = coefficients @ vectors + (0 if bias is None else whole(bias))
     tolerance = 16 * torch.finfo(total.dtype).eps * total.abs().max()
     return (coefficients, vectors) if (total - output).abs().max() <= tolerance else None

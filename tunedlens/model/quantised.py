@@ -2,13 +2,14 @@
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from tunedlens.errors import InputError
 
 
 def is_plain(weight: object) -> bool:
     """Whether a weight is a tensor of floating-point numbers, and not packed or scaled."""
-    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()  # type: ignore[attr-defined]
+    return type(weight) in (Tensor, nn.Parameter, DTensor) and weight.is_floating_point()  # type: ignore[attr-defined]
 
 
 def is_quantised(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tunedlens.model.frozen import FrozenModel
+from tunedlens.model.fsdp import has_plan
 from tunedlens.model.quantised import count_weights
 from tunedlens.model.structure import ModelParts, find_parts
 
@@ -32,6 +33,8 @@ class ModelShape:
     """Whether the model multiplies its logits by a constant."""
     is_capped: bool
     """Whether the model caps its logits."""
+    has_fsdp_plan: bool
+    """Whether transformers can divide the weights among processes."""
 
 
 def shape_of(model: FrozenModel) -> ModelShape:
@@ -68,4 +71,5 @@ def _shape(name: str, model: PreTrainedModel, parts: ModelParts) -> ModelShape:
         has_bias=getattr(head, "bias", None) is not None,
         is_scaled=parts.logit_scale != 1,
         is_capped=parts.logit_cap is not None,
+        has_fsdp_plan=has_plan(model, parts),
     )

@@ -154,7 +154,7 @@ def _require_same_shapes(expected: dict[str, Tensor], tensors: dict[str, Tensor]
 
 _MAY_CHANGE = (
     *("tokens", "device", "device_map", "kernel", "micro_batch_size", "shard_layers"),
-    "trust_remote_code",
+    *("fsdp", "trust_remote_code"),
 )
 """Settings that a resumed run may change."""
 
@@ -169,7 +169,7 @@ def _require_same_settings(run: Run) -> None:
     if changed:
         raise InputError(
             f"{run.output} was trained with other settings: {'; '.join(changed)}; with --resume "
-            "only --tokens, --device, --device-map, --kernel, --micro-batch-size and "
+            "only --tokens, --device, --device-map, --fsdp, --kernel, --micro-batch-size and "
             "--shard-layers may change"
         )
 

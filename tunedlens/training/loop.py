@@ -63,9 +63,8 @@ def train(
         model = model or load_configured(config.model, accelerator.device)
         if resume:
             config = checkpointing.continued(config, output)
-        if accelerator.is_main_process:
-            is_sampled = config.corpus.dataset == SELF
-            warn_of_faults(model, is_bos_default=config.corpus.bos is None, is_sampled=is_sampled)
+        is_sampled = config.corpus.dataset == SELF
+        warn_of_faults(model, is_bos_default=config.corpus.bos is None, is_sampled=is_sampled)
         plan = resolve(config, model, accelerator)
         run = Run(plan, output, model, accelerator, cache)
         state = checkpointing.restore(run) if resume else initial_state(run)

@@ -29,6 +29,8 @@ _SOLUTION_COPIES = 9
 """Arrays of L · d_model² numbers in float64 at the peak of `PreconditionedMuon.initialise`; the
 sums take two and a half of them."""
 _JACOBIAN_COPIES = 7
+_GATHERED_COPIES = 2
+"""Of the weights of a block, when they have come from all processes and are put in place."""
 _BLOCK_ARRAYS = 4
 """The number of arrays, each as large as the largest one in a block, that a block holds at once."""
 _LAYER_ARRAYS = 5
@@ -119,14 +121,23 @@ class MemoryModel:
         plan, shape = self._plan, self._shape
         rows = -(-shape.vocab_size // 8) * 8
         width = shape.d_model + 1 + 2 * (shape.has_bias or rows > shape.vocab_size)
-        is_shared = self._model_bytes == 4 and not shape.is_scaled
+        is_shared = self._model_bytes == 4 and not shape.is_scaled and not plan.model.fsdp
         copies = {"sgd": 2, "muon": 2}.get(plan.fit, _COPIES)
         return {
             f"model in {plan.model.dtype}": shape.weights * self._model_bytes / self._spread,
+            **({"weights gathered": self._gathered()} if plan.model.fsdp else {}),
             "unembedding in float32": 0 if is_shared else 4 * shape.vocab_size * shape.d_model,
             "unembedding of the objective": rows * -(-width // 8) * 8 * self._product_bytes,
             "translators and optimizer": 4 * copies * self._elements,
         }
+
+    def _gathered(self) -> float:
+        """Bytes of the whole weights in a process of FSDP: the head, and twice what is gathered."""
+        shape = self._shape
+        head = shape.vocab_size * shape.d_model
+        embedding = shape.weights - shape.block_weights - head
+        largest = max(shape.block_weights / shape.n_layers, embedding)
+        return self._model_bytes * (head + _GATHERED_COPIES * largest)
 
     def _states(self, blocks: int) -> tuple[float, float]:
         """Bytes of the states of some blocks: in float32, and at the peak of the forward pass."""

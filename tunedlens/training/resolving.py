@@ -125,6 +125,11 @@ def _require_possible(
             f"--low-rank must be at most {model.identity.d_model}, the width of {model.name}; got "
             f"{config.low_rank}"
         )
+    if config.fit == "jacobian" and model.is_sharded:
+        raise InputError(
+            "--fit jacobian differentiates the model, which does not work with --fsdp; leave one "
+            "of them out"
+        )
     if config.kernel == "attention" and model.device.type != "cpu":
         raise InputError("--kernel attention works only on CPUs; leave it out, or choose products")
     if config.skip_first >= corpus.seq_len:

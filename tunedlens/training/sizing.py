@@ -101,9 +101,14 @@ def size_run(
             )
     device = "cpu" if on_cpu else "cuda"
     devices = 1 if on_cpu else gpus
-    is_spread = config.model.device_map is not None
+    is_spread, is_sharded = config.model.device_map is not None, config.model.fsdp
     processes = 1 if is_spread else devices
     shape = load_shape(config.model) if shape is None else shape
+    if is_sharded and (processes == 1 or not shape.has_fsdp_plan):
+        raise InputError(
+            f"--fsdp divides the weights of {shape.name} among processes, but "
+            + ("there is one" if processes == 1 else "transformers has no plan for that")
+        )
     plan = resolve_without_model(config, shape, device)
     limit = None if memory_gb is None else 1e9 * memory_gb
     if plan.shard_layers is None:
@@ -114,7 +119,7 @@ def size_run(
         shape,
         device,
         processes=processes,
-        spread=devices if is_spread else 1,
+        spread=devices if is_spread or is_sharded else 1,
         limit=limit or float("inf"),
     ).memory()
     rate = 1e12 * (tflops or TFLOPS[device])
@@ -136,10 +141,17 @@ def ways_to_fit(config: TrainConfig, size: RunSize) -> list[tuple[str, RunSize]]
         smaller = _with_model(smaller, dtype="bfloat16")
     if size.devices > 1 and model.device_map is None:
         spread = [_with_model(changed, device_map="auto") for changed in (config, *changes)]
-        if can_divide(size.plan, size.shape, size.processes) and not size.plan.shard_layers:
+        can_shard = can_divide(size.plan, size.shape, size.processes)
+        if can_shard and not size.plan.shard_layers:
             changes += [dataclasses.replace(c, shard_layers=True) for c in (config, *changes)]
-        changes += spread
-        smaller = _with_model(smaller, device_map="auto")
+        if size.shape.has_fsdp_plan and config.fit != "jacobian":
+            if not model.fsdp:
+                changes += [_with_model(c, fsdp=True) for c in (config, *changes)]
+            smaller = _with_model(smaller, fsdp=True)
+            smaller = dataclasses.replace(smaller, shard_layers=can_shard)
+        else:
+            smaller = _with_model(smaller, device_map="auto")
+        changes += [] if model.fsdp else spread
     gpus = 0 if size.device == "cpu" else size.devices
     limit = None if size.limit is None else size.limit / 1e9
 
@@ -149,16 +161,16 @@ def ways_to_fit(config: TrainConfig, size: RunSize) -> list[tuple[str, RunSize]]
     tried = [(_flags(config, changed), resized(changed)) for changed in [*changes, smaller]]
     if not any(new.fits for _, new in tried):
         chosen = config.chosen_layers or list(range(size.shape.n_layers))
-        fewer = [
-            dataclasses.replace(smaller, layers=_some(chosen, n)) for n in range(1, len(chosen))
-        ]
+        counts = range(size.processes if smaller.shard_layers else 1, len(chosen))
+        fewer = [dataclasses.replace(smaller, layers=_some(chosen, n)) for n in counts]
         # More layers take more memory.
-        if count := bisect.bisect(fewer, 0, key=lambda changed: not resized(changed).fits):
+        if found := bisect.bisect(fewer, 0, key=lambda changed: not resized(changed).fits):
+            count = counts[found - 1]
             runs = -(-len(chosen) // count)
             flags = (
                 f"{_flags(config, smaller)} and {runs} runs, each with --layers of {count} layers"
             )
-            tried.append((flags, resized(fewer[count - 1])))
+            tried.append((flags, resized(fewer[found - 1])))
     return [(flags, new) for flags, new in tried if new.fits]
 
 

@@ -61,6 +61,11 @@ class CachedStateReader(StateReader):
                 "--fit jacobian differentiates the model and cannot use stored states; leave out "
                 "--cache-states"
             )
+        if model.is_sharded:
+            raise InputError(
+                "--cache-states does not work with --fsdp, where every process has to run the "
+                "model equally often; leave one of them out"
+            )
         if settings.max_gb <= 0:
             raise InputError(f"--cache-gb must be above 0, got {settings.max_gb:g}")
         self._max_gb, self._folder = settings.max_gb, Path(settings.folder)

@@ -51,7 +51,8 @@ class StateReader:
     ) -> Iterator[list[Float[Tensor, "tokens d_model"]]]:
         """The states of this process's blocks and the final one, by micro-batch, in float32.
 
-        They are the model's own tensors if those are float32 and no position is skipped.
+        They are the model's own tensors if those are float32 and no position is skipped. The
+        iteration has to reach its end, where a process with fewer micro-batches lends its weights.
 
         Args:
             is_held: whether the caller keeps the states of all micro-batches. Then the states of
@@ -61,6 +62,8 @@ class StateReader:
         batches = self.micro_batches(input_ids)
         for rows in batches:
             yield self._flat_states(rows, is_copied=is_held and len(batches) > 1)
+        for _ in range(self.rounds(len(input_ids)) - len(batches)):
+            self.model.lend_weights()
 
     def _flat_states(
         self, rows: Int[Tensor, "batch seq"], *, is_copied: bool

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 
 import torch
@@ -79,9 +79,14 @@ class ValidationSet:
         shards, accelerator = self._shards, self._reader.accelerator
         own = [self._reader.points[index] for index in shards.own]
         sums = RatioSums(len(self._reader.points) + 1)
-        rounds = self._rounds(self._validation_blocks)
+        kept, self._model_sides = iter(self._model_sides), []
+
+        def with_side(states: list[Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
+            self._model_sides.append(next(kept, None) or objective.model_side(states[-1]))
+            return states[:-1], self._model_sides[-1]
+
         none = ModelSide.of_no_tokens(lens.identity.d_model, self._reader.model.device)
-        for states, shared in shards.to_owners(self._with_sides(objective), rounds, none):
+        for states, shared in self._to_owners(self._validation_blocks, with_side, none):
             model = ModelSide(*shared)
             kl = torch.stack(
                 [
@@ -113,26 +118,16 @@ class ValidationSet:
     def _least_squares(self) -> LeastSquares:
         d_model = self._reader.model.identity.d_model
         sums = LeastSquares(len(self._shards.own), d_model)
-        local = ((states[:-1], states[-1:]) for states in self._read(self._blocks))
-        rounds, none = self._rounds(self._blocks), (self._reader.no_states,)
-        for states, (final,) in self._shards.to_owners(local, rounds, none):
+
+        def with_final(states: list[Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
+            return states[:-1], states[-1:]
+
+        none = (self._reader.no_states,)
+        for states, (final,) in self._to_owners(self._blocks, with_final, none):
             sums.add(states, final)
         if not self._shards.is_divided:
             sums.reduce(self._reader.accelerator)
         return sums
-
-    def _with_sides(self, objective: LensKL) -> Iterator[tuple[list[Tensor], Sequence[Tensor]]]:
-        """The states of this process's validation blocks, and the model's side of the KL."""
-        for index, states in enumerate(self._read(self._validation_blocks)):
-            if index == len(self._model_sides):
-                self._model_sides.append(objective.model_side(states[-1]))
-            yield states[:-1], self._model_sides[index]
-
-    def _rounds(self, blocks: Sequence[Tensor]) -> int:
-        starts = range(0, len(blocks), BLOCKS_AT_A_TIME)
-        return sum(
-            self._reader.rounds(min(BLOCKS_AT_A_TIME, len(blocks) - start)) for start in starts
-        )
 
     def score(self, lenses: Mapping[str, Lens], tokens: int) -> Evaluation:
         """The table at the end of a run, with float32 products, on at most this many positions."""
@@ -175,8 +170,17 @@ class ValidationSet:
             say(f"{bad} are left out, because their states are not finite")
         return len(self._blocks) < count
 
-    def _read(
-        self, blocks: Sequence[Int[Tensor, " seq"]]
-    ) -> Iterator[list[Float[Tensor, "tokens d_model"]]]:
+    def _to_owners(
+        self,
+        blocks: Sequence[Int[Tensor, " seq"]],
+        with_shared: Callable[[list[Tensor]], tuple[list[Tensor], Sequence[Tensor]]],
+        none: Sequence[Tensor],
+    ) -> Iterator[tuple[list[Float[Tensor, "tokens d_model"]], Sequence[Tensor]]]:
+        """The states of the blocks, at the layers of this process; see `LayerShards.to_owners`.
+
+        Args:
+            with_shared: from the states of a micro-batch to those at all points and further values.
+        """
         for batch in torch.stack(list(blocks)).split(BLOCKS_AT_A_TIME):
-            yield from self._reader.read(batch)
+            local = map(with_shared, self._reader.read(batch))
+            yield from self._shards.to_owners(local, self._reader.rounds(len(batch)), none)
