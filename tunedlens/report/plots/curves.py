@@ -141,7 +141,8 @@ def curves(
                 axes.plot(range(len(line)), line, linestyle=dash, color=color)
             ends[word] = line[-1], color  # every lens equals the model there
         names, last = trajectory.row_names, len(trajectory.rows) - 1
-        ticks = [*range(0, last, max(1, len(names) // 12)), last]
+        layers = range(0, last, max(1, len(names) // 12))
+        ticks = [*(layer for layer in layers if last - layer >= last / 12), last]  # "model" is wide
         axes.set_xticks(ticks, [names[tick] for tick in ticks])
         dashes = ", ".join(f"{dash} {lens}" for dash, lens in zip(_DASHES, lenses, strict=False))
         axes.set_xlabel(f"layer ({dashes})")
