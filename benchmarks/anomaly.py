@@ -137,7 +137,7 @@ def draw(results: dict[str, dict[str, anomaly.AUROC]], path: Path) -> None:
             axes.set_xticks(range(len(METRICS)), [one.replace("_", "-") for one in METRICS])
             axes.set_title(task, fontsize=9)
         panels[0].set_ylabel("AUROC")
-        panels[0].legend(frameon=False, loc="center left", bbox_to_anchor=(0, 0.62))
+        panels[0].legend(frameon=False, loc="center left", bbox_to_anchor=(0, 0.74))
     save(figure, path)
 
 
