@@ -12,7 +12,8 @@ import argparse
 from pathlib import Path
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from tunedlens import (
@@ -31,7 +32,7 @@ from tunedlens.causal import alignment_table
 from tunedlens.corpus import load_splits, resolve_corpus
 from tunedlens.engine.distributions import log_probs
 from tunedlens.report.plots import alignment_by_layer, effects_scatter, influences, rendered
-from tunedlens.report.plots.style import new_figure, styles
+from tunedlens.report.plots.style import new_figure, plain_log_ticks, styles, ticks_of
 
 
 def held_out(model: FrozenModel, options: argparse.Namespace) -> Int[Tensor, "batch seq"]:
@@ -50,15 +51,21 @@ def heads(model: FrozenModel, lens: ResidualLens, ids: Tensor, layers: range, sa
     effects = causal_effects(model, lens, ids, targets, "mean", skip_first=1)
     print(effects.to_dataframe().to_string(), effects.spearman())
     values = torch.tensor([estimate.value for estimate in effects.model_nats])
+    save("heads", draw_heads(values.view(-1, count)))
+
+
+def draw_heads(nats: Float[Tensor, "blocks heads"]) -> Figure:
+    """The effect of every head on the model."""
+    blocks, count = nats.shape
     with new_figure(3.8, 3.0) as figure:
         axes = figure.subplots()
-        image = axes.imshow(values.view(-1, count), cmap="cividis", origin="lower", aspect="auto")
+        image = axes.imshow(nats, cmap="cividis", origin="lower", aspect="auto")
         axes.set_xlabel("head")
         axes.set_ylabel("block")
         axes.set_xticks(range(count))
-        axes.set_yticks(range(len(layers)), layers)
-        figure.colorbar(image, label="KL(model ‖ model under ablation), nats")
-    save("heads", figure)
+        axes.set_yticks(ticks_of(blocks))
+        figure.colorbar(image).set_label("KL(model ‖ model under ablation), nats", fontsize=8)
+    return figure
 
 
 def bases(model: FrozenModel, lens: ResidualLens, ids: Tensor, options, save) -> None:
@@ -107,6 +114,8 @@ def inversion(model: FrozenModel, lens: ResidualLens, ids: Tensor, options, save
                 print(name, layer, found.kl_nats.tolist(), found.steps.tolist())
                 means.append(found.kl_nats.mean().item())
             axes.plot(options.layers, means, label=name, **shown[name])
+        axes.set_xticks(options.layers)
+        plain_log_ticks(axes.yaxis)
         axes.set_xlabel("layer")
         axes.set_ylabel("KL(wanted ‖ lens), nats")
         axes.legend(frameon=False)

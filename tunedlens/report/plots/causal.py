@@ -52,6 +52,8 @@ def effects_scatter(effects: CausalEffects) -> "Figure":
             axes.set_title(f"Spearman's ρ = {value:.2f} ({low:.2f} to {high:.2f})", fontsize=9)
         axes.set_xlabel("KL(lens ‖ lens under ablation), nats")
         axes.set_ylabel("KL(model ‖ model under ablation), nats")
+        plain_log_ticks(axes.xaxis)
+        plain_log_ticks(axes.yaxis)
     return figure
 
 
@@ -89,6 +91,7 @@ def alignment_by_layer(alignments: Sequence[Alignment]) -> "Figure":
             own = sorted((one.layer, one.similarity) for one in alignments if one.lens == name)
             _line(axes, [layer for layer, _ in own], [value for _, value in own], style)
             ends[name] = own[-1][1].value, style["color"]
+        axes.locator_params("x", integer=True)
         axes.set_xlabel("layer")
         axes.set_ylabel("stimulus-response alignment")
         name_lines(axes, ends)
