@@ -355,7 +355,7 @@ def terms_are_those_of_hooks(subject: Subject) -> bool | None:
     if architecture.terms is None:
         require_refused(
             lambda: model.sites(subject.ids, wanted=wanted),
-            "has no terms|not supported for this architecture",
+            "is not its input plus|not supported for this architecture",
         )
         return None
     kept: dict[tuple[int, str], Tensor] = {}

@@ -440,7 +440,7 @@ def test_finished_run_is_extended_with_more_tokens(config, tmp_path):
 def test_resume_with_other_settings_is_refused(config, tmp_path):
     train(config, tmp_path / "run")
     other = dataclasses.replace(saved_config(tmp_path / "run"), tokens=1280, lr=0.5)
-    with pytest.raises(InputError, match=r"other settings: lr is 0\.\d+ there and 0\.5 here"):
+    with pytest.raises(InputError, match=r"other settings: lr was 0\.\d+ and is now 0\.5"):
         train(other, tmp_path / "run", resume=True)
 
 
